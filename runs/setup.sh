@@ -1,0 +1,7 @@
+# Sourced by demo.sh and test.sh: the active virtual environment if there is one, else .venv, with the requirements in.
+# usage: . runs/setup.sh requirements.txt
+if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
+    [ -x .venv/bin/python ] || python3 -m venv .venv
+    . .venv/bin/activate
+fi
+python -m pip install --quiet --disable-pip-version-check -r "$1"
