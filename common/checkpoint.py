@@ -1,0 +1,393 @@
+"""ckpt.pt: one file that says what model it holds, where it came from and how to go on training it.
+
+It is a plain dict of tensors and builtin values, read with `weights_only=True`: loading runs no code from it.
+It is written to a temporary file and moved into place: a full disk or a kill leaves the previous one intact.
+"""
+
+import hashlib
+import os
+import pickle
+import re
+import signal
+import subprocess
+import zipfile
+from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatch
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from common.config import UserError
+from model import Llama, ModelConfig
+
+FORMAT_VERSION = 1
+FILE_NAME = "ckpt.pt"
+RUN_FILES = (FILE_NAME, FILE_NAME + ".tmp", "metrics.jsonl", "samples.txt", "loss.png")
+# config keys that may change on --resume: where and how fast it runs, when it stops and what it reports
+SAFE_ON_RESUME = """
+    out device dtype compile resume overwrite max_steps *_interval eval_* sample_prompts sample_tokens
+""".split()
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is absent, damaged, or does not belong to what it is used with."""
+
+
+@dataclass
+class Checkpoint:
+    path: Path
+    stage: str
+    step: int
+    tokens_seen: int
+    model_config: dict
+    weights: dict  # tensor by parameter name; float32 unless quantized
+    tokenizer: bytes  # the SentencePiece model, so that a checkpoint generates alone
+    config: dict  # the resolved config of the stage
+    parent: dict | None  # path, stage, sha256 of the checkpoint that it started from
+    git_commit: str | None
+    quant: dict | None  # how the layers were quantized
+    training: dict | None  # optimizer, rng, extra: what --resume needs
+    finished: bool
+
+
+def find(path) -> Path:
+    """The checkpoint file behind a run directory or a file name."""
+    path = Path(path)
+    file = path / FILE_NAME if path.is_dir() else path
+    if file.is_file():
+        return file
+    message = f"no checkpoint at {path}: looked for {file}"
+    stages = sorted(str(other.parent) for other in path.glob(f"*/{FILE_NAME}")) if path.is_dir() else []
+    raise CheckpointError(message + (f"; there is one in {', '.join(stages)}" if stages else ""))
+
+
+def load(path) -> Checkpoint:
+    """Read a checkpoint (run directory or file) to the CPU, after checking each record's CRC."""
+    path = find(path)
+    with open(path, "rb") as file:
+        try:
+            damaged = zipfile.ZipFile(file).testzip()  # torch.load itself does not compare the CRCs
+        except Exception:  # a malformed archive can raise anything
+            raise CheckpointError(f"{path}: cut short or not a checkpoint") from None
+        if damaged:
+            raise CheckpointError(f"{path}: damaged, the CRC of {damaged} does not match its bytes")
+        file.seek(0)
+        try:
+            payload = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # a malformed pickle too
+            raise CheckpointError(f"{path}: not loaded: {_reason(error)}") from None
+    version = payload.pop("format_version", None) if isinstance(payload, dict) else None
+    if version is None:
+        raise CheckpointError(f"{path}: not a checkpoint of this project, it has no format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: format version {version}, this code reads version {FORMAT_VERSION}")
+    names = {field.name for field in fields(Checkpoint)} - {"path"}
+    if payload.keys() != names:
+        raise CheckpointError(
+            f"{path}: fields missing or unknown: {', '.join(sorted(payload.keys() ^ names, key=str))}"
+        )
+    payload["tokenizer"] = payload["tokenizer"].numpy().tobytes()
+    return Checkpoint(path=path, **payload)
+
+
+def save(
+    path,
+    *,
+    stage: str,
+    step: int,
+    tokens_seen: int,
+    model: torch.nn.Module,
+    tokenizer: bytes,
+    config: dict,
+    parent: dict | None = None,
+    quant: dict | None = None,
+    optimizer=None,
+    extra: dict | None = None,
+    finished: bool = False,
+) -> None:
+    """Write a checkpoint to a run directory or file, all of it or nothing.
+
+    With `optimizer` (one, or a list of them) or `extra` it can be resumed; the random states are kept too.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / FILE_NAME
+    training = None
+    if optimizer is not None or extra is not None:
+        states = [each.state_dict() for each in _as_list(optimizer)]
+        training = dict(optimizer=states, rng=_rng_states(), extra=extra)
+    payload = dict(
+        format_version=FORMAT_VERSION,
+        stage=stage,
+        step=step,
+        tokens_seen=tokens_seen,
+        model_config=asdict(unwrap(model).config),
+        weights=_weights(model, keep_dtype=quant is not None),
+        tokenizer=torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8),  # a pickle of bytes is half as large again
+        config=config,
+        parent=parent,
+        git_commit=_git_commit(),
+        quant=quant,
+        training=training,
+        finished=finished,
+    )
+    _write(path, payload)
+
+
+def _write(path: Path, payload: dict) -> None:
+    tmp = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(tmp, "wb") as file:
+            torch.save(payload, file)
+            file.flush()
+            os.fsync(file.fileno())
+        # what cannot be read back must not replace what can; mmap reads no tensor data
+        torch.load(tmp, map_location="cpu", weights_only=True, mmap=True)
+        os.replace(tmp, path)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        kept = f"the previous checkpoint {path} is intact" if path.is_file() else "nothing was left behind"
+        raise CheckpointError(f"cannot save {path}: {_reason(error)}; {kept}") from error
+    finally:
+        if tmp.exists():
+            tmp.unlink()
+
+
+def _reason(error: BaseException) -> str:
+    """Why torch.save or torch.load failed, in one line."""
+    if isinstance(error, pickle.UnpicklingError):
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        return f"it holds {refused.group(1) if refused else 'an object'}, not only tensors and plain values"
+    cause = error  # torch turns the OSError of the file below it into a RuntimeError about positions
+    while cause and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return (cause and cause.strerror) or _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside torch.compile and DistributedDataParallel."""
+    while (inner := getattr(model, "_orig_mod", getattr(model, "module", None))) is not None:
+        model = inner
+    return model
+
+
+def _plain_name(name: str) -> str:
+    """A parameter's name without the wrappers: `module._orig_mod.norm.weight` is `norm.weight`."""
+    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "module"))
+
+
+def _weights(model: torch.nn.Module, keep_dtype: bool) -> dict[str, torch.Tensor]:
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        dtype = tensor.dtype if keep_dtype or not tensor.is_floating_point() else torch.float32
+        weights[_plain_name(name)] = tensor.detach().to("cpu", dtype)
+    return weights
+
+
+def _rng_states() -> dict[str, torch.Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():  # of this rank's device only: asking for the others would open them
+        states["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def _set_rng_states(states: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    if "mps" in states and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(states["mps"])
+
+
+@lru_cache
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def build_model(ckpt: Checkpoint, scalar_head: bool | None = None) -> Llama:
+    """The model in a checkpoint, which must fit exactly.
+
+    scalar_head=True on a language model takes its trunk, without an untied output, and a head of zeros.
+    """
+    had_head = ckpt.model_config.get("scalar_head", False)
+    overrides = {} if scalar_head is None else {"scalar_head": scalar_head}
+    try:
+        config = ModelConfig(**ckpt.model_config | overrides)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{ckpt.path}: cannot build its model: {_first_line(error)}") from None
+    model = Llama(config)
+    if ckpt.quant is not None:
+        from common import lowbit
+
+        lowbit.build(model, ckpt.quant)
+    weights = ckpt.weights
+    if config.scalar_head and not had_head:
+        weights = {name: tensor for name, tensor in weights.items() if name != "output.weight"}
+        weights["scalar.weight"] = torch.zeros_like(model.scalar.weight)
+    _load_weights(model, weights, ckpt.path)
+    return model
+
+
+def _load_weights(model: torch.nn.Module, weights: dict, path: Path) -> None:
+    own = {_plain_name(name): (name, tensor) for name, tensor in model.state_dict().items()}
+    problems = []
+    for name in own.keys() | weights.keys():
+        there = tuple(weights[name].shape) if name in weights else "missing"
+        here = tuple(own[name][1].shape) if name in own else "missing"
+        if there != here:
+            problems.append(f"{name} is {there} in the file, {here} in the model")
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(f"{path} does not fit the model: {'; '.join(sorted(problems)[:5])}{more}")
+    model.load_state_dict({own[name][0]: tensor for name, tensor in weights.items()}, strict=True)
+
+
+def restore(ckpt: Checkpoint, model: torch.nn.Module, optimizer) -> None:
+    """Put back the weights, the optimizer (or list of them) and the random number generators."""
+    here = asdict(unwrap(model).config)
+    there = ckpt.model_config
+    pairs = ((key, there.get(key), here.get(key)) for key in sorted(there.keys() | here.keys()))
+    different = [f"{key} is {old} there and {new} in this run's model" for key, old, new in pairs if old != new]
+    if different:
+        raise CheckpointError(f"{ckpt.path} holds another architecture: {'; '.join(different)}")
+    if ckpt.training is None:
+        raise CheckpointError(f"{ckpt.path} cannot be resumed: it was saved without the optimizer")
+    _load_weights(model, ckpt.weights, ckpt.path)
+    try:
+        for each, state in zip(_as_list(optimizer), ckpt.training["optimizer"], strict=True):
+            each.load_state_dict(state)
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{ckpt.path}: its optimizer does not fit: {_first_line(error)}") from None
+    _set_rng_states(ckpt.training["rng"])
+
+
+def _as_list(optimizer) -> list:
+    if optimizer is None:
+        return []
+    return list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
+
+
+def tokenizer_of(ckpt: Checkpoint):
+    """The tokenizer that a checkpoint carries."""
+    from tokenizer import Tokenizer
+
+    return Tokenizer(ckpt.tokenizer)
+
+
+def check_data(tokenizer, source, meta: dict, meta_path) -> None:
+    """Refuse data that was tokenized with another tokenizer than the one that `source` (a path) holds."""
+    for key, value in dict(vocab_size=tokenizer.vocab_size, tokenizer_sha256=tokenizer.sha256).items():
+        if meta.get(key) != value:
+            raise CheckpointError(f"{key} is {value} in {source} and {meta.get(key)} in {meta_path}")
+
+
+def parent_of(ckpt: Checkpoint) -> dict:
+    """What a child checkpoint records about the one it started from."""
+    digest = hashlib.sha256()
+    with open(ckpt.path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return dict(path=str(ckpt.path), stage=ckpt.stage, sha256=digest.hexdigest())
+
+
+def begin(config: dict, stage: str) -> Checkpoint | None:
+    """Make the run directory; the checkpoint to go on from with --resume, None for a run from step 0."""
+    ckpt = _begin(config, stage)
+    if dist.is_initialized():
+        dist.barrier()  # rank 0 must not save before every rank has looked
+    return ckpt
+
+
+def _begin(config: dict, stage: str) -> Checkpoint | None:
+    out = Path(config["out"])
+    is_main = int(os.environ.get("RANK", 0)) == 0
+    if config["resume"] and config["overwrite"]:
+        raise CheckpointError("--resume and --overwrite exclude each other: give one of them")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot make the run directory {out}: {error.strerror}") from None
+    file = out / FILE_NAME
+    if config["overwrite"]:
+        if is_main:
+            for name in RUN_FILES:
+                (out / name).unlink(missing_ok=True)
+        return None
+    if not file.is_file():
+        if config["resume"] and is_main:
+            print(f"nothing to resume in {out}, starting at step 0")
+        return None
+    if not config["resume"]:
+        raise CheckpointError(f"{file} exists: give --resume to continue it or --overwrite to remove it")
+    ckpt = load(file)
+    if ckpt.stage != stage:
+        raise CheckpointError(f"{file} is from stage {ckpt.stage}, this is {stage}: choose another --out")
+    _refuse_changes(ckpt, config)
+    if is_main:
+        print(f"resuming {out} at step {ckpt.step}")
+    return ckpt
+
+
+def _refuse_changes(ckpt: Checkpoint, config: dict) -> None:
+    there, here = _flat(ckpt.config), _flat(config)
+    for key in sorted(there.keys() | here.keys()):
+        safe = any(fnmatch(key, pattern) for pattern in SAFE_ON_RESUME)
+        old, new = there.get(key, "absent"), here.get(key, "absent")
+        if not safe and old != new:
+            raise CheckpointError(f"cannot resume: {key} is {old} in {ckpt.path} and {new} in this run's config")
+
+
+def _flat(config: dict, prefix: str = "") -> dict:
+    """A nested config as {"model.dim": 64, ...}; a tuple equals a list."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+class Interrupt:
+    """Inside it SIGINT and SIGTERM only set `requested`, so a loop can save and stop; a second Ctrl-C raises.
+
+    Under torchrun a signal reaches the ranks at different steps: let them decide together, by
+    `all_sum(interrupt.requested, env)`.
+    """
+
+    def __init__(self):
+        self.requested = False
+
+    def __enter__(self) -> "Interrupt":
+        self._previous = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def exit(self, out) -> None:
+        """Say how to go on and leave with the shell's code for an interrupted program."""
+        print(f"stopped and saved; the same command with --resume goes on from {out}")
+        raise SystemExit(130)
+
+    def _handle(self, number, _frame) -> None:
+        # SIGTERM is no second wish: torchrun follows a Ctrl-C with one
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+        # os.write, because print is not safe to re-enter from a signal handler
+        os.write(2, b"\nstopping after this step; press Ctrl-C again to stop at once\n")

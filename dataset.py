@@ -1,0 +1,377 @@
+"""The artifact formats: token files (.bin), example files (.pkl), their meta.json, and batches from them.
+
+A .bin is raw uint16 (uint32 when the vocabulary needs it) with no header; the meta.json beside it tells what
+it holds. A .pkl is a dict of flat numpy arrays: all examples end to end in `tokens`, example i being
+tokens[offsets[i]:offsets[i + 1]]; reading it can run no code.
+"""
+
+import functools
+import json
+import os
+import pickle
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+FORMAT_VERSION = 1
+
+
+class DataError(Exception):
+    """Data that cannot be used: the message names the file and what is wrong with it."""
+
+
+@contextmanager
+def atomic_write(path, mode="wb"):
+    """Open a temporary file beside `path`; it takes that name only once it is complete and on disk."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# meta.json
+
+
+def save_meta(directory, meta):
+    with atomic_write(Path(directory) / "meta.json", "w") as file:
+        file.write(json.dumps(meta, ensure_ascii=False, indent=1) + "\n")
+
+
+def load_meta(directory):
+    """The meta.json of a data directory, of a format version this code can read."""
+    path = Path(directory) / "meta.json"
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path} not found: data_process.py writes it beside the data") from None
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(meta, dict) or meta.get("format_version") != FORMAT_VERSION:
+        found = meta.get("format_version") if isinstance(meta, dict) else None
+        raise DataError(f"{path}: format version {found}, this code reads {FORMAT_VERSION}")
+    return meta
+
+
+# .bin
+
+
+def token_dtype(vocab_size):
+    """uint16 while every id fits, else uint32."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def check_ids(ids, vocab_size, path):
+    """Refuse ids that the vocabulary does not have; uint16 would wrap them around silently."""
+    if len(ids) and not 0 <= (low := int(ids.min())) <= (high := int(ids.max())) < vocab_size:
+        bad = low if low < 0 else high
+        raise DataError(f"{path}: token id {bad} is outside the vocabulary (0 to {vocab_size - 1})")
+
+
+class BinWriter:
+    """Write token ids to a .bin; it takes its name only when the `with` block ends without an error."""
+
+    def __init__(self, path, vocab_size):
+        self.path, self.vocab_size, self.tokens = Path(path), vocab_size, 0
+
+    def __enter__(self):
+        self._open = atomic_write(self.path)
+        self._file = self._open.__enter__()
+        return self
+
+    def write(self, ids):
+        ids = np.asarray(ids, dtype=np.int64)
+        check_ids(ids, self.vocab_size, self.path)
+        self._file.write(ids.astype(token_dtype(self.vocab_size)).tobytes())
+        self.tokens += len(ids)
+
+    def __exit__(self, *error):
+        return self._open.__exit__(*error)
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch_layout(n_windows, n_tokens, seed, epoch):
+    """Order of one epoch's windows, and where on the ring of tokens the first of them starts."""
+    rng = np.random.default_rng((seed, epoch))
+    return rng.permutation(n_windows), int(rng.integers(n_tokens))
+
+
+class TokenBin:
+    """A .bin opened for reading, checked against the meta.json beside it, and `vocab_size` if given."""
+
+    def __init__(self, path, vocab_size=None):
+        self.path = Path(path)
+        self.meta = load_meta(self.path.parent)
+        meta_path = self.path.parent / "meta.json"
+        entry = self.meta.get("files", {}).get(self.path.name)
+        self.vocab_size = self.meta.get("vocab_size")
+        if entry is None or self.vocab_size is None:
+            raise DataError(f"{meta_path} does not describe {self.path.name}: run data_process.py again")
+        if vocab_size is not None and vocab_size != self.vocab_size:
+            raise DataError(f"{meta_path}: vocabulary of {self.vocab_size}, but {vocab_size} is asked for")
+        dtype = token_dtype(self.vocab_size)
+        if self.meta.get("dtype") != dtype.name:
+            found = self.meta.get("dtype")
+            raise DataError(f"{meta_path}: dtype {found}, but a vocabulary of {self.vocab_size} has {dtype.name}")
+        if not self.path.exists():
+            raise DataError(f"{self.path} not found, though {meta_path} describes it")
+        size, wanted = self.path.stat().st_size, entry["tokens"] * dtype.itemsize
+        if size != wanted:
+            claim = f"{entry['tokens']} tokens of {dtype.name}, {wanted} bytes"
+            raise DataError(f"{self.path} has {size} bytes, but {meta_path} says {claim}")
+        self.tokens = np.memmap(self.path, dtype, mode="r") if size else np.empty(0, dtype)
+
+    def __len__(self):
+        return len(self.tokens)
+
+    @property
+    def segments(self):
+        """{source: (start, stop)}: the sources stand one after the other in the file."""
+        counts = {name: splits[self.path.stem] for name, splits in self.meta.get("sources", {}).items()}
+        return {name: (c["token_offset"], c["token_offset"] + c["tokens"]) for name, c in counts.items()}
+
+    def batch(self, first_row, n_rows, seq_len, seed):
+        """Rows first_row.. of the endless training sequence: x, y (B, T), y being the tokens after x.
+
+        An epoch is len // seq_len windows in a shuffled order, laid on the ring of tokens from a random
+        start, so that no token always falls off the end. Row i depends on (seed, i) alone: a resumed run, or
+        one with another number of processes, reads the same data.
+        """
+        n_tokens = len(self.tokens)
+        n_windows = n_tokens // seq_len
+        if n_windows == 0:
+            raise DataError(f"{self.path}: {n_tokens} tokens do not fill one window of {seq_len}")
+        starts = np.empty(n_rows, dtype=np.int64)
+        for row in range(n_rows):
+            epoch, i = divmod(first_row + row, n_windows)
+            order, offset = _epoch_layout(n_windows, n_tokens, seed, epoch)
+            starts[row] = offset + order[i] * seq_len
+        index = (starts[:, None] + np.arange(seq_len + 1)) % n_tokens  # (B, T + 1)
+        ids = self.tokens[index].astype(np.int64)
+        check_ids(ids, self.vocab_size, self.path)
+        ids = torch.from_numpy(ids)
+        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+    def windows(self, start, stop, seq_len):
+        """Tokens start..stop in order, for evaluation: x, y (N, T), where y scores each token after the first
+        exactly once; the last window is filled up with x = 0, y = -100."""
+        ids = self.tokens[start:stop].astype(np.int64)
+        check_ids(ids, self.vocab_size, self.path)
+        n = -(-max(len(ids) - 1, 0) // seq_len)
+        x, y = np.zeros(n * seq_len, np.int64), np.full(n * seq_len, -100, np.int64)
+        x[: len(ids) - 1], y[: len(ids) - 1] = ids[:-1], ids[1:]
+        return torch.from_numpy(x.reshape(n, seq_len)), torch.from_numpy(y.reshape(n, seq_len))
+
+
+# .pkl
+
+
+def _number_dtype(name, *_):
+    dtype = np.dtype(name, copy=True)  # a copy, since unpickling then sets its byte order
+    if dtype.kind not in "biuf":  # an object array could hold forged pointers
+        raise DataError(f"dtype {dtype} is not allowed in a data file, which holds numbers only")
+    return dtype
+
+
+def _numpy_rebuilders():
+    """{name: what stands for it} of all that pickled numpy arrays and scalars ask for."""
+    array, scalar = np.zeros(1), np.float64(0)
+    reconstruct = array.__reduce__()[0]
+    functions = (array.__reduce_ex__(5)[0], scalar.__reduce__()[0])
+    return {f.__name__: f for f in functions} | {
+        reconstruct.__name__: lambda subtype, shape, typecode: reconstruct(np.ndarray, (0,), b"b"),
+        "ndarray": None,  # only ever handed to reconstruct; must not be called
+        "dtype": _number_dtype,
+    }
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Admits numpy arrays and scalars (builtin containers and numbers need no global), refuses the rest."""
+
+    allowed = _numpy_rebuilders()
+    modules = ("numpy",) + tuple(f"numpy.{c}.{m}" for c in ("core", "_core") for m in ("multiarray", "numeric"))
+
+    def find_class(self, module, name):
+        if module in self.modules and name in self.allowed:
+            return self.allowed[name]
+        raise DataError(f"{module}.{name} is not allowed in a data file, which holds plain arrays only")
+
+
+def save_pkl(path, arrays):
+    """Write a dict of numpy arrays, numbers, strings and lists of them."""
+    with atomic_write(path) as file:
+        pickle.dump(arrays, file, protocol=5)
+
+
+def load_pkl(path):
+    """Read what save_pkl wrote; a file that asks for anything but plain arrays is refused, not run."""
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path} not found: data_process.py writes it")
+    try:
+        with open(path, "rb") as file:
+            data = _ArrayUnpickler(file).load()
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        MemoryError,
+    ) as error:
+        raise DataError(f"{path} is damaged or not a data file: {error}") from None
+    if not isinstance(data, dict):
+        raise DataError(f"{path}: not a dict of arrays")
+    return data
+
+
+def pack(sequences, dtype):
+    """Lists end to end: (tokens, offsets), sequence i being tokens[offsets[i]:offsets[i + 1]]."""
+    offsets = np.cumsum([0] + [len(s) for s in sequences], dtype=np.int64)
+    tokens = np.fromiter((t for s in sequences for t in s), dtype=dtype, count=int(offsets[-1]))
+    return tokens, offsets
+
+
+def pack_examples(examples, vocab_size):
+    """Flat tokens, offsets and loss_mask of objects with ids and loss_mask."""
+    tokens, offsets = pack([e.ids for e in examples], token_dtype(vocab_size))
+    loss_mask, _ = pack([e.loss_mask for e in examples], np.uint8)
+    return dict(tokens=tokens, offsets=offsets, loss_mask=loss_mask)
+
+
+class Examples:
+    """The token sequences of a .pkl. Item i is (ids, loss_mask), both (T,) int64; a prompt's mask is zero.
+
+    `prefix` picks one side of a preference pair ("chosen_" or "rejected_"). `path` is for error messages.
+    """
+
+    def __init__(self, arrays, prefix="", vocab_size=None, path="examples"):
+        missing = [k for k in (f"{prefix}tokens", f"{prefix}offsets") if k not in arrays]
+        if missing:
+            raise DataError(f"{path}: no {missing[0]}; it holds {', '.join(arrays)}")
+        self.tokens, self.offsets = arrays[f"{prefix}tokens"], arrays[f"{prefix}offsets"]
+        self.loss_mask = arrays.get(f"{prefix}loss_mask")
+        o = self.offsets
+        if len(o) < 1 or o[0] != 0 or o[-1] != len(self.tokens) or (np.diff(o) < 0).any():
+            raise DataError(f"{path}: {prefix}offsets do not cover its {len(self.tokens)} tokens")
+        if self.loss_mask is not None and len(self.loss_mask) != len(self.tokens):
+            raise DataError(f"{path}: {len(self.loss_mask)} loss_mask values for {len(self.tokens)} tokens")
+        if vocab_size is not None:
+            check_ids(self.tokens, vocab_size, path)
+        self.index = np.arange(len(o) - 1)
+
+    def __len__(self):
+        return len(self.index)
+
+    @property
+    def lengths(self):
+        """Tokens of each example (N,)."""
+        return np.diff(self.offsets)[self.index]
+
+    def __getitem__(self, i):
+        start, stop = self.offsets[self.index[i]], self.offsets[self.index[i] + 1]
+        ids = self.tokens[start:stop].astype(np.int64)
+        if self.loss_mask is None:
+            return ids, np.zeros_like(ids)
+        return ids, self.loss_mask[start:stop].astype(np.int64)
+
+    def select(self, mask):
+        """The examples where the boolean `mask` (N,) is true, or at the given indices; arrays are shared."""
+        chosen = object.__new__(Examples)
+        chosen.__dict__.update(self.__dict__, index=self.index[mask])
+        return chosen
+
+
+def load_pairs(path, vocab_size):
+    """rm.pkl as (train, val), each [chosen, rejected] of Examples."""
+    arrays = load_pkl(path)
+    sides = [Examples(arrays, prefix, vocab_size, path) for prefix in ("chosen_", "rejected_")]
+    return [side.select(~arrays["is_val"]) for side in sides], [side.select(arrays["is_val"]) for side in sides]
+
+
+def load_prompts(path, vocab_size):
+    """prompts.pkl as (train, val), each a list of prompts as id lists."""
+    arrays = load_pkl(path)
+    prompts = Examples(arrays, vocab_size=vocab_size, path=path)
+    splits = (prompts.select(~arrays["is_val"]), prompts.select(arrays["is_val"]))
+    return tuple([split[i][0].tolist() for i in range(len(split))] for split in splits)
+
+
+def load_tasks(path, vocab_size):
+    """The validation examples of sft.pkl as {task: [(prompt ids, answer ids, label), ...]}, label -1 where none."""
+    arrays = load_pkl(path)
+    examples, tasks = Examples(arrays, vocab_size=vocab_size, path=path), {}
+    for number, name in enumerate(arrays.get("task_names", [])):
+        tasks[name] = []
+        for i in np.flatnonzero(arrays["is_val"] & (arrays["task"] == number)):
+            ids, loss_mask = examples[i]
+            prompt, answer = np.split(ids, [loss_mask.argmax()])
+            tasks[name].append((prompt.tolist(), answer.tolist(), int(arrays["label"][i])))
+    return tasks
+
+
+def pad_batch(rows, pad_id=0):
+    """[(ids, loss_mask), ...] padded on the right: ids (B, T) int64, loss_mask (B, T) float, lengths (B,).
+
+    Where a row ends is told by lengths, never by the padding id, which may also be a real token.
+    """
+    lengths = torch.tensor([len(ids) for ids, _ in rows])
+    ids = torch.full((len(rows), int(lengths.max())), pad_id, dtype=torch.int64)
+    loss_mask = torch.zeros(ids.shape)
+    for row, (row_ids, row_mask) in enumerate(rows):
+        ids[row, : len(row_ids)] = torch.as_tensor(row_ids)
+        loss_mask[row, : len(row_ids)] = torch.as_tensor(row_mask, dtype=torch.float32)
+    return {"ids": ids, "loss_mask": loss_mask, "lengths": lengths}
+
+
+def to_device(batch, device):
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def epoch_order(n, seed, epoch, lengths=None, batch_size=None):
+    """Order (n,) in which one epoch visits the examples; batches are its consecutive runs of batch_size.
+
+    With lengths, each batch holds examples of similar length, so that little is padding: shuffled pools of 50
+    batches are sorted by length, then the batches are shuffled; a short last batch stays last.
+    """
+    rng = np.random.default_rng((seed, epoch))
+    order = rng.permutation(n)
+    if lengths is None:
+        return order
+    lengths = np.asarray(lengths)
+    pools = [order[i : i + 50 * batch_size] for i in range(0, n, 50 * batch_size)]
+    order = np.concatenate([p[np.argsort(lengths[p], kind="stable")] for p in pools]) if pools else order
+    full = n // batch_size * batch_size
+    batches = order[:full].reshape(-1, batch_size)
+    return np.concatenate([batches[rng.permutation(len(batches))].reshape(-1), order[full:]])
+
+
+class BatchOrder:
+    """Which examples batch i of an endless training sequence holds; depends on (seed, i) alone, as TokenBin.batch.
+
+    Every epoch is a new shuffle of the examples; the few that do not fill a last batch sit that epoch out.
+    """
+
+    def __init__(self, n, batch_size, seed, lengths=None):
+        if n < batch_size:
+            raise DataError(f"{n} examples do not fill one batch of {batch_size}")
+        self.n, self.batch_size, self.seed, self.lengths = n, batch_size, seed, lengths
+        self.per_epoch = n // batch_size
+        self._epoch = None
+
+    def __getitem__(self, i):
+        epoch, i = divmod(i, self.per_epoch)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = epoch_order(self.n, self.seed, epoch, self.lengths, self.batch_size)
+        return self._order[i * self.batch_size : (i + 1) * self.batch_size]

@@ -1,0 +1,255 @@
+"""Logs, plots, guards and statistics of common/metrics.py."""
+
+import io
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from common.config import UserError
+from common.distributed import Env
+from common.metrics import (
+    FiniteGuard,
+    MetricLog,
+    NonFiniteError,
+    Progress,
+    distinct_2,
+    format_table,
+    markdown_table,
+    share,
+    smooth,
+    source_losses,
+    wilson_interval,
+)
+from dataset import BinWriter, DataError, TokenBin, save_meta
+from model import Llama, ModelConfig
+
+ENV = Env(0, 1, torch.device("cpu"))
+
+
+def tiny_llama():
+    torch.manual_seed(0)
+    shape = dict(dim=16, n_layers=1, n_heads=2, n_kv_heads=2, vocab_size=50, max_seq_len=8)
+    return Llama(ModelConfig(**shape)).eval()
+
+
+def test_write_rounds_and_replaces_non_finite(tmp_path):
+    log = MetricLog(tmp_path / "run")
+    values = {"train/loss": 1.23456789, "a": math.nan, "b": math.inf, "n": 7, "t": torch.tensor(0.5)}
+    log.write(3, values | {"np": np.float32(1e-7), "none": None})
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert row.pop("seconds") >= 0
+    expected = {"step": 3, "train/loss": 1.23457, "a": None, "b": None, "n": 7, "t": 0.5}
+    assert row == expected | {"np": 1e-7, "none": None}
+
+
+def test_resume_drops_later_steps_and_a_cut_line(tmp_path):
+    log = MetricLog(tmp_path)
+    for step in (1, 2, 3):
+        log.write(step, {"train/loss": float(step)})
+        log.samples(step, [("问", f"答\nstep 1\r\nstep 9\x85{step}")])
+    with open(tmp_path / "metrics.jsonl", "a") as f:
+        f.write('{"step": 2, "sec')
+    log = MetricLog(tmp_path, resume_step=2)
+    assert [row["step"] for row in log.read()] == [1, 2]
+    log.write(3, {"train/loss": 30.0})
+    assert [row["train/loss"] for row in log.read()] == [1.0, 2.0, 30.0]
+    seconds = [row["seconds"] for row in log.read()]
+    assert seconds == sorted(seconds)
+    headers = [line for line in (tmp_path / "samples.txt").read_text().splitlines() if line.startswith("step")]
+    assert headers == ["step 1", "step 2"]  # the replies hold such lines too, indented
+
+
+def test_resume_of_an_empty_directory_and_fresh_start(tmp_path):
+    log = MetricLog(tmp_path, resume_step=0)
+    assert log.read() == [] and list(tmp_path.iterdir()) == []
+    log.write(1, {"x": 1})
+    log.samples(1, [("p", "")])
+    assert MetricLog(tmp_path).read() == [] and list(tmp_path.iterdir()) == []
+
+
+def test_samples_layout(tmp_path):
+    MetricLog(tmp_path).samples(10, [("你好", "很好\n再见"), ("二", "")])
+    text = (tmp_path / "samples.txt").read_text(encoding="utf-8")
+    assert text == "step 10\n  prompt: 你好\n  reply: 很好\n    再见\n\n  prompt: 二\n  reply: \n\n"
+
+
+def test_plot_draws_panels_with_data_only(tmp_path):
+    log = MetricLog(tmp_path)
+    log.plot([("loss (nats/token)", ["train/loss"])])
+    assert list(tmp_path.iterdir()) == []  # no data, no file
+    for step in range(1, 60):
+        log.write(step, {"train/loss": 5 / step if step != 7 else math.nan})
+        if step % 20 == 0:
+            log.write(step, {"val/loss": 6 / step})
+    panels = [("loss (nats/token)", ["train/loss", "val/loss"]), ("KL (nats)", ["ppo/kl"])]
+    log.plot(panels)
+    one = png_size(tmp_path / "loss.png")
+    log.plot([*panels, ("validation loss (nats/token)", ["val/loss"])])
+    two = png_size(tmp_path / "loss.png")
+    assert one == (1260, 600) and two == (1260, 480)  # 8.4 x 4.0 and 8.4 x 3.2 inches at 150 dpi
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
+
+
+def png_size(path):
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+
+
+def test_smooth_is_a_centred_mean_that_keeps_constants():
+    assert smooth(np.array([0.0, 3.0, 6.0, 0.0]), 3).tolist() == [1.5, 3.0, 3.0, 3.0]
+    assert smooth(np.array([1.0, 5.0]), 1).tolist() == [1.0, 5.0]
+    assert np.allclose(smooth(np.full(50, 2.0), 5), 2.0)
+
+
+def test_progress_plain_lines(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("common.metrics.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    progress = Progress(total=100, initial=10, desc="sft")
+    for step in range(11, 41):
+        now[0] += 1.0
+        progress.update(step, 1000, loss=2.5)
+    progress.close()
+    lines = sys.stderr.getvalue().splitlines()
+    assert [line.split()[1] for line in lines] == ["11/100", "21/100", "31/100", "40/100"]
+    assert lines[0] == "sft 11/100 1,000 tokens/s, ETA 0:01:29, loss 2.5"
+    assert lines[-1] == "sft 40/100 1,000 tokens/s, ETA 0:01:00, loss 2.5"
+
+
+def test_progress_prints_the_last_line_once(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    progress = Progress(total=2)
+    progress.close()
+    assert sys.stderr.getvalue() == ""
+    progress.update(1, 10)
+    progress.close()
+    assert sys.stderr.getvalue().count("\n") == 1
+
+
+def test_progress_bar_on_a_terminal(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    progress = Progress(total=20, initial=5, desc="rm")
+    progress.update(20, 10, loss=0.25)
+    progress.close()
+    last = terminal.getvalue().split("\r")[-1]
+    assert "rm: 100%" in last and "20/20" in last and "tokens/s" in last and "loss 0.25" in last
+
+
+def test_finite_guard_skips_then_gives_up(capsys):
+    guard = FiniteGuard(limit=3)
+    assert guard.ok(1, 2.0, 1.0)
+    assert not guard.ok(2, math.nan, 1.0)
+    assert not guard.ok(3, 2.0, math.inf)
+    assert guard.ok(4, torch.tensor(2.0), torch.tensor(1.0))  # the count starts again
+    assert not guard.ok(5, math.nan, 1.0)
+    assert not guard.ok(6, math.nan, 1.0)
+    captured = capsys.readouterr().err.strip().splitlines()
+    assert len(captured) == 4 and captured[0].startswith("step 2: loss nan, gradient norm 1: update skipped")
+    with pytest.raises(NonFiniteError, match=r"step 7: .*3 times in a row; the last good checkpoint is kept"):
+        guard.ok(7, math.nan, 1.0)
+    assert issubclass(NonFiniteError, UserError)
+
+
+def test_markdown_shows_texts_as_they_are():
+    table = markdown_table(["a|b", "people_daily"], [["_x_ \\| <b> 好_好", "1\n2\r*"], ["", "`~~$[1](2)&amp;"]])
+    assert table.split("\n") == [
+        r"| a\|b | people_daily |",
+        "|---|---|",
+        r"| \_x\_ \\\| \<b\> 好_好 | 1\n2\r\* |",
+        r"|  | \`\~\~\$\[1\](2)\&amp; |",
+    ]
+
+
+def test_format_table_and_share():
+    rows = [dict(name="a", share=share([True, False])), dict(name="b", share=share([]))]
+    table = format_table({"who": "{name}", "what": "{share:.1%}"}, rows)
+    assert table.split("\n")[2:] == ["| a | 50.0% |", "| b | nan% |"]
+
+
+def text_bin(directory, counts, ids):
+    """A val.bin whose sources are {name: (tokens, characters)}."""
+    with BinWriter(directory / "val.bin", 50) as file:
+        file.write(ids)
+    sources, offset = {}, 0
+    for name, (tokens, characters) in counts.items():
+        sources[name] = {"val": dict(tokens=tokens, characters=characters, token_offset=offset)}
+        offset += tokens
+    meta = dict(format_version=1, vocab_size=50, dtype="uint16", sources=sources)
+    save_meta(directory, meta | dict(files={"val.bin": {"tokens": len(ids)}}))
+    return TokenBin(directory / "val.bin")
+
+
+def test_source_losses_of_a_uniform_model(tmp_path):
+    model = tiny_llama().train()
+    model.tok_embeddings.weight.data.zero_()  # all logits are 0: each of 50 tokens is equally likely
+    val = text_bin(tmp_path, {"a": (21, 42), "one": (1, 1), "b": (30, 15)}, [7] * 52)
+    total, sources = source_losses(model, val, ENV)
+    # the first token of a source is not predicted: 20 and 29 are, of 2 and 0.5 characters; none in "one"
+    assert list(sources) == ["a", "b"] and (sources["a"].tokens, sources["b"].tokens) == (20, 29)
+    assert sources["a"].perplexity == pytest.approx(50) == total.perplexity
+    assert sources["a"].bits_per_char == pytest.approx(math.log2(50) / 2)
+    assert sources["b"].bits_per_char == pytest.approx(math.log2(50) * 2)
+    assert total.bits_per_char == pytest.approx(math.log2(50) * 49 / (20 * 2 + 29 / 2))
+    assert model.training
+
+
+def nats(model, ids):
+    """Of each token after the first, given those before it in windows of 8."""
+    total = 0.0
+    for i in range(0, len(ids) - 1, 8):
+        window = torch.tensor(ids[i : i + 9])
+        logps = model(window[None, :-1])[0].log_softmax(-1)  # (T, V)
+        total -= logps.gather(1, window[1:, None]).sum().item()
+    return total
+
+
+@torch.no_grad()
+def test_source_losses_are_the_models_own_in_windows_of_its_context(tmp_path):
+    model = tiny_llama()  # context 8
+    ids = torch.randint(50, (30,), generator=torch.Generator().manual_seed(0)).tolist()
+    val = text_bin(tmp_path, {"a": (12, 12), "b": (18, 18)}, ids)
+    a, b = nats(model, ids[:12]), nats(model, ids[12:])
+    for batch_size in (1, 16):
+        total, sources = source_losses(model, val, ENV, batch_size=batch_size)
+        assert (sources["a"].nats, sources["b"].nats) == (pytest.approx(a, rel=1e-5), pytest.approx(b, rel=1e-5))
+        assert total.per_token == pytest.approx((a + b) / 28, rel=1e-5)
+    cut = source_losses(model, val, ENV, max_tokens=10)[1]["b"]
+    assert (cut.tokens, cut.nats) == (9, pytest.approx(nats(model, ids[12:22]), rel=1e-5))
+
+
+def test_source_losses_without_text(tmp_path):
+    with pytest.raises(DataError, match=r"val\.bin: no source"):
+        source_losses(tiny_llama(), text_bin(tmp_path, {"a": (1, 1)}, [3]), ENV)
+
+
+def test_wilson_interval_known_values():
+    # 5 of 10: centre 0.5, half width sqrt(0.25/10 + 3.8416/400) * 1.96 / (1 + 0.38416) = 0.2634
+    assert wilson_interval(5, 10) == pytest.approx((0.236593, 0.763407), abs=1e-5)
+    assert wilson_interval(0, 10) == pytest.approx((0.0, 3.8416 / 13.8416))  # z^2 / (n + z^2)
+    assert wilson_interval(10, 10) == pytest.approx((10 / 13.8416, 1.0))
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+    low, high = wilson_interval(3, 7)
+    assert wilson_interval(4, 7) == pytest.approx((1 - high, 1 - low))
+    with pytest.raises(ValueError, match="4 successes out of 3"):
+        wilson_interval(4, 3)
+
+
+def test_distinct_2_counts_bigrams_within_replies():
+    assert distinct_2(["abab"], 4) == 2 / 4  # ab, ba
+    assert distinct_2(["ab", "cd"], 4) == 2 / 4  # bc crosses a boundary
+    assert distinct_2(["abc", "abd"], 6) == 3 / 6  # ab bc bd
+    assert distinct_2(["abc", "xyz"], 5) == 3 / 5  # ab bc xy: the sixth character is outside
+    assert distinct_2(["好好好好"], 4) == 1 / 4
+    assert distinct_2(["abcdef"], 3) == 2 / 3
+
+
+def test_distinct_2_needs_enough_text():
+    assert math.isnan(distinct_2(["ab"], 3))
+    assert math.isnan(distinct_2([], 0))

@@ -1,0 +1,400 @@
+"""model.py against transformers, plain PyTorch, hand-computed numbers and llama2.c's golden text."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from configs.sizes import count_parameters, sizes
+from model import KVCache, Llama, ModelConfig, sample
+
+SHAPES = {"MHA": dict(), "GQA": dict(n_kv_heads=2), "untied": dict(tied=False), "MQA": dict(n_kv_heads=1, tied=False)}
+COUNTS = [4_393_216, 24_636_096, 58_479_616, 134_714_880, 268_756_992]  # of the five sizes, tied
+shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+
+
+def tiny_model(**changes):
+    torch.manual_seed(0)
+    shape = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=4, vocab_size=97, max_seq_len=128)
+    model = Llama(ModelConfig(**shape | changes)).eval()
+    with torch.no_grad():
+        for p in model.parameters():  # far from the initial weights, so that no distribution is flat and no norm is 1
+            p.normal_(std=0.25) if p.dim() == 2 else p.uniform_(0.5, 1.5)
+    return model
+
+
+def random_ids(*size, vocab_size=97, seed=1):
+    return torch.randint(3, vocab_size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_same_gradients(actual, expected):
+    empty = [name for name, g in expected.items() if g.abs().max() < 1e-4]
+    assert not empty, f"nothing to compare in {empty}"
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-6)
+
+
+def to_hugging_face(model):
+    transformers = pytest.importorskip("transformers")
+    c = model.config
+    shape = dict(vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.hidden_dim)
+    shape |= dict(num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads)
+    shape |= dict(max_position_embeddings=c.max_seq_len)
+    constants = dict(rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, tie_word_embeddings=c.tied)
+    hf = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, **constants)).eval()
+    renames = dict(wq="q_proj", wk="k_proj", wv="v_proj", wo="o_proj", w1="gate_proj", w2="down_proj", w3="up_proj")
+    renames |= {"attention.": "self_attn.", "feed_forward.": "mlp.", "tok_embeddings": "embed_tokens"}
+    renames |= {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+    weights = {"lm_head.weight": model.head_weight}
+    for name, w in model.state_dict().items():
+        heads = c.n_heads if "wq" in name else c.n_kv_heads if "wk" in name else None
+        if heads:  # Meta rotates the pairs (2i, 2i+1), Hugging Face (i, i + head_dim/2)
+            w = w.view(heads, c.head_dim // 2, 2, c.dim).transpose(1, 2).reshape(w.shape)
+        for old, new in renames.items():
+            name = name.replace(old, new)
+        if not name.startswith("output"):
+            weights["model." + name] = w
+    hf.load_state_dict(weights)
+    return hf
+
+
+@shapes
+def test_logits_equal_hugging_face(shape):
+    model, ids = tiny_model(**shape, norm_eps=1e-3, rope_theta=500.0), random_ids(2, 100)
+    assert ("output.weight" in model.state_dict()) == (not model.config.tied)  # a tied embedding is stored once
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), to_hugging_face(model)(ids).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name, expected", list(zip(sizes, COUNTS, strict=True)))
+def test_parameter_counts_of_the_five_sizes(name, expected):
+    assert count_parameters(**sizes[name]) == expected
+    with torch.device("meta"):  # shapes without memory
+        assert Llama(ModelConfig(**sizes[name])).num_params() == expected
+        untied = Llama(ModelConfig(**sizes[name], tied=False)).num_params()
+    assert count_parameters(**sizes[name], tied=False) == untied == expected + 64793 * sizes[name]["dim"]
+
+
+@pytest.mark.parametrize("bad", [dict(n_heads=5), dict(n_kv_heads=3), dict(n_heads=32, n_kv_heads=32)])
+def test_config_refuses_impossible_heads(bad):
+    with pytest.raises(ValueError, match="n_heads"):
+        ModelConfig(**dict(dim=32, n_heads=4, n_kv_heads=4) | bad)
+
+
+@pytest.mark.parametrize(
+    "dim, n_heads, vocab_size, tied",
+    [(64, 8, 64793, True), (160, 5, 6144, True), (512, 8, 6144, False), (1024, 16, 64793, True)],
+)
+def test_fresh_model_guesses_uniformly(dim, n_heads, vocab_size, tied):
+    torch.manual_seed(0)
+    shape = dict(n_layers=1, n_heads=n_heads, n_kv_heads=n_heads, vocab_size=vocab_size, max_seq_len=64, tied=tied)
+    ids = random_ids(2, 64, vocab_size=vocab_size)
+    with torch.no_grad():
+        loss = Llama(ModelConfig(dim=dim, **shape))(ids[:1], ids[1:])
+    assert loss.item() == pytest.approx(math.log(vocab_size), rel=0.02)
+
+
+def test_padding_on_the_right_changes_no_earlier_logits():
+    model, ids = tiny_model(n_kv_heads=2), random_ids(2, 30)
+    with torch.no_grad():
+        padded = model(F.pad(ids, (0, 10)))[:, :30]
+        torch.testing.assert_close(padded, model(ids), rtol=0, atol=1e-5)
+
+
+def test_text_longer_than_the_context_is_refused():
+    with pytest.raises(ValueError, match="9 tokens .* max_seq_len=8"):
+        tiny_model(max_seq_len=8)(random_ids(1, 9))
+
+
+def test_values_read_the_scalar_head_at_every_position():
+    fresh = Llama(ModelConfig(dim=32, n_layers=1, n_heads=4, n_kv_heads=4, vocab_size=97, scalar_head=True))
+    ids = random_ids(2, 7)
+    assert fresh.values(ids).shape == (2, 7) and not fresh.values(ids).any()
+    model = tiny_model(scalar_head=True, tied=False)
+    assert "output.weight" not in model.state_dict()
+    torch.testing.assert_close(model.values(ids), model.hidden(ids) @ model.scalar.weight[0])
+
+
+def loss_reference(model, ids, targets, weights=None):
+    nll = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), reduction="none")  # 0 where the target is -100
+    return nll.sum() / (targets != -100).sum() if weights is None else (nll * weights.flatten()).sum()
+
+
+@shapes
+@pytest.mark.parametrize("weighted", [False, True], ids=["mean", "weights"])
+@pytest.mark.parametrize("size", [(1, 20), (3, 100), (2, 128)], ids=["one chunk", "odd rows", "two whole chunks"])
+def test_chunked_loss_equals_cross_entropy(shape, weighted, size):
+    model, ids, targets = tiny_model(**shape), random_ids(*size), random_ids(*size, seed=2)
+    weights = torch.rand(size) * (torch.rand(size) < 0.8) / math.prod(size) if weighted else None
+    if size != (2, 128):
+        targets[0, 1:4] = -100
+    expected = loss_reference(model, ids, targets, weights)
+    expected_gradients = gradients(model, expected)
+    loss = model(ids, targets, weights)
+    torch.testing.assert_close(loss, expected)
+    assert_same_gradients(gradients(model, 3 * loss), {name: 3 * g for name, g in expected_gradients.items()})
+    with torch.no_grad():  # the path of evaluation
+        torch.testing.assert_close(model(ids, targets, weights), expected)
+
+
+@pytest.mark.parametrize("weights", [None, torch.zeros(2, 9), torch.ones(2, 9)])
+def test_loss_without_counted_targets_is_zero(weights):
+    model, ids = tiny_model(), random_ids(2, 9)
+    targets = torch.full((2, 9), -100)
+    loss = model(ids, targets, weights)
+    assert loss.item() == 0 and not any(g.any() for g in gradients(model, loss).values())
+    with torch.no_grad():
+        assert model(ids, targets, weights).item() == 0
+
+
+def test_gradients_do_not_depend_on_the_micro_batches():
+    model, ids, targets = tiny_model(n_kv_heads=2), random_ids(6, 50), random_ids(6, 50, seed=2)
+    mask = (torch.rand(6, 50) < torch.linspace(0.1, 0.9, 6)[:, None]).float()  # rows of very unequal length
+    whole = gradients(model, model(ids, targets, mask / mask.sum()))
+    parts = zip(*(x.split([1, 2, 3]) for x in (ids, targets, mask / mask.sum())), strict=True)
+    assert_same_gradients(gradients(model, sum(model(*part) for part in parts)), whole)
+    assert_same_gradients(gradients(model, model(ids, targets.masked_fill(mask == 0, -100))), whole)
+
+
+@shapes
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "mask"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_token_logps_equal_log_softmax(shape, masked, temperature):
+    model, ids = tiny_model(**shape), random_ids(3, 101)
+    mask = (torch.rand(3, 100) < 0.5).float() if masked else None
+    if masked:
+        mask[1] = 0
+    logps = (model(ids)[:, :-1] / temperature).log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
+    expected = logps if mask is None else logps * mask
+    coefficients = torch.randn(3, 100)  # another gradient for every token
+    expected_gradients = gradients(model, (expected * coefficients).mean())
+    actual = model.token_logps(ids, temperature, mask)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert_same_gradients(gradients(model, (actual * coefficients).mean()), expected_gradients)
+    with torch.no_grad():
+        torch.testing.assert_close(model.token_logps(ids, temperature, mask), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_token_logps_of_nothing():
+    model, ids = tiny_model(), random_ids(2, 9)
+    assert model.token_logps(ids[:, :1]).shape == (2, 0)
+    logps = model.token_logps(ids, mask=torch.zeros(2, 8))
+    assert not logps.any() and not any(g.any() for g in gradients(model, logps.sum()).values())
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.numel = max([self.numel] + [t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor)])
+        return out
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_training_never_holds_all_logits(tied):
+    model = tiny_model(vocab_size=5000, n_layers=1, max_seq_len=129, tied=tied)
+    ids = random_ids(8, 129, vocab_size=5000)
+    with LargestTensor() as largest:
+        logits = model(ids[:, :-1])
+    assert largest.numel == logits.numel()  # the measurement sees them where they are made
+    with LargestTensor() as largest:
+        model(ids[:, :-1], ids[:, 1:]).backward()
+        model.token_logps(ids).mean().backward()
+        with torch.no_grad():
+            model(ids[:, :-1], ids[:, 1:])
+            model.token_logps(ids)
+    assert 0 < largest.numel <= logits.numel() / 8
+
+
+def talker(**changes):
+    """So few words that sampled and greedy texts meet an eos soon."""
+    return tiny_model(**dict(vocab_size=24, n_kv_heads=2, tied=False, max_seq_len=40) | changes)
+
+
+PROMPTS = [random_ids(n, vocab_size=24, seed=10 + n).tolist() for n in (3, 11, 1, 7, 5, 2, 9, 4)]
+
+
+@torch.no_grad()
+def greedy_reference(model, prompt, max_new_tokens):
+    """Without a cache and without eos: the whole text again for every token."""
+    ids = list(prompt)
+    while len(ids) < min(len(prompt) + max_new_tokens, model.config.max_seq_len):
+        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+    return ids[len(prompt) :]
+
+
+@shapes
+def test_cached_generation_equals_uncached(shape):
+    model = talker(**shape)
+    for prompt in PROMPTS[:2]:
+        assert model.generate([prompt], 20, temperature=0, eos_id=-1).tokens == [greedy_reference(model, prompt, 20)]
+
+
+def test_ragged_batch_equals_single_rows_as_rows_stop_and_leave(monkeypatch):
+    model, left, keep = talker(), [], KVCache.keep
+    monkeypatch.setattr(KVCache, "keep", lambda cache, rows: (left.append(len(rows)), keep(cache, rows))[1])
+    free = [greedy_reference(model, prompt, 25) for prompt in PROMPTS]
+
+    def lengths(eos):
+        return [text.index(eos) + 1 if eos in text else 25 for text in free]
+
+    eos = max(range(24), key=lambda eos: len(set(lengths(eos))))
+    assert len(set(lengths(eos))) >= 4 and sum(n < 25 for n in lengths(eos)) >= 4
+    tokens = model.generate(PROMPTS, 25, temperature=0, eos_id=eos).tokens
+    assert tokens == [text[:n] for text, n in zip(free, lengths(eos), strict=True)]
+    assert left and left[0] <= 4  # rows did leave the batch
+
+    batch = model.generate(PROMPTS, 25, temperature=0, eos_id=eos, repetition_penalty=1.2, return_logps=True)
+    for prompt, text, logps in zip(PROMPTS, batch.tokens, batch.logps, strict=True):
+        alone = model.generate([prompt], 25, temperature=0, eos_id=eos, repetition_penalty=1.2, return_logps=True)
+        assert alone.tokens == [text]
+        assert logps == pytest.approx(alone.logps[0], abs=1e-4)
+
+
+def test_generation_ends_with_the_context():
+    model = talker(max_seq_len=14)
+    tokens = model.generate(PROMPTS, 100, temperature=0, eos_id=-1).tokens
+    assert [len(p) + len(t) for p, t in zip(PROMPTS, tokens, strict=True)] == [14] * len(PROMPTS)
+    assert tokens == [greedy_reference(model, prompt, 100) for prompt in PROMPTS]
+    longest = random_ids(13, vocab_size=24).tolist()
+    assert model.generate([longest], 5, temperature=0, eos_id=-1).tokens == [greedy_reference(model, longest, 1)]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+def test_returned_logps_score_the_finished_text(temperature):
+    model = talker(max_seq_len=30)
+    out = model.generate(PROMPTS, 25, temperature=temperature, seed=3, return_logps=True)
+    assert {len(t) for t in out.tokens} != {25}  # some end early, or by the context
+    for prompt, text, logps in zip(PROMPTS, out.tokens, out.logps, strict=True):
+        with torch.no_grad():
+            expected = model.token_logps(torch.tensor([prompt + text]), temperature or 1.0)[0, -len(text) :]
+        assert logps == pytest.approx(expected.tolist(), abs=1e-4)
+    assert model.generate(PROMPTS, 1).logps is None
+
+
+def test_one_candidate_is_greedy():
+    model = talker()
+    greedy = model.generate(PROMPTS, 15, temperature=0).tokens
+    for options in (dict(top_k=1), dict(top_p=1e-6), dict(top_p=0.0)):
+        assert model.generate(PROMPTS, 15, **options).tokens == greedy
+
+
+def test_seed_gives_the_same_text_whatever_the_global_generator():
+    model = talker()
+    first = model.generate(PROMPTS, 15, seed=7).tokens
+    state = torch.get_rng_state()
+    assert model.generate(PROMPTS, 15, seed=7).tokens == first
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.generate(PROMPTS, 15, seed=8).tokens != first
+
+
+def test_streamed_tokens_are_the_returned_ones():
+    model, streamed = talker(), [[] for _ in PROMPTS]
+    tokens = model.generate(PROMPTS, 25, seed=7, on_token=lambda row, token: streamed[row].append(token)).tokens
+    assert len({len(t) for t in tokens}) > 2  # rows ended at different times
+    assert streamed == tokens
+    assert model.generate(PROMPTS, 0).tokens == [[] for _ in PROMPTS]
+
+
+@pytest.mark.parametrize("prompts, lengths", [([[]], "0"), ([[3], []], "0, 1"), ([[3], [3] * 40], "1, 40")])
+def test_empty_or_too_long_prompts_are_refused(prompts, lengths):
+    with pytest.raises(ValueError, match=rf"1 to 39 tokens; got \[{lengths}\]"):
+        talker().generate(prompts, 5)
+
+
+def test_generation_is_without_dropout_and_leaves_the_mode_alone():
+    model = talker(dropout=0.5)
+    expected = model.generate(PROMPTS, 15, temperature=0).tokens
+    assert not model.training
+    assert model.train().generate(PROMPTS, 15, temperature=0).tokens == expected
+    assert model.training
+
+
+def always(logits):
+    """A model that gives these logits after any text."""
+    model = Llama(ModelConfig(dim=4, n_layers=1, n_heads=1, n_kv_heads=1, vocab_size=len(logits), tied=False))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(1)  # so that the last state is (1, 1, 1, 1)
+        model.output.weight.copy_(torch.tensor(logits)[:, None] / 4)
+    return model
+
+
+def test_repetition_penalty_divides_positive_logits_and_multiplies_negative_ones():
+    def greedy(model, prompt, penalty):
+        return model.generate([prompt], 3, temperature=0, eos_id=-1, repetition_penalty=penalty).tokens[0]
+
+    positive = always([2.0, 1.5, 0.5, -3.0])
+    assert greedy(positive, [0], 1.0) == [0, 0, 0]
+    assert greedy(positive, [0], 1.6) == [1, 0, 0]  # 2 / 1.6 = 1.25 < 1.5; then 1.5 / 1.6 = 0.94 < 1.25
+    assert greedy(positive, [3], 1.6) == [0, 1, 0]
+    negative = always([-1.0, -1.2, -9.0, -9.0])
+    assert greedy(negative, [3], 1.5) == [0, 1, 0]  # -1 * 1.5 < -1.2; then -1.2 * 1.5 < -1.5
+    logps = positive.generate([[0]], 1, temperature=0, repetition_penalty=1.6, return_logps=True).logps
+    assert logps[0] == pytest.approx([torch.tensor([1.25, 1.5, 0.5, -3.0]).log_softmax(0)[1].item()], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (dict(), [0.1, 0.5, 0.15, 0.25]),
+        (dict(temperature=0.5), [0.01 / 0.345, 0.25 / 0.345, 0.0225 / 0.345, 0.0625 / 0.345]),
+        (dict(top_k=2), [0, 2 / 3, 0, 1 / 3]),
+        (dict(top_k=9), [0.1, 0.5, 0.15, 0.25]),
+        (dict(top_p=0.49), [0, 1, 0, 0]),
+        (dict(top_p=0.7), [0, 2 / 3, 0, 1 / 3]),  # 0.5 does not reach 0.7, 0.75 does
+        (dict(top_p=0.8), [0, 0.5 / 0.9, 0.15 / 0.9, 0.25 / 0.9]),
+        (dict(top_p=0.7, top_k=2), [0, 2 / 3, 0, 1 / 3]),
+        (dict(top_p=0.6, top_k=2), [0, 1, 0, 0]),  # of the two, one has 2 / 3
+        (dict(top_p=0.6, temperature=0.5), [0, 1, 0, 0]),  # 0.25 / 0.345 = 0.72 reaches 0.6 alone
+        (dict(temperature=0), [0, 1, 0, 0]),
+    ],
+)
+def test_sample_draws_from_the_right_set_in_the_right_shares(options, expected):
+    logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log().expand(20_000, 4)
+    drawn = sample(logits, generator=torch.Generator().manual_seed(0), **options)
+    shares = (drawn.bincount(minlength=4) / len(drawn)).tolist()
+    assert shares == pytest.approx(expected, abs=0.02)  # 5 standard deviations
+    assert [share == 0 for share in shares] == [share == 0 for share in expected]
+
+
+def load_llama2c(path):
+    """Version 0 of its format: 7 int32, then float32 weights, each kind for all layers, and the rotary tables."""
+    data = np.fromfile(path, dtype=np.int32, count=7)
+    names = "dim hidden_dim n_layers n_heads n_kv_heads vocab_size max_seq_len".split()
+    config = ModelConfig(**dict(zip(names, data.tolist(), strict=True)))
+    model, weights = Llama(config), torch.from_numpy(np.fromfile(path, dtype=np.float32, offset=28))
+    kinds = ["attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo"]
+    kinds += ["ffn_norm", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"]
+    layers = [f"layers.{i}.{kind}.weight" for kind in kinds for i in range(config.n_layers)]
+    parameters, start = dict(model.named_parameters()), 0
+    with torch.no_grad():
+        for name in ["tok_embeddings.weight", *layers, "norm.weight"]:
+            p = parameters.pop(name)
+            p.copy_(weights[start : start + p.numel()].view_as(p))
+            start += p.numel()
+    assert not parameters and start + config.max_seq_len * config.head_dim == len(weights)
+    return model
+
+
+def test_llama2c_stories_260k_tells_its_story(shared_data):
+    folder = shared_data / "llama2c"
+    expected = json.loads((folder / "expected_stories260K.json").read_text())
+    ids = load_llama2c(folder / "stories260K.bin").generate([[1]], 200, temperature=0, eos_id=1).tokens[0]
+    assert [1, *ids][:40] == expected["greedy_ids_first"]
+    text = sentencepiece.SentencePieceProcessor(str(folder / "tok512.model")).decode(ids)
+    assert text == expected["expected_stdout"]

@@ -1,0 +1,442 @@
+"""Tokenizer: ChatGLM3's reference vectors, losslessness of trained vocabularies, the prompt format, training."""
+
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs.tokenizer import config as train_defaults
+from tokenizer import (
+    StreamDecoder,
+    Tokenizer,
+    TokenizerError,
+    encode_document,
+    encode_example,
+    encode_opening,
+    encode_pair,
+    encode_prompt,
+)
+from tokenizer.train import Corpus, characters_per_token, main, train_bpe
+
+ROOT = Path(__file__).parents[1]
+SAMPLES = ROOT.parent / "shared" / "data" / "tokenizer"
+LINES = [
+    "酒店很好，房间干净",
+    "这本书不好看",
+    "电脑 very  good 123",
+    "hello hello world",
+    "</s> and <s> and <0x41>",
+]
+TRICKY = [
+    "\u2581",
+    " ",
+    "   ",
+    "\n",
+    "\r\n",
+    "\t",
+    "\x01",
+    "\x7f",
+    "\0",
+    "\u2585",
+    "\ufffd",
+    "\ufeff",
+    "\u3000",
+]
+TRICKY += [
+    "a",
+    "酒店",
+    "龘",
+    "👋",
+    "👨\u200d👩\u200d👧",
+    "e\u0301",
+    "</s>",
+    "<s>",
+    "<unk>",
+    "<pad>",
+    "<0x41>",
+    "12",
+    "\u2028",
+]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    path.write_bytes("\n".join(LINES * 20).encode() + b"\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def tok(corpus):
+    config = train_defaults | dict(vocab_size=340, character_coverage=1.0)
+    return Tokenizer(train_bpe(Corpus([str(corpus)], 1000), config))
+
+
+@pytest.fixture(scope="module")
+def glm():
+    if not SAMPLES.is_dir():
+        pytest.skip(f"no ChatGLM3 sample at {SAMPLES}")
+    return Tokenizer.load(SAMPLES / "chatglm3_tokenizer.model")
+
+
+def random_texts(n, seed):
+    """Awkward strings and any characters that Unicode allows in text, mixed."""
+    rng = random.Random(seed)
+
+    def part():
+        if rng.random() < 0.7:
+            return rng.choice(TRICKY)
+        return chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)]))
+
+    return ["".join(part() for _ in range(rng.randrange(15))) for _ in range(n)]
+
+
+def random_ids(tok, n, seed):
+    """Sequences thick with byte pieces, whole and broken characters, spaces, specials and ids beyond the pieces."""
+    rng = random.Random(seed)
+    byte_ids, high = tok.encode("\0龘👋\u2585"), tok.n_pieces + 5
+    choices = [
+        lambda: rng.randrange(high),
+        lambda: rng.choice(byte_ids),
+        lambda: rng.choice(tok.encode(" a  ")),
+    ]
+    return [[rng.choice(choices)() for _ in range(rng.randrange(1, 12))] for _ in range(n)]
+
+
+def stream(tok, ids):
+    decoder = StreamDecoder(tok)
+    return "".join(decoder.push(i) for i in ids) + decoder.flush()
+
+
+# ChatGLM3
+
+
+def glm_vectors():
+    path = SAMPLES / "chatglm3_tokenizer_vectors.json"
+    return json.loads(path.read_text(encoding="utf-8"))["vectors"] if path.exists() else []
+
+
+def test_chatglm3_contract(glm):
+    assert glm.vocab_size == 64_793 and glm.n_pieces == 64_789
+    assert (glm.pad_id, glm.bos_id, glm.eos_id) == (0, 1, 2)
+    assert glm.sha256 == "e7dc4c393423b76e4373e5157ddc34803a0189ba96b21ddbb40269d31468a6f2"
+    assert glm.decode([64790, 64792, 1, 36474, 54591, 2, 0, 64795]) == "你好"
+
+
+def test_chatglm3_vectors(glm):
+    role_ids = {"system": 64794, "user": 64795, "assistant": 64796}
+    vectors = glm_vectors()
+    assert len(vectors) == 19
+    for vector in vectors:
+        prefix = [64790, 64792]  # [gMASK] sop
+        if vector["kind"] == "decode":
+            assert glm.decode(vector["ids"]) == vector["text"] == stream(glm, vector["ids"])
+            continue
+        if vector["kind"] == "encode":
+            ids = (prefix if vector["add_special_tokens"] else []) + glm.encode(vector["text"])
+        elif vector["kind"] == "encode_pair":
+            ids = prefix + glm.encode(vector["text"]) + glm.encode(vector["text_pair"]) + [glm.eos_id]
+        else:
+            assert vector["kind"] == "chatglm3_chat"
+            ids = prefix
+            for message in vector["messages"]:
+                ids = ids + [role_ids[message["role"]]] + glm.encode("\n") + glm.encode(message["content"])
+            ids = ids + [role_ids["assistant"]]
+        assert ids == vector["ids"], vector["source"]
+
+
+def test_chatglm3_text_never_makes_special_ids(glm):
+    for text in ["</s>", "<s>", "<unk>", "[gMASK]sop", "<|user|>", *random_texts(500, seed=3)]:
+        assert all(2 < i < 64_789 for i in glm.encode(text))
+
+
+# losslessness and streaming
+
+
+def test_round_trip_of_any_text(tok):
+    texts = TRICKY + random_texts(3000, seed=0) + ["", " " * 40, "\n\n\n", "\u2581\u2581 \u2581"]
+    batch = tok.encode_batch(texts, num_threads=2)
+    for text, ids in zip(texts, batch, strict=True):
+        assert ids == tok.encode(text)
+        assert tok.decode(ids) == text
+        assert all(i > 2 for i in ids)
+
+
+def test_stream_equals_decode(tok):
+    for ids in [tok.encode(text) for text in random_texts(500, seed=1)] + random_ids(tok, 3000, seed=1):
+        assert stream(tok, ids) == tok.decode(ids)
+
+
+def test_stream_equals_decode_with_dummy_prefix(glm):
+    for ids in random_ids(glm, 3000, seed=2):
+        assert stream(glm, ids) == glm.decode(ids)
+
+
+def test_stream_never_shows_half_a_character(tok):
+    decoder, ids = StreamDecoder(tok), tok.encode("龘👋")
+    assert len(ids) == 7  # 3 + 4 byte pieces
+    assert [decoder.push(i) for i in ids] == ["", "", "龘", "", "", "", "👋"]
+    assert [decoder.push(ids[0]), decoder.push(tok.eos_id), decoder.flush(), decoder.flush()] == [
+        "",
+        "",
+        "\ufffd",
+        "",
+    ]
+
+
+def test_lone_surrogate_is_named(tok):
+    for encode in (tok.encode, lambda text: tok.encode_batch(["fine", text])):
+        with pytest.raises(TokenizerError, match="lone surrogate at character 3"):
+            encode("abc\ud83d")
+
+
+# loading
+
+
+def test_load_file_and_directory(tok, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(tok.model_bytes)
+    for source in (tmp_path, tmp_path / "tokenizer.model", str(tmp_path)):
+        loaded = Tokenizer.load(source)
+        assert loaded.model_bytes == tok.model_bytes
+        assert loaded.sha256 == hashlib.sha256(tok.model_bytes).hexdigest()
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 10])
+def test_load_refuses_what_is_no_model(tmp_path, content):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(content)
+    with pytest.raises(TokenizerError, match="tokenizer.model: not a SentencePiece model"):
+        Tokenizer.load(path)
+
+
+def test_load_names_the_missing_path(tmp_path):
+    for source in (tmp_path, tmp_path / "no.model", "no/such.model"):
+        with pytest.raises(TokenizerError, match="no tokenizer at"):
+            Tokenizer.load(source)
+
+
+def test_load_from_offline_hub_cache(tok, tmp_path):
+    repo, commit = tmp_path / "models--someone--a-model", "a" * 40
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    (repo / "snapshots" / commit).mkdir(parents=True)
+    (repo / "snapshots" / commit / "tokenizer.model").write_bytes(tok.model_bytes)
+    code = (
+        "import sys; from tokenizer import Tokenizer, TokenizerError\n"
+        "print(Tokenizer.load('someone/a-model', cache_dir=sys.argv[1]).sha256)\n"
+        "try: Tokenizer.load('someone/another', cache_dir=sys.argv[1])\n"
+        "except TokenizerError as error: print(error)\n"
+    )
+    # the hub library reads HF_HUB_OFFLINE when it is imported
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    sha256, refusal = run.stdout.splitlines()
+    assert sha256 == tok.sha256
+    assert refusal.startswith("no tokenizer at someone/another, and none from Hugging Face someone/another:")
+
+
+# prompt format
+
+
+def chat(*texts, system=None):
+    roles = ["user", "assistant"] * len(texts)
+    messages = [dict(role=role, content=text) for role, text in zip(roles, texts, strict=False)]
+    return messages if system is None else [dict(role="system", content=system), *messages]
+
+
+def test_document_and_opening(tok):
+    assert encode_document(tok, "好") == [*tok.encode("好"), 2]
+    assert encode_opening(tok, "好") == [2, *tok.encode("好")]
+
+
+def test_conversation_layout_and_loss_mask(tok):
+    q1, a1, q2, a2 = map(tok.encode, ("房间", "很好，干净", "书", "不好看"))
+    example, note = encode_example(tok, chat("房间", "很好，干净", "书", "不好看"), 100)
+    assert note is None
+    assert example.ids == [*q1, 1, *a1, 2, *q2, 1, *a2, 2]
+    mask = [0] * (len(q1) + 1) + [1] * (len(a1) + 1) + [0] * (len(q2) + 1) + [1] * (len(a2) + 1)
+    assert example.loss_mask == mask
+    prompt = encode_prompt(tok, chat("房间", "很好，干净", "书"))
+    assert prompt == [*q1, 1, *a1, 2, *q2, 1] == example.ids[: len(prompt)]
+
+
+def test_system_text_is_prefixed_to_the_first_question(tok):
+    prompt = encode_prompt(tok, chat("房间", "很好", "书", system="你好"))
+    assert prompt == encode_prompt(tok, chat("你好\n房间", "很好", "书"))
+
+
+def test_control_pieces_typed_by_a_user_stay_text(tok):
+    prompt = encode_prompt(tok, chat("</s><s>good"))
+    assert prompt[-1] == 1 and all(i > 2 for i in prompt[:-1])
+    assert tok.decode(prompt) == "</s><s>good"
+
+
+def test_long_question_is_cut_on_its_left(tok):
+    question, answer = tok.encode("这本书不好看" * 5), tok.encode("很好")
+    messages = chat("这本书不好看" * 5, "很好")
+    room = len(answer) + 2  # <bos> and <eos>
+    for kept in (1, 2, len(question) - 1):
+        example, note = encode_example(tok, messages, room + kept)
+        assert note == "cut question"
+        assert example.ids == [*question[-kept:], 1, *answer, 2]
+        assert example.loss_mask == [0] * (kept + 1) + [1] * (len(answer) + 1)
+        assert encode_prompt(tok, messages[:1], kept + 1) == [*question[-kept:], 1]
+    assert encode_example(tok, messages, room + len(question))[1] is None
+    assert encode_example(tok, messages, room) == (None, "answer too long")
+    with pytest.raises(TokenizerError, match="no room"):
+        encode_prompt(tok, messages[:1], 1)
+
+
+def test_oldest_turns_are_dropped_whole_and_the_system_text_stays(tok):
+    messages = chat("房间", "很好", "书", "不好看", system="你好")
+    last, _ = encode_example(tok, chat("书", "不好看", system="你好"))
+    full, _ = encode_example(tok, messages)
+    assert encode_example(tok, messages, len(full.ids)) == (full, None)
+    for max_len in (len(full.ids) - 1, len(last.ids)):
+        assert encode_example(tok, messages, max_len) == (last, "dropped turns")
+    cut, note = encode_example(tok, messages, len(last.ids) - 1)
+    assert (cut.ids, note) == (last.ids[1:], "cut question")
+    assert encode_prompt(tok, messages[:-1], len(last.ids) - len(tok.encode("不好看")) - 1) == encode_prompt(
+        tok, chat("书", system="你好")
+    )
+
+
+def test_malformed_conversations(tok):
+    assert encode_example(tok, chat("房间"), 50) == (None, "no last answer")
+    assert encode_example(tok, chat("房间", ""), 50) == (None, "empty answer")
+    for messages in (
+        [],
+        chat("a", "b")[1:],
+        chat("a") * 2,
+        [dict(role="tool", content="a")],
+        chat(system="a"),
+    ):
+        assert encode_example(tok, messages, 50) == (None, "roles out of order")
+        with pytest.raises(TokenizerError, match="roles out of order"):
+            encode_prompt(tok, messages)
+    with pytest.raises(TokenizerError, match="must be the user's"):
+        encode_prompt(tok, chat("a", "b"))
+
+
+def test_pair_shares_its_prompt_and_trains_on_the_last_answers(tok):
+    messages = chat("房间", "很好", "这本书 电脑")
+    long, short = "不好看" * 4, "好"
+    room = len(tok.encode(long)) + 1
+    for limit, want in (
+        (None, encode_prompt(tok, messages)),
+        (room + 2, [*tok.encode("这本书 电脑")[-1:], 1]),
+    ):
+        (chosen, rejected), note = encode_pair(tok, messages, short, long, limit)
+        assert note == (None if limit is None else "cut question")
+        for example, text in ((chosen, short), (rejected, long)):
+            answer = [*tok.encode(text), 2]
+            assert example.ids == want + answer
+            assert example.loss_mask == [0] * len(want) + [1] * len(answer)
+    assert encode_pair(tok, messages, short, "", 50) == (None, "empty answer")
+    assert encode_pair(tok, messages, short, long, room) == (None, "no room for the question")
+
+
+# training
+
+
+def train(*options):
+    main([f"--{key}={value}" for key, value in options])
+
+
+def test_train_writes_a_tokenizer_that_loads(corpus, tmp_path, capsys):
+    out = tmp_path / "new" / "tokenizer"
+    options = [("input", corpus), ("out", out), ("vocab_size", 330)]
+    train(*options)
+    tok = Tokenizer.load(out)
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "tokenizer.model", "tokenizer.vocab"]
+    assert json.loads((out / "config.json").read_text())["vocab_size"] == 330 == tok.vocab_size
+    vocab = (out / "tokenizer.vocab").read_text(encoding="utf-8").split("\n")
+    assert [line.rsplit("\t", 1)[0] for line in vocab[:4]] == ["<unk>", "<s>", "</s>", "<0x00>"]
+    assert len(vocab) == 330 + 1
+    printed = capsys.readouterr().out
+    assert f"100 lines, {sum(map(len, LINES)) * 20:,} characters; lines skipped: none" in printed
+    assert f"{characters_per_token(tok, LINES):.3f} characters per token" in printed
+
+    with pytest.raises(TokenizerError, match="--overwrite"):
+        train(*options)
+    train(*options, ("overwrite", "true"))  # the same lines give the same bytes
+    assert Tokenizer.load(out).model_bytes == tok.model_bytes
+
+
+def test_drawing_lines_repeats(tmp_path):
+    path = tmp_path / "numbers.txt"
+    path.write_text("\n".join(f"{i} {i * i}" for i in range(2000)))
+    config = train_defaults | dict(vocab_size=320, split_digits=False)
+    models = [train_bpe(Corpus([str(path)], 1000), config | dict(input_sentence_size=n)) for n in (101, 101, 0)]
+    assert models[0] == models[1] != models[2]
+
+
+def test_characters_per_token_by_hand(tok):
+    assert characters_per_token(tok, ["龘龘", "龘"]) == pytest.approx(3 / 9)  # three bytes each
+
+
+def test_split_digits(corpus):
+    for split, want in ((True, 3), (False, 1)):
+        config = train_defaults | dict(vocab_size=345, character_coverage=1.0, split_digits=split)
+        assert len(Tokenizer(train_bpe(Corpus([str(corpus)], 1000), config)).encode("123")) == want
+
+
+def test_skipped_lines_are_counted_and_named(tmp_path, capsys):
+    path = tmp_path / "mixed.txt"
+    path.write_bytes(b"\xef\xbb\xbfgood\r\n\n\xff\xfebad\n" + b"x" * 21 + b"\nnul\0\n  kept spaces  ")
+    lines = Corpus([str(path)], max_line_bytes=20)
+    assert list(lines) == ["good", "  kept spaces  "]
+    assert dict(lines.skipped) == {
+        "empty": 1,
+        "not UTF-8": 1,
+        "longer than 20 bytes": 1,
+        "holds U+0000 or U+2585": 1,
+    }
+    assert lines.lines == 2 and lines.characters == 19
+    assert capsys.readouterr().out.splitlines() == [
+        f"{path}:3: skipped, not UTF-8 (byte 0xFF at 1)",
+        f"{path}:4: skipped, longer than 20 bytes",
+        f"{path}:5: skipped, holds U+0000 or U+2585",
+    ]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "corpus.txt: no such file"),
+        (b"", "corpus.txt: the file is empty"),
+        (b"\n\n", "no usable line in .*corpus.txt"),
+        (b"abc\n", "vocab_size 5000 on 1 lines: .*Vocabulary size too high"),
+        ("".join(map(chr, range(0x4E00, 0x6E00))).encode(), "no usable line"),
+        ("\n".join(map(chr, range(0x4E00, 0x7E00))).encode(), "smaller than required_chars"),
+    ],
+)
+def test_unusable_corpora(tmp_path, content, message):
+    path, out = tmp_path / "corpus.txt", tmp_path / "out"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(TokenizerError, match=message):
+        train(("input", path), ("out", out), ("vocab_size", 5000))
+    assert not out.exists()
+
+
+def test_no_input_named():
+    with pytest.raises(TokenizerError, match="--input"):
+        train(("input", ""))
+
+
+def test_demo_config_is_the_default_with_its_own_names():
+    from configs.demo.tokenizer import config
+
+    assert config.keys() == train_defaults.keys() and config["vocab_size"] == 6144

@@ -1,0 +1,273 @@
+"""Token contract of every stage: a SentencePiece wrapper and the one prompt format.
+
+A document is `text <eos>`; a conversation is `question <bos> answer <eos>`, repeated turn by turn, and the
+loss falls on the answers' tokens and their <eos>. Ids 0, 1, 2 are pad (= unk), bos and eos in ChatGLM3's
+vocabulary and in the ones trained here. Text never produces them: "</s>" typed by a user is plain characters.
+"""
+
+import codecs
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import sentencepiece
+
+MODEL_FILE = "tokenizer.model"
+CHATGLM_PIECES = 64_789  # pieces in the tokenizer.model of ChatGLM2 and ChatGLM3
+CHATGLM_ROWS = 64_793  # plus [MASK] [gMASK] [sMASK] sop, which live beyond the pieces
+SPACE_MARK = "\u2581"  # what SentencePiece writes for a space
+
+
+class TokenizerError(Exception):
+    """A tokenizer or a conversation that cannot be used; the message is meant for the user."""
+
+
+class Tokenizer:
+    """A SentencePiece model with unk 0, bos 1, eos 2; pad shares id 0 with unk."""
+
+    pad_id, bos_id, eos_id = 0, 1, 2
+
+    def __init__(self, model_bytes: bytes):
+        self.model_bytes = bytes(model_bytes)
+        self.sha256 = hashlib.sha256(self.model_bytes).hexdigest()
+        try:
+            # an empty proto would leave the processor silently uninitialised
+            sp = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes or b"empty")
+        except RuntimeError:
+            raise TokenizerError(f"not a SentencePiece model ({len(self.model_bytes)} bytes)") from None
+        found = (sp.unk_id(), sp.bos_id(), sp.eos_id())
+        if found != (0, 1, 2):
+            raise TokenizerError(f"the tokenizer's unk, bos and eos ids are {found}; (0, 1, 2) is needed")
+        self.n_pieces = sp.get_piece_size()
+        self.vocab_size = CHATGLM_ROWS if self.n_pieces == CHATGLM_PIECES else self.n_pieces
+        self._sp = sp
+        every_id = list(range(self.n_pieces))
+        self._special = {i for i in every_id if sp.is_control(i) or sp.is_unknown(i)}
+        self._byte_of = {i: int(sp.id_to_piece(i)[1:-1], 16) for i in every_id if sp.is_byte(i)}
+        id_of = {byte: i for i, byte in self._byte_of.items()}
+        # With a dummy prefix (ChatGLM3, Llama 2) the text cannot be cut into parts, and a literal U+2581
+        # comes back as a space, as in the reference; without one it is written in bytes and survives.
+        dummy_prefix = sp.encode("a", out_type=str)[0].startswith(SPACE_MARK)
+        self._mark_ids = [] if dummy_prefix or not id_of else [id_of[b] for b in SPACE_MARK.encode()]
+
+    @classmethod
+    def load(cls, source: str | Path, cache_dir: str | Path | None = None) -> "Tokenizer":
+        """Read a .model file, a directory that holds tokenizer.model, or a Hugging Face id."""
+        path = Path(source)
+        if path.is_dir():
+            path = path / MODEL_FILE
+        if not path.is_file():
+            path = _from_hub(str(source), path, cache_dir)
+        try:
+            return cls(path.read_bytes())
+        except TokenizerError as error:
+            raise TokenizerError(f"{path}: {error}") from None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text, without bos or eos."""
+        try:
+            if not self._mark_ids or SPACE_MARK not in text:
+                return self._sp.encode(text)
+            first, *rest = text.split(SPACE_MARK)
+            ids = self._sp.encode(first)
+            for part in rest:
+                ids += self._mark_ids + self._sp.encode(part)
+            return ids
+        except (RuntimeError, TypeError):
+            _reject_surrogates(text)
+            raise
+
+    def encode_batch(self, texts: list[str], num_threads: int = -1) -> list[list[int]]:
+        """`encode` of each text, on `num_threads` threads (-1: one per core)."""
+        try:
+            rows = self._sp.encode(texts, num_threads=num_threads)
+        except (RuntimeError, TypeError):
+            for text in texts:
+                _reject_surrogates(text)
+            raise
+        if self._mark_ids:
+            for i, text in enumerate(texts):
+                if SPACE_MARK in text:
+                    rows[i] = self.encode(text)
+        return rows
+
+    def decode(self, ids) -> str:
+        """Text of the ids; bos, eos, pad and ids beyond the pieces are left out."""
+        return self._sp.decode([int(i) for i in ids if self._is_text(int(i))])
+
+    def _is_text(self, token: int) -> bool:
+        return token < self.n_pieces and token not in self._special
+
+
+def _from_hub(name: str, path: Path, cache_dir) -> Path:
+    """Path of tokenizer.model of the Hugging Face repository `name`, downloaded or from the cache."""
+    is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) and not name.endswith(".model")
+    if not is_id or Path(name).parent.is_dir():
+        raise TokenizerError(f"no tokenizer at {path}")
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise TokenizerError(f"no tokenizer at {path}, and huggingface_hub is not installed") from None
+    try:
+        return Path(hf_hub_download(name, MODEL_FILE, cache_dir=cache_dir))
+    except Exception as error:  # the hub raises its own, requests', httpx's and OS errors
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise TokenizerError(f"no tokenizer at {path}, and none from Hugging Face {name}: {reason[0]}") from error
+
+
+def _reject_surrogates(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        near = ascii(text[max(0, error.start - 10) : error.start + 10])
+        raise TokenizerError(f"lone surrogate at character {error.start} of a text, near {near}") from None
+
+
+class StreamDecoder:
+    """Decode ids one at a time; the pieces of text joined equal `Tokenizer.decode` of all the ids."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        # SentencePiece drops a dummy prefix at the start of a text only: later ids are decoded after these.
+        self.context = tokenizer._sp.encode("a")
+        self.context_text = tokenizer._sp.decode(self.context)
+        self.started = False
+        self.pending: list[int] = []
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes; "" while a character made of byte pieces is unfinished."""
+        token = int(token)
+        if not self.tokenizer._is_text(token):
+            return ""
+        self.pending.append(token)
+        byte = self.tokenizer._byte_of.get(token)
+        if byte is None:
+            self.utf8.reset()
+        else:
+            self.utf8.decode(bytes([byte]))
+            if self.utf8.getstate()[0]:  # bytes of a character still to be completed
+                return ""
+        return self.flush()
+
+    def flush(self) -> str:
+        """The rest; an unfinished character becomes U+FFFD."""
+        self.utf8.reset()
+        sp = self.tokenizer._sp
+        if self.started:
+            text = sp.decode(self.context + self.pending)[len(self.context_text) :]
+        else:
+            text = sp.decode(self.pending)
+        if text:  # until then every id counts: a dummy prefix may still be among them
+            self.pending, self.started = [], True
+        return text
+
+
+@dataclass
+class Example:
+    """A conversation as ids, with 1 in `loss_mask` at each answer token and its <eos>."""
+
+    ids: list[int]
+    loss_mask: list[int]
+
+
+def encode_document(tok: Tokenizer, text: str) -> list[int]:
+    """`text <eos>`, the unit of pretraining."""
+    return tok.encode(text) + [tok.eos_id]
+
+
+def encode_opening(tok: Tokenizer, text: str) -> list[int]:
+    """`<eos> text`: how a document begins in packed pretraining data, for a base model to continue."""
+    return [tok.eos_id] + tok.encode(text)
+
+
+def encode_prompt(tok: Tokenizer, messages: list[dict], max_len: int | None = None) -> list[int]:
+    """Ids up to where the model answers: `question <bos> [answer <eos> question <bos>]...`.
+
+    `messages` ends with a user's. What exceeds `max_len` goes: oldest turns, then the last question's left.
+    """
+    system, turns = _split_turns(messages)
+    if turns[-1][1] is not None:
+        raise TokenizerError("the last message of a prompt must be the user's")
+    ids, _, note = _fit(tok, system, turns, max_len)
+    if ids is None:
+        raise TokenizerError(f"no room for a prompt in {max_len} tokens ({note})")
+    return ids
+
+
+def encode_example(
+    tok: Tokenizer, messages: list[dict], max_len: int | None = None
+) -> tuple[Example | None, str | None]:
+    """A training example and what was done to make it fit in `max_len`.
+
+    (Example, None), (Example, "dropped turns"), (Example, "cut question") or (None, why there is none). An
+    answer is kept whole with its <eos> or not at all; the last one is never dropped to keep older turns.
+    """
+    try:
+        system, turns = _split_turns(messages)
+    except TokenizerError as error:
+        return None, str(error)
+    if turns[-1][1] is None:
+        return None, "no last answer"
+    if any(answer == "" for _, answer in turns):
+        return None, "empty answer"
+    ids, loss_mask, note = _fit(tok, system, turns, max_len)
+    return (None, note) if ids is None else (Example(ids, loss_mask), note)
+
+
+def encode_pair(
+    tok: Tokenizer, messages: list[dict], chosen: str, rejected: str, max_len: int | None = None
+) -> tuple[tuple[Example, Example] | None, str | None]:
+    """Two answers to one prompt, cut the same for both; the loss falls on these answers only."""
+    answers = [tok.encode(text) + [tok.eos_id] for text in (chosen, rejected)]
+    try:
+        system, turns = _split_turns(messages)
+    except TokenizerError as error:
+        return None, str(error)
+    if turns[-1][1] is not None:
+        return None, "no last question"
+    if min(map(len, answers)) == 1:
+        return None, "empty answer"
+    room = None if max_len is None else max_len - max(map(len, answers))
+    prompt, _, note = _fit(tok, system, turns, room)
+    if prompt is None:
+        return None, note
+    examples = [Example(prompt + a, [0] * len(prompt) + [1] * len(a)) for a in answers]
+    return (examples[0], examples[1]), note
+
+
+def _split_turns(messages: list[dict]) -> tuple[str | None, list[tuple[str, str | None]]]:
+    """System text and (question, answer) turns; the last answer is None where the user spoke last."""
+    roles = [message["role"] for message in messages]
+    system = messages[0]["content"] if roles[:1] == ["system"] else None
+    rest = messages[0 if system is None else 1 :]
+    wanted = (["user", "assistant"] * len(rest))[: len(rest)]
+    if not rest or [message["role"] for message in rest] != wanted:
+        raise TokenizerError("roles out of order")
+    texts = [message["content"] for message in rest] + [None] * (len(rest) % 2)
+    return system, list(zip(texts[::2], texts[1::2], strict=True))
+
+
+def _fit(tok: Tokenizer, system: str | None, turns: list, max_len: int | None):
+    """(ids, loss_mask, note): oldest turns dropped, then the last question cut; ids None if it cannot fit."""
+    questions = [tok.encode(question) for question, _ in turns]
+    answers = [[] if answer is None else tok.encode(answer) + [tok.eos_id] for _, answer in turns]
+    sizes = [len(question) + 1 + len(answer) for question, answer in zip(questions, answers, strict=True)]
+    limit = float("inf") if max_len is None else max_len
+    note = None
+    for start in range(len(turns)):
+        first = questions[start] if system is None else tok.encode(f"{system}\n{turns[start][0]}")
+        excess = sum(sizes[start:]) - len(questions[start]) + len(first) - limit
+        if excess <= 0:
+            break
+        note = "dropped turns"
+    else:  # the last turn alone is too long
+        if excess >= len(first):
+            return None, None, "answer too long" if answers[-1] else "no room for the question"
+        first, note = first[int(excess) :], "cut question"
+    ids, loss_mask = [], []
+    for question, answer in zip([first, *questions[start + 1 :]], answers[start:], strict=True):
+        ids += question + [tok.bos_id] + answer
+        loss_mask += [0] * (len(question) + 1) + [1] * len(answer)
+    return ids, loss_mask, note

@@ -1,0 +1,155 @@
+"""Train a lossless SentencePiece BPE vocabulary on plain text files.
+
+Text files (UTF-8, a line is a sample) -> tokenizer.model, tokenizer.vocab, config.json in the folder `out`.
+Nothing is normalised, spaces are kept, and characters outside the vocabulary (newlines among them) are cut
+into bytes, so that decode(encode(x)) == x for any x.
+
+    python -m tokenizer.train configs/demo/tokenizer.py --input=data/demo/corpus.txt --out=out/demo/tokenizer
+"""
+
+import io
+import random
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import sentencepiece
+
+from tokenizer import MODEL_FILE, Tokenizer, TokenizerError
+
+SAMPLE_LINES = 10_000  # kept aside to measure characters per token
+SHOWN_PER_REASON = 5  # skipped lines named one by one, the rest only counted
+RESERVED = "\u2585"  # SentencePiece's mark for unknown characters: its trainer drops lines holding it
+
+
+class Corpus:
+    """The usable lines of text files; counts what it read and skipped, and keeps a random sample."""
+
+    def __init__(self, paths: list[str], max_line_bytes: int):
+        if not paths:
+            raise TokenizerError("input names no text file; give --input=FILE[,FILE...]")
+        for path in map(Path, paths):
+            if not path.is_file():
+                raise TokenizerError(f"input {path}: no such file")
+            if path.stat().st_size == 0:
+                raise TokenizerError(f"input {path}: the file is empty")
+        self.paths, self.max_line_bytes = paths, max_line_bytes
+        self.lines = self.characters = 0
+        self.skipped: Counter[str] = Counter()
+        self.sample: list[str] = []
+        self._random = random.Random(0)
+
+    def __iter__(self) -> Iterator[str]:
+        for path in self.paths:
+            with open(path, "rb") as file:
+                for number, raw in enumerate(file, 1):
+                    line = self._check(raw.rstrip(b"\r\n"), path, number)
+                    if line:
+                        self._count(line)
+                        yield line
+
+    def _check(self, raw: bytes, path: str, number: int) -> str | None:
+        """The line as text, or None with the reason counted."""
+        if number == 1:
+            raw = raw.removeprefix(b"\xef\xbb\xbf")
+        text, reason = None, None
+        if len(raw) > self.max_line_bytes:
+            reason = f"longer than {self.max_line_bytes} bytes"
+        else:
+            try:
+                text = raw.decode()
+            except UnicodeDecodeError as error:
+                reason = f"not UTF-8 (byte 0x{raw[error.start]:02X} at {error.start + 1})"
+            else:
+                if "\0" in text or RESERVED in text:
+                    reason = "holds U+0000 or U+2585"
+        if reason is None:
+            if not text:
+                self.skipped["empty"] += 1
+            return text
+        kind = reason.partition(" (")[0]
+        self.skipped[kind] += 1
+        if self.skipped[kind] <= SHOWN_PER_REASON:
+            print(f"{path}:{number}: skipped, {reason}")
+        return None
+
+    def _count(self, line: str) -> None:
+        self.lines += 1
+        self.characters += len(line)
+        if len(self.sample) < SAMPLE_LINES:
+            self.sample.append(line)
+        elif (slot := self._random.randrange(self.lines)) < SAMPLE_LINES:
+            self.sample[slot] = line
+
+
+def train_bpe(corpus: Corpus, config: dict) -> bytes:
+    """A SentencePiece model trained on the lines of `corpus`; same lines and config, same bytes."""
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(corpus),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=config["vocab_size"],
+            character_coverage=config["character_coverage"],
+            input_sentence_size=config["input_sentence_size"],
+            shuffle_input_sentence=True,  # by a seed fixed inside SentencePiece
+            max_sentence_length=config["max_line_bytes"],
+            split_digits=config["split_digits"],
+            num_threads=config["num_threads"],
+            normalization_rule_name="identity",
+            byte_fallback=True,
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            unk_id=Tokenizer.pad_id,  # pad shares the id of unk, which byte fallback never produces
+            bos_id=Tokenizer.bos_id,
+            eos_id=Tokenizer.eos_id,
+            pad_id=-1,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        if corpus.lines == 0:
+            raise TokenizerError(f"no usable line in {', '.join(corpus.paths)}") from None
+        reason = str(error).rpartition("] ")[2].strip() or str(error).strip()
+        raise TokenizerError(
+            f"vocab_size {config['vocab_size']} on {corpus.lines:,} lines: SentencePiece says: {reason}"
+        ) from None
+    return model.getvalue()
+
+
+def vocab_text(tokenizer: Tokenizer) -> str:
+    """SentencePiece's .vocab: a piece, a tab and its score a line, in the order of the ids."""
+    sp = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
+    return "".join(f"{sp.id_to_piece(i)}\t{sp.get_score(i):g}\n" for i in range(sp.get_piece_size()))
+
+
+def characters_per_token(tokenizer: Tokenizer, lines: list[str]) -> float:
+    return sum(map(len, lines)) / sum(map(len, tokenizer.encode_batch(lines)))
+
+
+def main(argv: list[str] | None = None) -> None:
+    from common.config import parse_config, save_config, write_atomic
+
+    config = parse_config("tokenizer", argv, __doc__)
+    out = Path(config["out"])
+    if (out / MODEL_FILE).exists() and not config["overwrite"]:
+        raise TokenizerError(f"{out / MODEL_FILE} exists; give --overwrite to replace it, or another --out")
+    corpus = Corpus(config["input"], config["max_line_bytes"])
+    print(f"training {config['vocab_size']:,} pieces on {', '.join(corpus.paths)}")
+    tokenizer = Tokenizer(train_bpe(corpus, config))
+
+    write_atomic(out / "tokenizer.vocab", vocab_text(tokenizer).encode())
+    save_config(config, out)
+    write_atomic(out / MODEL_FILE, tokenizer.model_bytes)
+    skipped = ", ".join(f"{count:,} {reason}" for reason, count in corpus.skipped.items()) or "none"
+    print(f"{corpus.lines:,} lines, {corpus.characters:,} characters; lines skipped: {skipped}")
+    ratio = characters_per_token(tokenizer, corpus.sample)
+    print(f"{ratio:.3f} characters per token on {len(corpus.sample):,} of these lines")
+    print(f"wrote {out / MODEL_FILE}: {tokenizer.vocab_size:,} pieces, sha256 {tokenizer.sha256[:16]}")
+
+
+if __name__ == "__main__":
+    from common.config import run
+
+    run(main)
