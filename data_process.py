@@ -20,7 +20,7 @@ and meta.json, which says what they hold. Parts may be made one by one; each add
 import importlib.util
 import shlex
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -218,14 +218,12 @@ def write_pretrain(sources, tokenizer, config, tally):
 
 def write_sft(sources, tokenizer, config, tally):
     """sft.pkl: three single-turn tasks, each made of the reviews."""
-    limits = {False: config["sft_examples_per_task"], True: config["sft_val_examples_per_task"]}
     examples, is_val, tasks, labels = [], [], [], []
     for number, task in enumerate(TASKS):
-        row, done = f"sft {task}", Counter()
+        row, limit, done = f"sft {task}", config["sft_examples"][task], 0
         for review in sorted(sources["reviews"], key=lambda r: text_hash(r.text, f"{task} {config['seed']}")):
-            limit = limits[review.is_val]
             example, note = None, None if task == "polarity" else why_not_write(review, config)
-            if note is None and limit and done[review.is_val] >= limit:
+            if note is None and 0 < limit <= done and not review.is_val:
                 note = "over the limit"
             elif note is None:
                 example, note = encode(tokenizer, *sft_question_answer(review, task, config["seed"]), config)
@@ -234,7 +232,7 @@ def write_sft(sources, tokenizer, config, tally):
                 continue
             tally.remark(row, "validation", review.is_val)
             tally.remark(row, note, note is not None)
-            done[review.is_val] += 1
+            done += not review.is_val
             examples.append(example)
             is_val.append(review.is_val)
             tasks.append(number)

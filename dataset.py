@@ -252,10 +252,11 @@ def pack_examples(examples, vocab_size):
 class Examples:
     """The token sequences of a .pkl. Item i is (ids, loss_mask), both (T,) int64; a prompt's mask is zero.
 
-    `prefix` picks one side of a preference pair ("chosen_" or "rejected_"). `path` is for error messages.
+    `prefix` picks one side of a preference pair ("chosen_" or "rejected_"). `path` is for error messages; examples
+    longer than `max_len`, the context of the model, are refused.
     """
 
-    def __init__(self, arrays, prefix="", vocab_size=None, path="examples"):
+    def __init__(self, arrays, prefix="", vocab_size=None, path="examples", max_len=None):
         missing = [k for k in (f"{prefix}tokens", f"{prefix}offsets") if k not in arrays]
         if missing:
             raise DataError(f"{path}: no {missing[0]}; it holds {', '.join(arrays)}")
@@ -268,6 +269,9 @@ class Examples:
             raise DataError(f"{path}: {len(self.loss_mask)} loss_mask values for {len(self.tokens)} tokens")
         if vocab_size is not None:
             check_ids(self.tokens, vocab_size, path)
+        longest = int(np.diff(o).max(initial=0))
+        if max_len is not None and longest > max_len:
+            raise DataError(f"{path}: an example of {longest} tokens, the model's context has {max_len}")
         self.index = np.arange(len(o) - 1)
 
     def __len__(self):
@@ -292,10 +296,10 @@ class Examples:
         return chosen
 
 
-def load_pairs(path, vocab_size):
+def load_pairs(path, vocab_size, max_len=None):
     """rm.pkl as (train, val), each [chosen, rejected] of Examples."""
     arrays = load_pkl(path)
-    sides = [Examples(arrays, prefix, vocab_size, path) for prefix in ("chosen_", "rejected_")]
+    sides = [Examples(arrays, prefix, vocab_size, path, max_len) for prefix in ("chosen_", "rejected_")]
     return [side.select(~arrays["is_val"]) for side in sides], [side.select(arrays["is_val"]) for side in sides]
 
 

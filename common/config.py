@@ -62,18 +62,11 @@ def save_config(config: dict, out_dir: str | Path) -> None:
 
 def write_atomic(path: str | Path, data: bytes) -> None:
     """Replace `path` by `data` in one step, so that a reader sees the old file or the new one, never half."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(path.name + ".tmp")
-    try:
-        with open(tmp, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    except BaseException:
-        tmp.unlink(missing_ok=True)
-        raise
+    from dataset import atomic_write  # brings torch: not wanted for --help
+
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        file.write(data)
 
 
 def run(main: Callable[[], Any]) -> None:

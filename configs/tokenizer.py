@@ -1,8 +1,8 @@
 """Train a vocabulary: python -m tokenizer.train --input=a.txt,b.txt"""
 
 config = dict(
-    input=["data/corpus.txt"],  # UTF-8 text files, a line is a sample
-    out="out/tokenizer",  # gets tokenizer.model, tokenizer.vocab and config.json
+    input=["data/zh/corpus.txt"],  # UTF-8 text files, a line is a sample
+    out="out/zh/tokenizer",  # gets tokenizer.model, tokenizer.vocab and config.json
     overwrite=False,  # replace a tokenizer already in `out`
     vocab_size=32_000,  # pieces, 3 special and 256 byte pieces among them; up to 65,536 ids fit 16 bits
     character_coverage=0.9995,  # share of the corpus whose characters get a piece; rarer ones become bytes

@@ -23,7 +23,7 @@ from data_clean import (
     text_hash,
     unique,
 )
-from data_process import main, resolve
+from data_process import TASKS, main, resolve
 from dataset import DataError, Examples, TokenBin, load_meta, load_pkl
 from tokenizer import Tokenizer, TokenizerError
 from tokenizer.train import Corpus, train_bpe
@@ -209,9 +209,9 @@ def test_examples_per_task_are_a_fixed_sample(corpus, tmp_path):
         rows = decoded(Tokenizer.load(tmp_path / "tokenizer.model"), Examples(arrays))
         return Counter(zip(rows, arrays["task"].tolist(), arrays["is_val"].tolist(), strict=True))
 
-    few = questions("--sft_examples_per_task=7", "--sft_val_examples_per_task=3")
-    assert Counter((task, val) for _, task, val in few) == {(t, v): (7, 3)[v] for t in range(3) for v in (0, 1)}
-    every = questions()
+    few, every = questions(*(f"--sft_examples.{task}=7" for task in TASKS)), questions()
+    counts, whole = (Counter((task, val) for _, task, val in rows) for rows in (few, every))
+    assert counts == {(t, v): whole[t, v] if v else 7 for t in range(3) for v in (0, 1)}
     assert few <= every and questions() == every
     assert questions("--seed=1") != every
 
