@@ -303,6 +303,15 @@ def parent_of(ckpt: Checkpoint) -> dict:
     return dict(path=str(ckpt.path), stage=ckpt.stage, sha256=digest.hexdigest())
 
 
+def same_file(ckpt: Checkpoint, before: dict | None, now: dict | None) -> None:
+    """Refuse to go on from `ckpt` on another file than it was started on; both as parent_of tells them."""
+    if before and now and before["sha256"] != now["sha256"]:
+        raise CheckpointError(
+            f"cannot resume {ckpt.path}: it started from {before['path']} with sha256 {before['sha256'][:16]}, "
+            f"{now['path']} now has {now['sha256'][:16]}"
+        )
+
+
 def begin(config: dict, stage: str) -> Checkpoint | None:
     """Make the run directory; the checkpoint to go on from with --resume, None for a run from step 0."""
     ckpt = _begin(config, stage)

@@ -207,6 +207,16 @@ class Progress:
         self.line, self.printed_at = "", now
 
 
+def peak_memory_gb() -> float:
+    """Largest resident memory of this process so far; nan where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
 class FiniteGuard:
     """Skips updates whose loss or gradient is not finite, and gives up after `limit` of them in a row."""
 

@@ -1,0 +1,114 @@
+"""Optimizers and the learning-rate schedule that every training stage shares."""
+
+import math
+
+import torch
+
+from common.config import ConfigError
+
+# Newton-Schulz coefficients of Muon (Jordan et al., 2024): fast to singular values in about [0.7, 1.2], not exactly 1
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def learning_rate(step, config):
+    """Linear warm-up over warmup_steps, then cosine from learning_rate down to min_learning_rate at max_steps."""
+    peak, low = config["learning_rate"], config["min_learning_rate"]
+    if step < config["warmup_steps"]:
+        return peak * (step + 1) / config["warmup_steps"]
+    progress = (step - config["warmup_steps"]) / max(1, config["max_steps"] - config["warmup_steps"])
+    return low + 0.5 * (peak - low) * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def set_learning_rate(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def build_optimizer(model, config):
+    """AdamW, or Muon on the trunk's matrices with AdamW for the rest; weight decay on matrices only."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    betas, decay = (config["beta1"], config["beta2"]), config["weight_decay"]
+    fused = matrices[0].device.type in ("cpu", "cuda")
+    if config["optimizer"] == "adamw":
+        groups = [dict(params=matrices, weight_decay=decay), dict(params=vectors, weight_decay=0.0)]
+        return torch.optim.AdamW(groups, lr=config["learning_rate"], betas=betas, fused=fused)
+    if config["optimizer"] != "muon":
+        raise ConfigError(f"optimizer={config['optimizer']}: adamw or muon is needed")
+    trunk = [p for name, p in model.named_parameters() if "layers." in name and p.dim() == 2]
+    chosen = {id(p) for p in trunk}
+    rest = [p for p in matrices if id(p) not in chosen]
+    return Muon(
+        [
+            dict(params=trunk, muon=True, weight_decay=decay),
+            dict(params=rest, muon=False, weight_decay=decay),
+            dict(params=vectors, muon=False, weight_decay=0.0),
+        ],
+        lr=config["learning_rate"],
+        betas=betas,
+    )
+
+
+def orthogonalize(G, steps=5):
+    """The nearest semi-orthogonal matrix to each of G (..., N, M), about, by Newton-Schulz iteration.
+
+    bfloat16 on accelerators, where it is fast and enough; float32 on CPUs, where bfloat16 is often the slower one.
+    """
+    a, b, c = NEWTON_SCHULZ
+    X = G.float() if G.device.type == "cpu" else G.bfloat16()
+    tall = X.size(-2) > X.size(-1)
+    X = X.mT if tall else X
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        A = X @ X.mT
+        X = a * X + (b * A + c * A @ A) @ X
+    return (X.mT if tall else X).to(G.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum orthogonalised (Muon) for groups with muon=True, AdamW for the others, under one learning rate.
+
+    The orthogonal update is scaled by 0.2 sqrt(max(N, M)), which gives it AdamW's usual size per element
+    (Liu et al., 2025, arXiv:2502.16982), so both kinds of group share the schedule.
+    """
+
+    def __init__(self, params, lr, betas=(0.9, 0.95), momentum=0.95, eps=1e-8):
+        super().__init__(params, dict(lr=lr, betas=betas, momentum=momentum, eps=eps, weight_decay=0.0, muon=False))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+            (self._muon if group["muon"] else self._adamw)(params, group)
+
+    def _muon(self, params, group):
+        by_shape = {}
+        for p in params:
+            by_shape.setdefault(p.shape, []).append(p)
+        for shape, same in by_shape.items():
+            updates = []
+            for p in same:
+                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                updates.append(p.grad.lerp(buffer, group["momentum"]))  # Nesterov
+            scale = 0.2 * math.sqrt(max(shape))
+            updates = orthogonalize(torch.stack(updates)).mul_(-group["lr"] * scale)  # (n, N, M)
+            torch._foreach_add_(same, list(updates.unbind()))
+
+    def _adamw(self, params, group):
+        beta1, beta2 = group["betas"]
+        for p in params:
+            state = self.state[p]
+            if not state:
+                state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            state["step"] += 1
+            state["exp_avg"].lerp_(p.grad, 1 - beta1)
+            state["exp_avg_sq"].lerp_(p.grad.square(), 1 - beta2)
+            correction1, correction2 = 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
+            denominator = (state["exp_avg_sq"] / correction2).sqrt_().add_(group["eps"])
+            p.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / correction1)

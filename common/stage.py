@@ -1,0 +1,156 @@
+"""What every training stage does around its loop: start or resume, save, report, stop cleanly, say how long it took."""
+
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from common import checkpoint, distributed
+from common.config import ConfigError, UserError, save_config
+from common.lowbit import refuse_quantized
+from common.metrics import FiniteGuard, MetricLog, Progress, peak_memory_gb
+from dataset import load_meta
+
+
+class Stage:
+    """One run of a training stage. The loop stays in the script; this keeps its run directory.
+
+        stage = Stage("sft", config, PANELS)
+        if stage.finished: return
+        stage.start(model, optimizer, tokenizer, parent)
+        with stage.interrupt:
+            for step in range(stage.first, config["max_steps"] + 1):
+                if stage.due(step, "eval_interval"): stage.report(step, evaluate(...), samples)
+                if stage.due(step, "save_interval"): stage.save(step)
+                if stage.ends(step): break
+                ...
+                stage.log(step + 1, tokens, {"train/loss": loss})
+        stage.close()
+
+    A step's number is how many optimizer steps were done: metrics of the first update stand at step 1.
+    """
+
+    def __init__(self, name, config, panels):
+        self.started = time.perf_counter()
+        self.name, self.config, self.panels = name, config, panels
+        for key, value in config.items():
+            if key.endswith(("_interval", "_size", "accumulation_steps")) and value < 1:
+                raise ConfigError(f"{key}={value}: at least 1 is needed")
+        self.env = distributed.setup(config["device"], config["dtype"], config["seed"])
+        self.resumed = checkpoint.begin(config, name)
+        self.finished = self.resumed is not None and self.resumed.step >= config["max_steps"]
+        self.out = Path(config["out"])
+        self.first = self.resumed.step if self.resumed else 0
+        self.tokens_seen = self.resumed.tokens_seen if self.resumed else 0
+        self.interrupt, self.guard = checkpoint.Interrupt(), FiniteGuard()
+        self.stopping = False  # whether a signal had come when this step was to be saved
+        self.extra = None  # what else the stage must keep for --resume: a dict of tensors and plain values
+        self.loop_seconds = 0.0
+        self.last_metrics = {}
+        if self.finished and self.env.is_main:
+            print(f"{self.out} is finished (step {self.first}): nothing to do")
+
+    def load_parent(self):
+        """The checkpoint of init_from and its tokenizer, which must be the one that the data was made with."""
+        parent = checkpoint.load(self.config["init_from"])
+        refuse_quantized(parent)
+        if parent.model_config["scalar_head"]:
+            raise UserError(f"{parent.path} is a reward model (stage {parent.stage}): init_from wants a language model")
+        tokenizer, data = checkpoint.tokenizer_of(parent), Path(self.config["data"])
+        checkpoint.check_data(tokenizer, parent.path, load_meta(data), data / "meta.json")
+        return parent, tokenizer
+
+    def start(self, model, optimizer, tokenizer, parent=None, trained=None):
+        """Restore what is resumed and open the logs.
+
+        parent is the Checkpoint that the stage starts from; trained holds all that the optimizer updates, where that
+        is more than the model of the checkpoint (PPO's value model).
+        """
+        self.model, self.optimizer, self.tokenizer = model, optimizer, tokenizer
+        self.trained = model if trained is None else trained
+        self.parent = checkpoint.parent_of(parent) if parent else None
+        if self.resumed:
+            checkpoint.same_file(self.resumed, self.resumed.parent, self.parent)
+            checkpoint.restore(self.resumed, model, optimizer)
+        if self.env.is_main:
+            save_config(self.config, self.out)
+            self.metric_log = MetricLog(self.out, self.first if self.resumed else None)
+            self.progress = Progress(self.config["max_steps"], self.first, self.name)
+        self.tick = time.perf_counter()
+
+    def due(self, step, interval):
+        """Whether this process evaluates or saves at this step; a resumed run does not repeat its first."""
+        if interval == "save_interval":
+            self.stopping = self.interrupt.requested  # a signal after this stops the next step, else it went unsaved
+        if not self.env.is_main or (self.resumed and step == self.first):
+            return False
+        wanted = interval == "save_interval" and self.stopping
+        return wanted or step == self.config["max_steps"] or step % self.config[interval] == 0
+
+    def ends(self, step):
+        """Whether the loop is over: the last step, or a stop asked for by a signal to any process."""
+        self.finished = step == self.config["max_steps"]
+        if self.finished:
+            return True
+        stop = distributed.all_sum(self.stopping, self.env) > 0
+        if stop and self.env.is_main and not self.stopping:
+            self.save(step)  # the signal reached another process first
+        self.tick = time.perf_counter()
+        return stop
+
+    def report(self, step, metrics, samples=()):
+        """Validation metrics and samples [(prompt, reply)] to the log, the plot and the terminal."""
+        self.last_metrics = metrics
+        self.metric_log.write(step, metrics)
+        if samples:
+            self.metric_log.samples(step, samples)
+        self.metric_log.plot(self.panels)
+        numbers = " ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        tqdm.write(f"step {step}: {numbers}")
+
+    def save(self, step):
+        checkpoint.save(
+            self.out / checkpoint.FILE_NAME,
+            stage=self.name,
+            step=step,
+            tokens_seen=self.tokens_seen,
+            model=self.model,
+            tokenizer=self.tokenizer.model_bytes,
+            config=self.config,
+            parent=self.parent,
+            optimizer=self.optimizer,
+            extra=self.extra,
+            finished=step == self.config["max_steps"],
+        )
+
+    def update(self, step, loss):
+        """Average gradients over processes, clip, step unless something is not finite. Returns the gradient norm."""
+        distributed.average_gradients(self.trained, self.env)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.trained.parameters(), self.config["grad_clip"]).item()
+        if self.guard.ok(step, loss, grad_norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return grad_norm
+
+    def log(self, step, tokens, metrics, shown=("train/loss",)):
+        """Count the tokens of one optimizer step and, every log_interval steps, write its metrics."""
+        self.tokens_seen += tokens
+        self.loop_seconds += time.perf_counter() - self.tick
+        if self.env.is_main:
+            self.progress.update(step, tokens, **{name.split("/")[1]: metrics[name] for name in shown})
+            if step % self.config["log_interval"] == 0:
+                self.metric_log.write(step, metrics | {"train/tokens": self.tokens_seen})
+
+    def close(self):
+        """Close the progress line and say what came out; exit code 130 where a signal stopped the run."""
+        if self.env.is_main:
+            self.progress.close()
+            total = time.perf_counter() - self.started
+            share = f"{self.loop_seconds:.0f} s of {total:.0f} s ({self.loop_seconds / total:.1%})"
+            print(f"training steps took {share}; peak memory {peak_memory_gb():.2f} GB")
+        distributed.cleanup(self.env)
+        if not self.finished:
+            self.interrupt.exit(self.out)
+        if self.env.is_main:
+            print(f"finished {self.out / checkpoint.FILE_NAME}")

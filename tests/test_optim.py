@@ -1,0 +1,202 @@
+"""The schedule, Muon against what it claims, and which optimizer gets which parameter."""
+
+import io
+
+import pytest
+import torch
+
+from common.optim import Muon, build_optimizer, learning_rate, orthogonalize, set_learning_rate
+from model import Llama, ModelConfig
+
+CONFIG = dict(optimizer="muon", learning_rate=0.01, weight_decay=0.1, beta1=0.9, beta2=0.95)
+OPTIMIZERS = pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+
+
+def tiny(**changes):
+    torch.manual_seed(0)
+    shape = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=48, max_seq_len=16)
+    return Llama(ModelConfig(**shape | changes))
+
+
+def train(model, optimizer, steps, first=0):
+    """Losses of steps on tokens that depend on the step's number alone."""
+    losses = []
+    for step in range(first, first + steps):
+        ids = torch.randint(0, 48, (4, 12), generator=torch.Generator().manual_seed(step))
+        loss = model(ids[:, :-1], ids[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_learning_rate_warms_up_and_falls_along_a_cosine():
+    config = dict(learning_rate=1.0, min_learning_rate=0.1, warmup_steps=4, max_steps=12)
+    points = {0: 0.25, 1: 0.5, 3: 1.0, 4: 1.0, 6: 0.55 + 0.45 * 0.5**0.5, 8: 0.55, 12: 0.1, 99: 0.1}
+    assert {step: learning_rate(step, config) for step in points} == pytest.approx(points)
+
+
+@pytest.mark.parametrize("warmup_steps, max_steps", [(0, 10), (10, 10), (20, 10)])
+def test_learning_rate_without_warmup_or_without_decay(warmup_steps, max_steps):
+    config = dict(learning_rate=1.0, min_learning_rate=0.1, warmup_steps=warmup_steps, max_steps=max_steps)
+    rates = [learning_rate(step, config) for step in range(max_steps + 1)]
+    assert max(rates) <= 1 and min(rates) > 0
+    assert rates[0] == pytest.approx(1 / max(1, warmup_steps))
+
+
+def test_set_learning_rate_reaches_every_group():
+    optimizer = build_optimizer(tiny(), CONFIG)
+    assert set_learning_rate(optimizer, 0.5) == 0.5
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5] * 3
+
+
+@pytest.mark.parametrize("shape", [(64, 16), (16, 64), (96, 32), (3, 32, 96), (2, 2, 80, 24)])
+def test_orthogonalize_brings_singular_values_near_1(shape):
+    torch.manual_seed(0)
+    G = torch.randn(shape) * 1e-3  # gradients are small; only their direction counts
+    X = orthogonalize(G)
+    singular = torch.linalg.svdvals(X)
+    assert 0.6 <= singular.min() and singular.max() <= 1.3
+    U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+    inner = U.mT @ X @ Vh.mT  # diagonal where the singular vectors are kept
+    torch.testing.assert_close(inner, torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1)), atol=1e-4, rtol=0)
+
+
+def test_orthogonalize_of_a_batch_is_that_of_each():
+    G = torch.randn(4, 24, 40, generator=torch.Generator().manual_seed(1))
+    for batched, alone in zip(orthogonalize(G), G, strict=True):
+        torch.testing.assert_close(batched, orthogonalize(alone), atol=1e-5, rtol=1e-4)
+    assert orthogonalize(torch.zeros(2, 8, 4)).count_nonzero() == 0
+
+
+def test_muon_on_same_shaped_matrices_is_muon_on_each():
+    torch.manual_seed(0)
+    together = [torch.nn.Parameter(torch.randn(24, 16)) for _ in range(3)] + [torch.nn.Parameter(torch.randn(16, 24))]
+    alone = [torch.nn.Parameter(p.detach().clone()) for p in together]
+    optimizers = [Muon([dict(params=together, muon=True)], lr=0.1)]
+    optimizers += [Muon([dict(params=[p], muon=True)], lr=0.1) for p in alone]
+    for _ in range(3):
+        for p, q in zip(together, alone, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(together, alone, strict=True):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (128, 32), (32, 128)])
+def test_muon_update_has_the_size_of_adamw(shape):
+    p = torch.nn.Parameter(torch.zeros(shape))
+    p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(2)) * 1e-4
+    Muon([dict(params=[p], muon=True)], lr=0.01).step()
+    assert 0.1 < p.detach().square().mean().sqrt() / 0.01 < 0.3  # root mean square 0.2 lr
+    assert (p.detach() * p.grad).sum() < 0
+
+
+def test_muon_momentum_is_nesterovs():
+    torch.manual_seed(3)
+    first, second = torch.randn(2, 16, 48)
+    p = torch.nn.Parameter(torch.zeros(16, 48))
+    optimizer = Muon([dict(params=[p], muon=True)], lr=1.0, momentum=0.9)
+    for grad in (first, second):
+        before, p.grad = p.detach().clone(), grad.clone()
+        optimizer.step()
+        assert torch.equal(p.grad, grad)
+    buffer = 0.9 * (0.1 * first) + 0.1 * second
+    expected = -0.2 * 48**0.5 * orthogonalize(0.9 * buffer + 0.1 * second)
+    torch.testing.assert_close(p.detach() - before, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_the_adamw_in_muon_is_torchs():
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((7, 5), (5,))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    mine = Muon([dict(params=ours, muon=False, weight_decay=0.1)], lr=0.02, betas=(0.8, 0.95))
+    torchs = torch.optim.AdamW(theirs, lr=0.02, betas=(0.8, 0.95), weight_decay=0.1)
+    for step in range(12):
+        for optimizer in (mine, torchs):
+            set_learning_rate(optimizer, 0.02 / (1 + step))
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p) * 10.0 ** (step % 4 - 2)
+            q.grad = p.grad.clone()
+        mine.step()
+        torchs.step()
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5)
+
+
+@OPTIMIZERS
+def test_weight_decay_is_for_matrices_only(optimizer):
+    model = tiny(scalar_head=True)
+    torch.nn.init.ones_(model.scalar.weight)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    build_optimizer(model, CONFIG | dict(optimizer=optimizer)).step()
+    for name, p in model.named_parameters():
+        shrunk = 1 - 0.01 * 0.1 if p.dim() == 2 else 1.0
+        torch.testing.assert_close(p.detach(), before[name] * shrunk, msg=name)
+
+
+def names_of(model, group):
+    wanted = {id(p) for p in group["params"]}
+    return {name for name, p in model.named_parameters() if id(p) in wanted}
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(tied=False), dict(scalar_head=True)])
+def test_muon_gets_the_trunks_matrices_and_adamw_the_rest(changes):
+    model = tiny(**changes)
+    muon, rest, vectors = build_optimizer(model, CONFIG).param_groups
+    assert muon["muon"] and not rest["muon"] and not vectors["muon"]
+    assert [group["weight_decay"] for group in (muon, rest, vectors)] == [0.1, 0.1, 0.0]
+    kinds = ["attention.wq", "attention.wk", "attention.wv", "attention.wo"]
+    kinds += ["feed_forward.w1", "feed_forward.w2", "feed_forward.w3"]
+    assert names_of(model, muon) == {f"layers.{i}.{kind}.weight" for i in (0, 1) for kind in kinds}
+    outside = {"tok_embeddings.weight"} | ({"output.weight"} if model.output else set())
+    assert names_of(model, rest) == outside | ({"scalar.weight"} if model.scalar else set())
+    assert all("norm" in name for name in names_of(model, vectors))
+    chosen = [id(p) for group in (muon, rest, vectors) for p in group["params"]]
+    assert sorted(chosen) == sorted(id(p) for p in model.parameters())
+
+
+def test_two_models_under_one_optimizer_are_split_alike():
+    both = torch.nn.ModuleDict(dict(policy=tiny(), value=tiny(scalar_head=True)))
+    muon, rest, _ = build_optimizer(both, CONFIG).param_groups
+    assert len(muon["params"]) == 2 * 2 * 7
+    assert names_of(both, rest) == {f"{m}.tok_embeddings.weight" for m in ("policy", "value")} | {"value.scalar.weight"}
+
+
+@OPTIMIZERS
+def test_both_optimizers_learn(optimizer):
+    model = tiny()
+    ids = torch.randint(0, 48, (4, 12), generator=torch.Generator().manual_seed(0))
+    made = build_optimizer(model, CONFIG | dict(optimizer=optimizer))
+    losses = []
+    for _ in range(30):
+        loss = model(ids[:, :-1], ids[:, 1:])
+        made.zero_grad()
+        loss.backward()
+        made.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+
+
+@OPTIMIZERS
+def test_a_saved_state_goes_on_as_if_never_saved(optimizer):
+    model = tiny()
+    made = build_optimizer(model, CONFIG | dict(optimizer=optimizer))
+    train(model, made, 3)
+    file = io.BytesIO()
+    torch.save(dict(model=model.state_dict(), optimizer=made.state_dict()), file)
+    expected = train(model, made, 3, first=3)
+
+    saved = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    again = tiny()
+    again.load_state_dict(saved["model"])
+    resumed = build_optimizer(again, CONFIG | dict(optimizer=optimizer, learning_rate=9.0))
+    resumed.load_state_dict(saved["optimizer"])
+    assert train(again, resumed, 3, first=3) == expected
+    for name, p in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], p), name
