@@ -1,0 +1,38 @@
+config = dict(
+    data="data/zh",  # folder with train.bin, val.bin and meta.json from data_process.py
+    tokenizer="out/zh/tokenizer",  # SentencePiece file, its folder, or a Hugging Face id; the one data was made with
+    out="out/zh/pretrain",  # run directory: config.json, metrics.jsonl, loss.png, samples.txt, ckpt.pt
+    model=dict(
+        dim=512,  # width; configs/sizes.py has the five sizes of the project
+        n_layers=8,  # blocks
+        n_heads=8,  # query heads
+        n_kv_heads=8,  # key and value heads; fewer than n_heads: grouped-query attention
+        max_seq_len=512,  # longest context in tokens
+        dropout=0.0,  # 0 for pretraining: each token is seen few times
+        tied=True,  # share the embedding and the output projection
+    ),
+    seq_len=512,  # tokens in a training row, at most model.max_seq_len
+    batch_size=32,  # rows in a micro-batch, per process
+    grad_accumulation_steps=8,  # micro-batches in an optimizer step, per process
+    max_steps=20000,  # optimizer steps; tokens = max_steps * batch_size * grad_accumulation_steps * seq_len * processes
+    optimizer="adamw",  # adamw, or muon: trunk matrices by Muon, the rest by AdamW
+    learning_rate=1e-3,  # peak, after warm-up
+    min_learning_rate=1e-4,  # at max_steps, end of the cosine
+    warmup_steps=500,  # linear warm-up in optimizer steps
+    weight_decay=0.1,  # on matrices only
+    beta1=0.9,  # AdamW
+    beta2=0.95,  # AdamW
+    grad_clip=1.0,  # largest gradient norm
+    eval_interval=500,  # steps between validations
+    eval_tokens=200000,  # validation tokens per source at intervals; the last validation uses all
+    save_interval=500,  # steps between checkpoints
+    log_interval=10,  # steps between lines of metrics.jsonl
+    sample_prompts=["", "中国", "今天天气"],  # continued at every validation with a fixed seed
+    sample_tokens=80,  # longest continuation
+    seed=1,  # initial weights and data order
+    device="auto",  # auto: cuda, else mps, else cpu
+    dtype="auto",  # auto: bfloat16 autocast on cuda, float32 elsewhere
+    compile=False,  # torch.compile the training step; needs a C++ compiler
+    resume=False,  # go on from out/ckpt.pt if it is there
+    overwrite=False,  # start again in a run directory that holds a checkpoint
+)

@@ -1,0 +1,109 @@
+"""Pretraining: predict the next token of packed documents (Llama 2, arXiv:2307.09288, section 2).
+
+Reads data/<name>/{train.bin, val.bin, meta.json} and a tokenizer; writes a run directory (config.json, metrics.jsonl,
+loss.png, samples.txt, ckpt.pt). Where it departs from the paper: one or few epochs of a small corpus, and Muon as an
+option for the trunk's matrices.
+
+    python pretrain.py configs/demo/pretrain.py --max_steps=1000
+    torchrun --nproc_per_node=2 pretrain.py configs/demo/pretrain.py
+"""
+
+import math
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from common import distributed
+from common.checkpoint import check_data
+from common.config import ConfigError, parse_config, run
+from common.metrics import source_losses
+from common.optim import build_optimizer, learning_rate, set_learning_rate
+from common.stage import Stage
+from dataset import TokenBin, load_meta
+from model import Llama, ModelConfig
+from tokenizer import Tokenizer, encode_opening
+
+PANELS = [
+    ("loss (nats per token)", ["train/loss", "val/loss"]),
+    ("bits per character", ["val/bits_per_char"]),
+    ("learning rate", ["train/learning_rate"]),
+    ("gradient norm", ["train/grad_norm"]),
+]
+
+
+def evaluate(model, val, env, max_tokens=None):
+    """Loss on the first max_tokens validation tokens of each source (None: all of them), in rows of full context.
+
+    Returns {"val/loss", "val/bits_per_char"} over all sources and {"val/bits_per_char/<source>"}.
+    """
+    total, sources = source_losses(model, val, env, max_tokens)
+    metrics = {f"val/bits_per_char/{name}": loss.bits_per_char for name, loss in sources.items()}
+    return {"val/loss": total.per_token, "val/bits_per_char": total.bits_per_char} | metrics
+
+
+def continue_prompts(model, tokenizer, config):
+    """[(prompt, continuation)] of the configured prompts, the same seed every time."""
+    prompts = [encode_opening(tokenizer, text) for text in config["sample_prompts"]]
+    replies = model.generate(prompts, config["sample_tokens"], temperature=0.8, top_p=0.9, seed=config["seed"])
+    return [(text, tokenizer.decode(ids)) for text, ids in zip(config["sample_prompts"], replies.tokens, strict=True)]
+
+
+def main(argv=None):
+    config = parse_config("pretrain", argv, __doc__)
+    stage = Stage("pretrain", config, PANELS)
+    if stage.finished:
+        return
+    env, data = stage.env, Path(config["data"])
+    meta, tokenizer = load_meta(data), Tokenizer.load(config["tokenizer"])
+    check_data(tokenizer, config["tokenizer"], meta, data / "meta.json")
+    train, val = TokenBin(data / "train.bin"), TokenBin(data / "val.bin")
+
+    try:
+        model_config = ModelConfig(vocab_size=tokenizer.vocab_size, **config["model"])
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from None
+    if config["seq_len"] > model_config.max_seq_len:
+        raise ConfigError(f"seq_len={config['seq_len']} exceeds model.max_seq_len={model_config.max_seq_len}")
+    model = Llama(model_config).to(env.device)
+    forward = torch.compile(model) if config["compile"] else model
+    optimizer = build_optimizer(model, config)
+    stage.start(model, optimizer, tokenizer)
+    T, B, accumulation = config["seq_len"], config["batch_size"], config["grad_accumulation_steps"]
+    tokens_per_step = T * B * accumulation * env.world_size
+    if env.is_main:
+        epochs = config["max_steps"] * tokens_per_step / len(train)
+        print(f"{model.num_params():,} parameters; {tokens_per_step:,} tokens a step; {epochs:.2f} epochs")
+
+    with stage.interrupt:
+        for step in range(stage.first, config["max_steps"] + 1):
+            lr = set_learning_rate(optimizer, learning_rate(step, config))
+            if stage.due(step, "eval_interval"):
+                full = step == config["max_steps"]
+                metrics = evaluate(model, val, env, None if full else config["eval_tokens"])
+                stage.report(step, metrics, continue_prompts(model, tokenizer, config))
+                expected = math.log(tokenizer.vocab_size)
+                if step == 0 and abs(metrics["val/loss"] / expected - 1) > 0.02:
+                    tqdm.write(f"warning: first loss {metrics['val/loss']:.3f} is not ln(vocab) = {expected:.3f}")
+            if stage.due(step, "save_interval"):
+                stage.save(step)
+            if stage.ends(step):
+                break
+
+            loss = 0.0
+            for micro in range(accumulation):
+                row = ((step * accumulation + micro) * env.world_size + env.rank) * B
+                x, y = (t.to(env.device, non_blocking=True) for t in train.batch(row, B, T, config["seed"]))
+                with env.autocast():
+                    micro_loss = forward(x, y) / accumulation  # each row counts T targets: the mean of means is exact
+                micro_loss.backward()
+                loss += micro_loss.item()
+            loss = distributed.mean(loss, env)
+            grad_norm = stage.update(step, loss)
+            metrics = {"train/loss": loss, "train/learning_rate": lr, "train/grad_norm": grad_norm}
+            stage.log(step + 1, tokens_per_step, metrics)
+    stage.close()
+
+
+if __name__ == "__main__":
+    run(main)
