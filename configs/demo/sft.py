@@ -1,0 +1,19 @@
+from configs.sft import config as base
+
+config = base | dict(
+    data="data/demo",
+    init_from="out/demo/pretrain",
+    out="out/demo/sft",
+    batch_size=16,
+    grad_accumulation_steps=1,
+    example_weight="example",  # else the answers of one word are drowned by the reviews
+    max_steps=1600,
+    optimizer="muon",
+    learning_rate=4e-3,
+    min_learning_rate=1e-4,
+    warmup_steps=20,
+    eval_interval=800,
+    eval_examples=128,
+    save_interval=400,
+    log_interval=5,
+)

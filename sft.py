@@ -1,0 +1,129 @@
+"""Supervised fine-tuning: learn to answer, with the loss on answer tokens only (InstructGPT, arXiv:2203.02155, step 1).
+
+A conversation is `question <bos> answer <eos>`, turn by turn; every answer token and its <eos> count, nothing else. The
+loss of an optimizer step is normalised once, over all micro-batches and processes, so that accumulation equals the
+large batch. Reads data/<name>/sft.pkl and a pretrained checkpoint; writes a run directory.
+
+    python sft.py configs/demo/sft.py --learning_rate=1e-3
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import checkpoint, distributed
+from common.config import ConfigError, parse_config, run
+from common.metrics import share
+from common.optim import build_optimizer, learning_rate, set_learning_rate
+from common.stage import Stage
+from dataset import BatchOrder, Examples, epoch_order, load_pkl, pad_batch, to_device
+
+PANELS = [
+    ("loss (nats per answer token)", ["train/loss", "val/loss"]),
+    ("share of replies that end", ["val/eos_rate"]),
+    ("learning rate", ["train/learning_rate"]),
+    ("gradient norm", ["train/grad_norm"]),
+]
+
+
+def loss_weights(loss_mask, example_weight):
+    """Weight of each token before normalisation: loss_mask (B, T) -> (B, T).
+
+    "token": 1 on each answer token. "example": each conversation's answer tokens sum to 1, so that an answer of three
+    tokens is not drowned by one of a hundred.
+    """
+    if example_weight == "token":
+        return loss_mask
+    return loss_mask / loss_mask.sum(1, keepdim=True).clamp(min=1)
+
+
+def answer_loss(model, batch, weights):
+    """sum of weights * nll over the answers: ids (B, T), weights (B, T) aligned with ids."""
+    return model(batch["ids"][:, :-1], batch["ids"][:, 1:], weights[:, 1:])
+
+
+@torch.no_grad()
+def evaluate(model, val, tokenizer, config, env, n_prompts):
+    """Answer-token loss on validation conversations, eos rate on n_prompts of their questions, and the replies."""
+    model.eval()
+    nats, tokens = 0.0, 0.0
+    for i in range(0, min(len(val), config["eval_examples"]), 32):
+        rows = [val[j] for j in range(i, min(i + 32, len(val), config["eval_examples"]))]
+        batch = to_device(pad_batch(rows), env.device)
+        with env.autocast():
+            nats += answer_loss(model, batch, batch["loss_mask"]).item()
+        tokens += batch["loss_mask"][:, 1:].sum().item()
+    prompts = [question(*val[i]) for i in range(min(len(val), n_prompts))]
+    prompts.sort(key=len)
+    replies = []
+    for i in range(0, len(prompts), 50):
+        replies += model.generate(
+            prompts[i : i + 50], config["eval_new_tokens"], temperature=0.8, top_p=0.9, seed=config["seed"]
+        ).tokens
+    model.train()
+    eos_rate = share([reply[-1] == tokenizer.eos_id for reply in replies])
+    pairs = [(tokenizer.decode(p), tokenizer.decode(r)) for p, r in zip(prompts, replies, strict=True)]
+    return {"val/loss": nats / tokens, "val/eos_rate": eos_rate}, pairs[:: max(1, len(pairs) // 8)]
+
+
+def question(ids, loss_mask):
+    """The ids before the first answer, ending with <bos>: what the model is asked to continue."""
+    return ids[: loss_mask.argmax()].tolist()
+
+
+def main(argv=None):
+    config = parse_config("sft", argv, __doc__)
+    if config["example_weight"] not in ("token", "example"):
+        raise ConfigError(f"example_weight={config['example_weight']}: token or example is needed")
+    stage = Stage("sft", config, PANELS)
+    if stage.finished:
+        return
+    env, data = stage.env, Path(config["data"])
+    parent, tokenizer = stage.load_parent()
+    arrays = load_pkl(data / "sft.pkl")
+    examples = Examples(arrays, "", tokenizer.vocab_size, data / "sft.pkl", parent.model_config["max_seq_len"])
+    train, val = examples.select(~arrays["is_val"]), examples.select(arrays["is_val"])
+    val = val.select(epoch_order(len(val), config["seed"], 0))
+
+    model = checkpoint.build_model(parent).to(env.device)
+    optimizer = build_optimizer(model, config)
+    stage.start(model, optimizer, tokenizer, parent)
+    accumulation = config["grad_accumulation_steps"]
+    order = BatchOrder(len(train), config["batch_size"], config["seed"], train.lengths)
+    if env.is_main:
+        epochs = config["max_steps"] * accumulation * env.world_size / order.per_epoch
+        print(f"{len(train):,} training and {len(val):,} validation conversations; {epochs:.2f} epochs")
+
+    with stage.interrupt:
+        for step in range(stage.first, config["max_steps"] + 1):
+            lr = set_learning_rate(optimizer, learning_rate(step, config))
+            if stage.due(step, "eval_interval"):
+                n_prompts = config["eval_prompts"] if step == config["max_steps"] else config["eval_prompts"] // 4
+                stage.report(step, *evaluate(model, val, tokenizer, config, env, n_prompts))
+            if stage.due(step, "save_interval"):
+                stage.save(step)
+            if stage.ends(step):
+                break
+
+            rows = (step * accumulation * env.world_size + env.rank) + env.world_size * np.arange(accumulation)
+            batches = [to_device(pad_batch([train[j] for j in order[i]]), env.device) for i in rows]
+            weights = [loss_weights(batch["loss_mask"], config["example_weight"]) for batch in batches]
+            # one normaliser for the whole step; average_gradients divides by world_size, hence the mean
+            total = distributed.mean(sum(w[:, 1:].sum().item() for w in weights), env)
+            loss = 0.0
+            for batch, w in zip(batches, weights, strict=True):
+                with env.autocast():
+                    micro_loss = answer_loss(model, batch, w / total)
+                micro_loss.backward()
+                loss += micro_loss.item()
+            loss = distributed.mean(loss, env)
+            grad_norm = stage.update(step, loss)
+            tokens = int(distributed.all_sum(sum(batch["lengths"].sum().item() for batch in batches), env))
+            metrics = {"train/loss": loss, "train/learning_rate": lr, "train/grad_norm": grad_norm}
+            stage.log(step + 1, tokens, metrics)
+    stage.close()
+
+
+if __name__ == "__main__":
+    run(main)
