@@ -1,0 +1,25 @@
+config = dict(
+    data="data/zh",  # folder with rm.pkl and meta.json from data_process.py
+    init_from="out/zh/sft",  # run directory or checkpoint to start from
+    out="out/zh/rm",  # run directory: config.json, metrics.jsonl, loss.png, ckpt.pt
+    batch_size=32,  # preference pairs in a micro-batch, per process
+    grad_accumulation_steps=1,  # micro-batches in an optimizer step, per process
+    max_steps=2000,  # optimizer steps
+    optimizer="adamw",  # adamw, or muon: trunk matrices by Muon, the rest by AdamW
+    learning_rate=5e-5,  # peak, after warm-up
+    min_learning_rate=5e-6,  # at max_steps, end of the cosine
+    warmup_steps=50,  # linear warm-up in optimizer steps
+    weight_decay=0.0,  # on matrices only
+    beta1=0.9,  # AdamW
+    beta2=0.95,  # AdamW
+    grad_clip=1.0,  # largest gradient norm
+    eval_interval=200,  # steps between validations
+    eval_pairs=1000,  # validation pairs at intervals; the last validation uses all
+    save_interval=200,  # steps between checkpoints
+    log_interval=10,  # steps between lines of metrics.jsonl
+    seed=1,  # order of the pairs and the reward head's first weights
+    device="auto",  # auto: cuda, else mps, else cpu
+    dtype="auto",  # auto: bfloat16 autocast on cuda, float32 elsewhere
+    resume=False,  # go on from out/ckpt.pt if it is there
+    overwrite=False,  # start again in a run directory that holds a checkpoint
+)
