@@ -1,0 +1,19 @@
+from configs.ppo_train import config as base
+
+config = base | dict(
+    data="data/demo",
+    init_from="out/demo/sft",
+    reward_model="out/demo/rm",
+    out="out/demo/ppo",
+    rollout_size=64,
+    minibatch_size=32,
+    max_steps=40,
+    max_new_tokens=80,
+    kl_coef=0.1,  # 0.05 with a learning rate of 2e-4: 98 % positive, but a quarter of the variety gone
+    learning_rate=1e-4,
+    min_learning_rate=2e-5,
+    warmup_steps=2,
+    eval_interval=20,
+    eval_prompts=64,
+    save_interval=20,
+)
