@@ -1,0 +1,370 @@
+import io
+import json
+import math
+from dataclasses import asdict
+
+import pytest
+import sentencepiece
+import torch
+
+import quantize
+from common import checkpoint, lowbit
+from common.checkpoint import CheckpointError
+from common.config import ConfigError
+from common.distributed import Env
+from dataset import BinWriter, TokenBin, save_meta, token_dtype
+from model import Llama, ModelConfig
+from tokenizer import Tokenizer
+
+ENV = Env(0, 1, torch.device("cpu"))
+TEXT = "这本书很好看，我很喜欢。酒店的房间很干净，服务也不错。价格便宜，下次还来！the quick brown fox"
+SHAPES = [dict(), dict(n_kv_heads=2), dict(tied=False), dict(hidden_dim=172)]
+SHAPE_NAMES = ["tied, MHA", "tied, GQA", "untied", "hidden size not a multiple of 16"]
+
+
+def tiny_model(seed=0, **changes):
+    torch.manual_seed(seed)
+    shape = dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=4, vocab_size=320, max_seq_len=64)
+    model = Llama(ModelConfig(**shape | changes)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2:
+                p.normal_(std=0.1)  # 0.02 would leave the softmax flat and every comparison easy
+    return model
+
+
+def save_model(model, directory, tokenizer=b"tokenizer", stage="pretrain"):
+    directory.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(directory, stage=stage, step=7, tokens_seen=70, model=model, tokenizer=tokenizer, config={})
+    return checkpoint.load(directory)
+
+
+def to_int8(ckpt):
+    return checkpoint.build_model(quantize.quantize_checkpoint(ckpt)).eval()
+
+
+def train_tokenizer(text):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([text] * 20), model_writer=model, vocab_size=320, model_type="bpe",
+        byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2,
+    )  # fmt: skip
+    return model.getvalue()
+
+
+@pytest.fixture(scope="session")
+def tokenizer_bytes():
+    return train_tokenizer(TEXT)
+
+
+def write_val(directory, ids, characters, tokenizer_sha256=None):
+    """val.bin and its meta.json, of one source and a vocabulary of 320."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with BinWriter(directory / "val.bin", 320) as file:
+        file.write(ids)
+    counts = dict(tokens=len(ids), characters=characters, token_offset=0)
+    save_meta(
+        directory,
+        dict(
+            format_version=1, vocab_size=320, tokenizer_sha256=tokenizer_sha256, sources={"text": {"val": counts}},
+            dtype=token_dtype(320).name, files={"val.bin": {"tokens": len(ids)}},
+        ),
+    )  # fmt: skip
+    return directory
+
+
+@pytest.fixture
+def data_dir(tmp_path, tokenizer_bytes):
+    tok = Tokenizer(tokenizer_bytes)
+    ids = (tok.encode(TEXT) + [tok.eos_id]) * 6
+    return write_val(tmp_path / "data", ids, 6 * len(TEXT), tok.sha256)
+
+
+# the numbers
+
+
+def test_rows_by_hand():
+    weight = torch.tensor([[127.0, -63.6, 0.4, -0.6], [0.0, 0.0, 0.0, 0.0], [-0.25, 0.125, 0.0, 0.01], [0, 0, 0, 2.54]])
+    q, scale = quantize.quantize_int8(weight)
+    assert q.dtype == torch.int8 and q.shape == weight.shape
+    assert q.tolist() == [[127, -64, 0, -1], [0, 0, 0, 0], [-127, 64, 0, 5], [0, 0, 0, 127]]
+    # 0.25 / 127 = 1.0079 * 2^-9, next to the bfloat16 1.0078125 * 2^-9; 0.02 = 1.28 * 2^-6 lies between the
+    # bfloat16 163/128 and 164/128 * 2^-6, nearer to the second
+    assert scale.tolist() == [1.0, 1.0, 1.0078125 * 2**-9, 164 / 128 * 2**-6]
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-6, 1.0, 1e6])
+def test_error_is_at_most_half_a_step_and_the_largest_uses_the_whole_range(size):
+    weight = size * torch.randn(200, 96, generator=torch.Generator().manual_seed(0))
+    q, scale = quantize.quantize_int8(weight)
+    error = (weight - q * scale[:, None].float()).abs()
+    assert (error <= scale.float()[:, None] * 0.5001).all()
+    assert q.abs().amax(1).tolist() == [127] * 200
+
+
+def test_quantized_weights_are_a_fixed_point():
+    q, scale = quantize.quantize_int8(torch.randn(50, 32))
+    again, scale_again = quantize.quantize_int8(q * scale.float()[:, None])
+    assert torch.equal(q, again) and torch.equal(scale, scale_again)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_NAMES)
+def test_every_matrix_is_quantized_and_norms_are_not(tmp_path, shape):
+    ckpt = save_model(tiny_model(**shape), tmp_path)
+    weights = quantize.quantize_weights(ckpt.weights)
+    for name, weight in ckpt.weights.items():
+        if weight.dim() == 1:
+            assert torch.equal(weights[name], weight)
+        else:
+            layer = name.removesuffix("weight")
+            assert weights[f"{layer}q"].dtype == torch.int8 and weights[f"{layer}scale"].dtype == torch.bfloat16
+            assert name not in weights
+    model = to_int8(ckpt)
+    assert not [m for m in model.modules() if isinstance(m, torch.nn.Linear | torch.nn.Embedding)]
+    assert ("output.q" in weights) == (shape.get("tied") is False)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, value):
+    model = tiny_model()
+    model.layers[1].feed_forward.w2.weight.data[3, 5] = value
+    ckpt = save_model(model, tmp_path)
+    with pytest.raises(CheckpointError, match=r"ckpt.pt.*layers\.1\.feed_forward\.w2\.weight.*not finite"):
+        quantize.quantize_checkpoint(ckpt)
+
+
+# the layers
+
+
+@pytest.mark.skipif(not lowbit.HAS_KERNEL, reason="torch has no vectorised int8 kernel on this CPU")
+@pytest.mark.parametrize("n, k", [(1, 64), (3, 16), (65, 48), (320, 176), (1000, 288)])
+@pytest.mark.parametrize("rows", [1, 2, 5, 32])
+def test_kernel_agrees_with_float32(n, k, rows):
+    torch.manual_seed(0)
+    q, scale = quantize.quantize_int8(torch.randn(n, k))
+    x = torch.randn(rows, k)
+    assert lowbit.use_kernel(x, q)
+    exact = x.double() @ (q.double() * scale.double()[:, None]).T
+    close = dict(atol=0.01 * k**0.5, rtol=0.01)  # three roundings to 8 bits of a sum of k terms of size 1
+    torch.testing.assert_close(lowbit.linear_kernel(x, q, scale).double(), exact, **close)
+    torch.testing.assert_close(lowbit.linear_float32(x, q, scale).double(), exact, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows, k", [(33, 64), (1, 172), (1, 8), (0, 64)])
+def test_kernel_is_not_used_where_it_is_slow_or_wrong(rows, k):
+    torch.manual_seed(0)
+    q, scale = quantize.quantize_int8(torch.randn(20, k))
+    x = torch.randn(rows, k)
+    assert not lowbit.use_kernel(x, q)
+    layer = lowbit.Int8Linear(20, k)
+    layer.load_state_dict({"q": q, "scale": scale})
+    torch.testing.assert_close(layer(x), x @ layer.weight.T, atol=1e-4, rtol=1e-4)
+
+
+def test_layer_keeps_leading_dimensions_and_dtype():
+    layer = lowbit.Int8Linear(5, 32)
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in [(32,), (2, 3, 32), (4, 16, 32)]:
+            y = layer(torch.randn(shape, dtype=dtype))
+            assert y.shape == (*shape[:-1], 5) and y.dtype == dtype
+
+
+def test_gradient_flows_through_to_the_input():
+    layer = lowbit.Int8Linear(5, 32)
+    layer.q.random_(-127, 128)
+    x = torch.randn(2, 32, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(2, -1))
+
+
+def test_embedding_looks_up_and_multiplies_by_the_same_table():
+    table = lowbit.Int8Embedding(30, 64)
+    q, scale = quantize.quantize_int8(torch.randn(30, 64))
+    table.load_state_dict({"q": q, "scale": scale})
+    ids = torch.tensor([[3, 3, 29], [0, 1, 2]])
+    assert torch.equal(table(ids), table.weight[ids])
+    h = torch.randn(40, 64)
+    torch.testing.assert_close(table.linear(h), h @ table.weight.T, atol=1e-4, rtol=1e-4)
+
+
+# the model
+
+
+def dequantized(int8_model):
+    """The float32 model with exactly the weights that the int8 model stands for."""
+    model = Llama(int8_model.config).eval()
+    state = {name: int8_model.get_submodule(name.rpartition(".")[0]).weight for name in model.state_dict()}
+    model.load_state_dict(state, strict=True)
+    return model
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_NAMES)
+def test_model_computes_what_its_dequantized_weights_compute(tmp_path, shape):
+    model = to_int8(save_model(tiny_model(**shape), tmp_path))
+    reference = dequantized(model)
+    ids = torch.randint(320, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), reference(ids), atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(model(ids, ids), reference(ids, ids), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model.token_logps(ids), reference.token_logps(ids), atol=2e-4, rtol=1e-4)
+        few = ids[:1, :5]  # through the kernel, where there is one
+        error = (model(few) - reference(few)).norm() / reference(few).norm()
+    assert error < 0.02
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_NAMES)
+def test_model_generates(tmp_path, shape):
+    model = to_int8(save_model(tiny_model(**shape), tmp_path))
+    prompts = [[5, 6, 7], [8], list(range(3, 45))]
+    one, two = (model.generate(prompts, 12, temperature=0.8, seed=3, eos_id=-1).tokens for _ in range(2))
+    assert one == two and [len(t) for t in one] == [12, 12, 12]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_NAMES)
+def test_perplexity_within_half_a_percent(tmp_path, shape):
+    ckpt = save_model(tiny_model(**shape), tmp_path)
+    model, int8_model = checkpoint.build_model(ckpt).eval(), to_int8(ckpt)
+    # text that the model itself finds likely, as validation text is to a trained model
+    tokens = model.generate([[i + 3] for i in range(16)], 63, temperature=0.7, seed=0, eos_id=-1).tokens
+    ids = [i + 3 if t == 0 else token for i, row in enumerate(tokens) for t, token in enumerate([None, *row])]
+    val = TokenBin(write_val(tmp_path / "data", ids, 1) / "val.bin")
+    metrics = quantize.evaluate(model, int8_model, val, dict(eval_tokens=0, eval_batch_size=8), ENV)
+    assert metrics["quantize/perplexity_float32"] < 200
+    assert abs(metrics["quantize/perplexity_ratio"] - 1) < 0.005
+
+
+# the file
+
+
+@pytest.mark.parametrize("shape", SHAPES + [dict(scalar_head=True)], ids=SHAPE_NAMES + ["scalar head"])
+def test_round_trip_through_the_file(tmp_path, shape):
+    ckpt = save_model(tiny_model(**shape), tmp_path / "float32")
+    model = to_int8(ckpt)
+    checkpoint.save(
+        tmp_path / "ckpt.pt", stage="quantize", step=7, tokens_seen=70, model=model, tokenizer=b"t",
+        config={}, quant={"method": "int8"}, parent=checkpoint.parent_of(ckpt),
+    )  # fmt: skip
+    loaded = checkpoint.load(tmp_path / "ckpt.pt")
+    again = checkpoint.build_model(loaded).eval()
+    assert loaded.training is None and loaded.quant == {"method": "int8"}
+    assert again.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor) and again.state_dict()[name].dtype == tensor.dtype
+    ids = torch.arange(40)[None]
+    compute = (lambda m: m.values(ids)) if shape.get("scalar_head") else (lambda m: m(ids))
+    with torch.no_grad():
+        assert torch.equal(compute(again), compute(model))
+
+
+@pytest.mark.parametrize("shape", [dict(dim=64, n_layers=5, vocab_size=6144), dict(dim=160, n_heads=5, n_kv_heads=5)])
+def test_file_is_about_a_quarter(tmp_path, shape):
+    shape = dict(vocab_size=6144) | shape
+    ckpt = save_model(tiny_model(**shape), tmp_path / "float32", tokenizer=b"x")
+    checkpoint.save(
+        tmp_path / "ckpt.pt", stage="quantize", step=7, tokens_seen=70, model=to_int8(ckpt), tokenizer=b"x",
+        config={}, quant={"method": "int8"},
+    )  # fmt: skip
+    sizes = quantize.file_sizes(ckpt, tmp_path / "ckpt.pt")
+    assert sizes["quantize/float32_weight_bytes"] == 4 * tiny_model(**shape).num_params()
+    assert 0.25 < sizes["quantize/file_ratio"] <= 0.27
+
+
+def test_unknown_method_is_refused():
+    with pytest.raises(CheckpointError, match="method int3"):
+        lowbit.build(tiny_model(), {"method": "int3"})
+
+
+def test_training_stages_can_refuse_a_quantized_checkpoint(tmp_path):
+    ckpt = save_model(tiny_model(), tmp_path)
+    lowbit.refuse_quantized(ckpt)
+    int8_ckpt = quantize.quantize_checkpoint(ckpt)
+    int8_ckpt.parent = checkpoint.parent_of(ckpt)
+    with pytest.raises(CheckpointError, match=r"quantized \(int8\).*float32 checkpoint.*parent"):
+        lowbit.refuse_quantized(int8_ckpt)
+    with pytest.raises(CheckpointError, match="is quantized"):
+        quantize.quantize_checkpoint(int8_ckpt)
+
+
+# the stage
+
+
+def arguments(init_from, data, out, *more):
+    return [
+        f"--init_from={init_from}",
+        f"--data={data}",
+        f"--out={out}",
+        "--device=cpu",
+        "--sample_tokens=5",
+        *more,
+    ]
+
+
+@pytest.mark.parametrize("stage, shape", [("pretrain", {}), ("sft", {"n_kv_heads": 2}), ("rm", {"scalar_head": True})])
+def test_the_stage(tmp_path, data_dir, tokenizer_bytes, capsys, stage, shape):
+    model = tiny_model(**shape)
+    parent = save_model(model, tmp_path / stage, tokenizer_bytes, stage)
+    out = tmp_path / "quantize"
+    quantize.main(arguments(tmp_path / stage, data_dir, out))
+    row = json.loads((out / "metrics.jsonl").read_text())
+    ckpt = checkpoint.load(out)
+    assert (ckpt.stage, ckpt.step, ckpt.tokens_seen, ckpt.finished) == ("quantize", 7, 70, True)
+    assert ckpt.parent == checkpoint.parent_of(parent) and ckpt.tokenizer == tokenizer_bytes
+    assert ckpt.model_config == asdict(model.config)
+    assert json.loads((out / "config.json").read_text()) == ckpt.config
+    assert row["quantize/file_bytes"] == (out / "ckpt.pt").stat().st_size
+    printed = capsys.readouterr().out
+    if stage == "rm":
+        assert 0 < row["quantize/score_rms_difference"] < 0.05 * row["quantize/score_std"]
+        assert not (out / "samples.txt").exists()
+    else:
+        assert row["quantize/perplexity_ratio"] == pytest.approx(1, abs=0.02)  # random weights, likelihood of noise
+        assert "perplexity_ratio" in printed and "file_ratio" in printed
+        samples = (out / "samples.txt").read_text(encoding="utf-8")
+        assert samples.count("[float32]") == samples.count("[int8]") == 2
+
+    with pytest.raises(CheckpointError, match="--overwrite"):
+        quantize.main(arguments(tmp_path / stage, data_dir, out))
+    before = (out / "ckpt.pt").read_bytes()
+    quantize.main(arguments(tmp_path / stage, data_dir, out, "--resume"))
+    assert (out / "ckpt.pt").read_bytes() == before
+    quantize.main(arguments(tmp_path / stage, data_dir, out, "--overwrite", "--sample_prompts="))
+    with pytest.raises(CheckpointError, match="is quantized"):
+        quantize.main(arguments(out, data_dir, tmp_path / "again"))
+    assert not (tmp_path / "again").exists()
+
+
+def test_the_stage_never_replaces_its_own_input(tmp_path, data_dir, tokenizer_bytes):
+    save_model(tiny_model(), tmp_path / "sft", tokenizer_bytes)
+    before = (tmp_path / "sft" / "ckpt.pt").read_bytes()
+    with pytest.raises(ConfigError, match="would be replaced"):
+        quantize.main(arguments(tmp_path / "sft", data_dir, tmp_path / "sft", "--overwrite"))
+    assert (tmp_path / "sft" / "ckpt.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("option, message", [("--method=int3", "int3"), ("--eval_tokens=-1", "eval_tokens")])
+def test_bad_values_are_refused(tmp_path, option, message):
+    with pytest.raises(ConfigError, match=message):
+        quantize.main([option, f"--out={tmp_path / 'out'}"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_of_another_tokenizer_is_refused(tmp_path, data_dir):
+    save_model(tiny_model(), tmp_path / "sft", train_tokenizer(TEXT[:40]))
+    with pytest.raises(CheckpointError, match="tokenizer_sha256"):
+        quantize.main(arguments(tmp_path / "sft", data_dir, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_little_data_is_refused(tmp_path, tokenizer_bytes):
+    save_model(tiny_model(), tmp_path / "sft", tokenizer_bytes)
+    data = write_val(tmp_path / "data", [5], 1, Tokenizer(tokenizer_bytes).sha256)
+    with pytest.raises(ConfigError, match=r"val\.bin: 1 tokens are too few"):
+        quantize.main(arguments(tmp_path / "sft", data, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pretrained_model_continues_and_later_ones_answer(tokenizer_bytes):
+    tok, model = Tokenizer(tokenizer_bytes), tiny_model()
+    for stage, ids in (("pretrain", [2, *tok.encode("这本书")]), ("sft", [*tok.encode("这本书"), 1])):
+        reply = tok.decode(model.generate([ids], 9, temperature=0).tokens[0])
+        assert quantize.sample_pairs(model, "x", tok, stage, ["这本书"], 9) == [("[x] 这本书", reply)]
