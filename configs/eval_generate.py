@@ -1,0 +1,24 @@
+config = dict(
+    ckpt="out/zh/sft",  # run directory or checkpoint file of any stage: what answers, chats or is measured
+    prompt=None,  # text to answer, or to continue for a pretrained checkpoint; none: chat
+    reply=None,  # with a reward model: the reply to prompt that is to be scored
+    system=None,  # system text before the first question
+    ppl=False,  # perplexity and bits per character on val.bin of data
+    compare=[],  # checkpoints to compare on held-out prompts of data; KL is measured to the first
+    data="data/zh",  # folder from data_process.py, for ppl and compare
+    report=None,  # file that the tables of ppl and compare are written to as well, in Markdown
+    temperature=0.8,  # of prompt and chat; 0: always the likeliest token
+    top_k=0,  # draw from the k likeliest tokens only; 0: from all
+    top_p=0.9,  # draw from the likeliest tokens that together have this probability; 1: from all
+    repetition_penalty=1.0,  # above 1: tokens already there become less likely
+    max_new_tokens=128,  # longest reply; half of the context at most is kept free for it
+    seed=0,  # the same seed gives the same replies; chat adds the number of the turn
+    eval_tokens=0,  # ppl: tokens of each source of val.bin; 0: all
+    compare_prompts=200,  # held-out prompts of prompts.pkl that are answered
+    compare_samples=6,  # of these, how many are shown with every checkpoint's reply
+    compare_examples=200,  # validation examples of each task in sft.pkl
+    compare_temperature=1.0,  # 1, as in the KL that PPO and DPO report; 0: greedy
+    compare_top_p=1.0,  # below 1 replies are likelier than the model's own, and their log ratio is no KL
+    batch_size=50,  # replies sampled at a time in compare
+    device="auto",  # auto: cuda, else mps, else cpu
+)
