@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# The whole chain on real Chinese reviews, about fifteen minutes on two CPU cores. Run again, it skips what is finished
+# and resumes what was interrupted; remove data/demo and out/demo to start anew.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. runs/setup.sh requirements.txt
+began=$SECONDS
+
+stage() { # stage NAME COMMAND...: run it, and say how long it took
+    local name=$1 start=$SECONDS
+    shift
+    printf '\n== %s: %s\n' "$name" "$*"
+    "$@"
+    printf -- '-- %s took %d s\n' "$name" $((SECONDS - start))
+}
+
+once() { # once FILE NAME COMMAND...: the same, unless FILE is there
+    local file=$1
+    shift
+    if [ -e "$file" ]; then
+        printf '\n== %s: %s is there, skipped\n' "$1" "$file"
+    else
+        stage "$@"
+    fi
+}
+
+once data/demo/corpus.txt corpus python data_process.py configs/demo/data.py --parts=text
+once out/demo/tokenizer/tokenizer.model tokenizer python -m tokenizer.train configs/demo/tokenizer.py
+once data/demo/prompts.pkl data python data_process.py configs/demo/data.py --parts=pretrain,sft,rm,prompts
+stage pretrain python pretrain.py configs/demo/pretrain.py --resume
+stage sft python sft.py configs/demo/sft.py --resume
+stage rm python rm_train.py configs/demo/rm.py --resume
+stage dpo python dpo_train.py configs/demo/dpo.py --resume
+stage ppo python ppo_train.py configs/demo/ppo.py --resume
+stage quantize python quantize.py configs/demo/quantize.py --resume
+once out/demo/report.md compare python eval_generate.py --data=data/demo --report=out/demo/report.md \
+    --compare=out/demo/sft,out/demo/dpo,out/demo/ppo,out/demo/quantize,out/demo/pretrain
+
+printf '\nDone in %d s. Loss plots: out/demo/*/loss.png; samples: out/demo/*/samples.txt; comparison: out/demo/report.md\n' \
+    $((SECONDS - began))
+echo 'Chat with it: python eval_generate.py --ckpt=out/demo/ppo'

@@ -1,0 +1,552 @@
+"""The chain in miniature through the real scripts: corpora made here, from text to a quantized policy."""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import data_process
+import dpo_train
+import eval_generate
+import ppo_train
+import pretrain
+import quantize
+import rm_train
+import sft
+import tokenizer.train
+from common import checkpoint
+from common.config import run
+from common.stage import Stage
+from dataset import load_meta
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS, HALF = 6, 3
+MAINS = dict(pretrain=pretrain, sft=sft, rm=rm_train, dpo=dpo_train, ppo=ppo_train, quantize=quantize)
+TRAINED = ["pretrain", "sft", "rm", "dpo", "ppo"]
+PARENTS = dict(pretrain=None, sft="pretrain", rm="sft", dpo="sft", ppo="sft", quantize="ppo")
+RUN = dict(max_steps=STEPS, warmup_steps=2, eval_interval=100, save_interval=100, log_interval=1, device="cpu")
+OPTIONS = dict(
+    pretrain=RUN
+    | {f"model.{key}": size for key, size in dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=64).items()}
+    | dict(seq_len=32, batch_size=8, grad_accumulation_steps=1, learning_rate=0.01)
+    | dict(sample_prompts="酒店,这本书", sample_tokens=8),
+    sft=RUN
+    | dict(batch_size=4, grad_accumulation_steps=2, learning_rate=0.01, example_weight="example")
+    | dict(eval_examples=16, eval_prompts=8, eval_new_tokens=8),
+    rm=RUN | dict(batch_size=8, learning_rate=0.01),
+    dpo=RUN
+    | dict(batch_size=4, grad_accumulation_steps=2, learning_rate=0.003)
+    | dict(eval_pairs=16, eval_prompts=4, eval_new_tokens=8),
+    ppo=RUN
+    | dict(rollout_size=8, minibatch_size=4, micro_batch_size=2, max_new_tokens=8, learning_rate=0.003)
+    | dict(norm_prompts=8, eval_prompts=4, kl_target=0.5, temperature=0.7),
+    quantize=dict(eval_tokens=0, sample_prompts="写一条酒店好评。", sample_tokens=8, device="cpu"),
+)
+
+
+def write_corpora(folder):
+    """150 positive and 150 negative reviews of three kinds, and newspaper lines in word/tag form."""
+    subjects = ["酒店的房间", "宾馆的早餐", "这本小说", "作者的故事", "电脑的键盘", "笔记本的屏幕"]
+    degrees = ["很", "非常", "真的", "确实", "总是"]
+    verdicts = dict(
+        positive=["好，推荐大家。", "棒！下次还来", "让人满意，值得。", "不错，我很喜欢。", "超出期望！"],
+        negative=["差，不推荐。", "糟！再也不来", "让人失望，不值。", "没意思，我后悔了。", "不如期望！"],
+    )
+    for name, endings in verdicts.items():
+        lines = [subject + degree + ending for subject in subjects for degree in degrees for ending in endings]
+        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    paper = [f"19980101-01-001-{i:03}/m  第{i}/m  条/q  [人民/n  日报/n]nt  新闻/n  。/w" for i in range(40)]
+    (folder / "paper.txt").write_text("\n".join(paper) + "\n", encoding="utf-8")
+
+
+def argv(**options):
+    return [f"--{key}={value}" for key, value in options.items()]
+
+
+def data_options(folder, out, tokenizer_path):
+    corpora = dict(positive="positive.txt", negative="negative.txt", people_daily="paper.txt")
+    options = {key: folder / name for key, name in corpora.items()} | dict(out=out, tokenizer=tokenizer_path)
+    return options | dict(val_share=0.2, max_seq_len=64, rm_length_bin=8, prompts_train=24, prompts_val=8)
+
+
+def options_of(folder, stage, out, changes):
+    """What a stage of the chain in `folder` is called with; its run goes to `out`."""
+    options = OPTIONS[stage] | dict(data=folder / "data", out=out)
+    if stage == "pretrain":
+        options["tokenizer"] = folder / "tokenizer"
+    else:
+        options["init_from"] = folder / PARENTS[stage]
+    if stage == "ppo":
+        options["reward_model"] = folder / "rm"
+    return argv(**options | changes)
+
+
+def train(folder, stage, out, **changes):
+    MAINS[stage].main(options_of(folder, stage, out, changes))
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory):
+    """The folder of a finished chain: corpora, tokenizer, data and a run of every stage. Tests leave it as it is."""
+    folder = tmp_path_factory.mktemp("chain")
+    write_corpora(folder)
+    data = data_options(folder, folder / "data", folder / "tokenizer")
+    data_process.main(argv(**data, parts="text"))
+    vocabulary = dict(input=folder / "data" / "corpus.txt", vocab_size=440, out=folder / "tokenizer")
+    tokenizer.train.main(argv(**vocabulary))
+    data_process.main(argv(**data, parts="pretrain,sft,rm,prompts"))
+    for stage in MAINS:
+        train(folder, stage, folder / stage)
+    return folder
+
+
+def metrics(run_dir):
+    """The rows of metrics.jsonl without the seconds."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert all(row.pop("seconds") >= 0 for row in rows)
+    return rows
+
+
+def losses(run_dir):
+    return [row["train/loss"] for row in metrics(run_dir) if "train/loss" in row]
+
+
+def train_rows(run_dir):
+    return [row for row in metrics(run_dir) if "train/tokens" in row]
+
+
+def assert_same_run(run_dir, expected_dir):
+    """Metrics, samples and weights are equal to the last bit."""
+    assert metrics(run_dir) == metrics(expected_dir)
+    samples, expected_samples = run_dir / "samples.txt", expected_dir / "samples.txt"
+    assert samples.exists() == expected_samples.exists()
+    assert not samples.exists() or samples.read_bytes() == expected_samples.read_bytes()
+    found, expected = checkpoint.load(run_dir), checkpoint.load(expected_dir)
+    assert (found.step, found.tokens_seen, found.finished) == (STEPS, expected.tokens_seen, True)
+    assert_same_tensors(found.weights, expected.weights)
+    extra, expected_extra = found.training["extra"], expected.training["extra"]
+    if expected_extra:
+        assert_same_tensors(extra.pop("value"), expected_extra.pop("value"))
+    assert extra == expected_extra
+
+
+def assert_same_tensors(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+# what a finished chain leaves
+
+
+def test_data_is_described(chain):
+    files = {"corpus.txt", "train.bin", "val.bin", "sft.pkl", "rm.pkl", "prompts.pkl"}
+    assert {path.name for path in (chain / "data").iterdir()} == files | {"meta.json"}
+    meta = load_meta(chain / "data")
+    assert meta["files"].keys() == files and meta["sources"].keys() == {"reviews", "people_daily"}
+    tokenizer_bytes = (chain / "tokenizer" / "tokenizer.model").read_bytes()
+    assert meta["tokenizer_sha256"] == hashlib.sha256(tokenizer_bytes).hexdigest()
+    reviews = meta["sources"]["reviews"]
+    assert reviews["train"]["documents"] + reviews["val"]["documents"] == 300
+
+
+@pytest.mark.parametrize("stage", MAINS)
+def test_run_directory_holds_what_it_should(chain, stage):
+    out = chain / stage
+    files = {"ckpt.pt", "config.json", "metrics.jsonl", "loss.png", "samples.txt"}
+    absent = dict(rm={"samples.txt"}, quantize={"loss.png"}).get(stage, set())
+    assert {path.name for path in out.iterdir()} == files - absent
+    if "loss.png" not in absent:
+        assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    if "samples.txt" not in absent:
+        steps = [line for line in (out / "samples.txt").read_text(encoding="utf-8").splitlines() if line[:5] == "step "]
+        assert steps == (["step 0", f"step {STEPS}"] if stage in TRAINED else [f"step {STEPS}"] * 2)
+    assert json.loads((out / "config.json").read_text(encoding="utf-8")) == checkpoint.load(out).config
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_metrics_of_every_step_and_validations_at_both_ends(chain, stage):
+    rows = metrics(chain / stage)
+    validations = [row for row in rows if any(name.startswith("val/") for name in row)]
+    assert [row["step"] for row in train_rows(chain / stage)] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in validations] == [0, STEPS]
+    assert [row["step"] for row in rows] == sorted(row["step"] for row in rows)
+    assert all(value is not None for row in rows for name, value in row.items() if name != "val/distinct_2")
+
+
+@pytest.mark.parametrize("stage", MAINS)
+def test_checkpoint_says_where_it_came_from(chain, stage):
+    ckpt = checkpoint.load(chain / stage)
+    assert (ckpt.stage, ckpt.step, ckpt.finished) == (stage, STEPS, True)
+    assert ckpt.tokenizer == (chain / "tokenizer" / "tokenizer.model").read_bytes()
+    first = checkpoint.load(chain / "pretrain")
+    assert ckpt.model_config == first.model_config | dict(scalar_head=stage == "rm")
+    assert (ckpt.quant is None) == (ckpt.training is not None) == (stage in TRAINED)
+    if stage in TRAINED:
+        assert ckpt.tokens_seen == train_rows(chain / stage)[-1]["train/tokens"]
+        assert all(w.dtype == torch.float32 and w.isfinite().all() for w in ckpt.weights.values())
+    if stage == "pretrain":
+        assert ckpt.parent is None and ckpt.tokens_seen == STEPS * 8 * 32
+        return
+    path = chain / PARENTS[stage] / "ckpt.pt"
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert ckpt.parent == dict(path=str(path), stage=PARENTS[stage], sha256=digest)
+    changed = [
+        name for name, w in checkpoint.load(path).weights.items() if not torch.equal(w, ckpt.weights.get(name, w))
+    ]
+    assert ("layers.0.attention.wq.weight" in changed) == (stage in TRAINED)
+
+
+def test_first_losses_are_those_of_knowing_nothing_more(chain):
+    vocab_size = load_meta(chain / "data")["vocab_size"]
+    assert metrics(chain / "pretrain")[0]["val/loss"] == pytest.approx(math.log(vocab_size), rel=0.02)
+    assert losses(chain / "pretrain")[-1] < losses(chain / "pretrain")[0] - 0.2
+    before, first, *_ = metrics(chain / "dpo")
+    for loss, margin in ((before["val/loss"], before["val/margin"]), (first["train/loss"], first["dpo/margin"])):
+        assert (loss, margin) == (pytest.approx(math.log(2), abs=1e-4), pytest.approx(0, abs=1e-4))
+    assert before["val/kl"] == pytest.approx(0, abs=1e-4)
+    before, first, *_ = metrics(chain / "ppo")
+    assert (before["val/kl"], first["ppo/kl"]) == (pytest.approx(0, abs=1e-4), pytest.approx(0, abs=1e-4))
+    assert first["ppo/rlhf_reward"] == pytest.approx(first["ppo/score"], abs=1e-4)
+
+
+def test_learning_rate_is_that_of_the_schedule(chain):
+    rates = [row["train/learning_rate"] for row in train_rows(chain / "pretrain")]
+    assert rates[:3] == pytest.approx([0.005, 0.01, 0.01]) and rates[3:] == sorted(rates[3:], reverse=True)
+
+
+# resuming
+
+
+def snapshot(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("stage", MAINS)
+def test_resuming_a_finished_stage_says_so_and_changes_nothing(chain, stage, capsys):
+    before = snapshot(chain / stage)
+    train(chain, stage, chain / stage, resume=True)
+    assert "nothing to do" in capsys.readouterr().out
+    assert snapshot(chain / stage) == before
+
+
+def act_after(patch, step, action):
+    """Call action(stage) once that step is done and logged."""
+    log = Stage.log
+
+    def log_and_act(self, done, *args, **kwargs):
+        log(self, done, *args, **kwargs)
+        if done == step:
+            action(self)
+
+    patch.setattr(Stage, "log", log_and_act)
+
+
+def press_ctrl_c(_):
+    signal.raise_signal(signal.SIGINT)
+
+
+def train_in_two_sittings(chain, stage, out, capsys, **changes):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        act_after(patch, HALF, press_ctrl_c)
+        train(chain, stage, out, **changes)
+    assert stopped.value.code == 130
+    assert f"--resume goes on from {out}" in capsys.readouterr().out
+    saved = checkpoint.load(out)
+    assert (saved.step, saved.finished) == (HALF, False)
+    torch.manual_seed(12345)  # a new process would not have this one's random state
+    train(chain, stage, out, resume=True, **changes)
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_stopped_and_resumed_equals_uninterrupted(chain, stage, tmp_path, capsys):
+    train_in_two_sittings(chain, stage, tmp_path / "two", capsys)
+    assert_same_run(tmp_path / "two", chain / stage)
+
+
+def test_stopped_and_resumed_equals_uninterrupted_with_muon_and_dropout(chain, tmp_path, capsys):
+    changes = {"optimizer": "muon", "model.dropout": 0.1}
+    train(chain, "pretrain", tmp_path / "one", **changes)
+    train_in_two_sittings(chain, "pretrain", tmp_path / "two", capsys, **changes)
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
+def test_a_signal_between_saving_and_stopping_loses_nothing(chain, tmp_path):
+    ends = Stage.ends
+
+    def ctrl_c_then_end(self, step):
+        if step == HALF:
+            press_ctrl_c(self)
+        return ends(self, step)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Stage, "ends", ctrl_c_then_end)
+        train(chain, "rm", tmp_path)
+    ckpt = checkpoint.load(tmp_path)
+    assert ckpt.step == train_rows(tmp_path)[-1]["step"] == HALF + 1
+
+
+def test_after_a_crash_training_goes_on_from_the_last_checkpoint(chain, tmp_path):
+    def crash(_):
+        raise RuntimeError("the machine went down")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="went down"):
+        act_after(patch, 5, crash)
+        train(chain, "sft", tmp_path / "sft", save_interval=2)
+    assert [row["step"] for row in train_rows(tmp_path / "sft")] == [1, 2, 3, 4, 5]
+    assert checkpoint.load(tmp_path / "sft").step == 4
+    train(chain, "sft", tmp_path / "sft", save_interval=2, resume=True)
+    assert_same_run(tmp_path / "sft", chain / "sft")
+
+
+def test_a_finished_run_can_be_trained_further(chain, tmp_path):
+    shutil.copytree(chain / "rm", tmp_path / "rm")
+    train(chain, "rm", tmp_path / "rm", resume=True, max_steps=STEPS + 2)
+    assert checkpoint.load(tmp_path / "rm").step == STEPS + 2
+    rows = metrics(tmp_path / "rm")
+    assert rows[: len(metrics(chain / "rm"))] == metrics(chain / "rm") and rows[-1]["step"] == STEPS + 2
+
+
+def test_ppo_compares_the_policy_with_itself_even_if_it_was_pretrained_with_dropout(chain, tmp_path):
+    ckpt = checkpoint.load(chain / "sft")
+    model = checkpoint.build_model(replace(ckpt, model_config=ckpt.model_config | dict(dropout=0.5)))
+    facts = dict(stage="sft", step=1, tokens_seen=1, tokenizer=ckpt.tokenizer, config=ckpt.config)
+    checkpoint.save(tmp_path / "ckpt.pt", model=model, **facts)
+    one_update = dict(max_steps=1, ppo_epochs=1, minibatch_size=8, init_from=tmp_path)
+    train(chain, "ppo", tmp_path / "ppo", **one_update)
+    (first,) = train_rows(tmp_path / "ppo")
+    assert first["ppo/ratio"] == pytest.approx(1, abs=1e-5) and first["ppo/clipfrac"] == 0
+    assert (first["ppo/approx_kl"], first["ppo/kl"]) == (pytest.approx(0, abs=1e-6), pytest.approx(0, abs=1e-4))
+
+
+# the same step by other means
+
+
+def test_two_micro_batches_equal_one_of_twice_the_size(chain, tmp_path):
+    train(chain, "pretrain", tmp_path, batch_size=4, grad_accumulation_steps=2)
+    # the log has 6 significant digits: 1e-5 is its last one
+    assert losses(tmp_path) == pytest.approx(losses(chain / "pretrain"), abs=1.5e-5)
+    assert checkpoint.load(tmp_path).tokens_seen == checkpoint.load(chain / "pretrain").tokens_seen
+
+
+def start(*command):
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_that_accumulates(chain, tmp_path):
+    options = options_of(chain, "sft", tmp_path, dict(grad_accumulation_steps=1))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = start(*torchrun, "sft.py", *options)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    found, expected = train_rows(tmp_path), train_rows(chain / "sft")
+    for name in ("train/loss", "train/grad_norm"):
+        assert [row[name] for row in found] == pytest.approx([row[name] for row in expected], abs=1e-5, rel=1e-4)
+    assert [row["train/tokens"] for row in found] == [row["train/tokens"] for row in expected]
+    for name, tensor in checkpoint.load(chain / "sft").weights.items():
+        torch.testing.assert_close(checkpoint.load(tmp_path).weights[name], tensor, atol=1e-4, rtol=0, msg=name)
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_says_how_to_go_on(chain, tmp_path):
+    changes = dict(max_steps=1_000_000, save_interval=1_000_000, eval_interval=1_000_000)
+    process = start("sft.py", *options_of(chain, "sft", tmp_path, changes))
+    try:
+        deadline = time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < deadline:
+            if (tmp_path / "metrics.jsonl").exists() and len(train_rows(tmp_path)) > 3:
+                break
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert "stopping after this step" in err and f"the same command with --resume goes on from {tmp_path}" in out
+    ckpt = checkpoint.load(tmp_path)
+    assert ckpt.step > 3 and not ckpt.finished and ckpt.step == train_rows(tmp_path)[-1]["step"]
+
+
+# when it goes wrong
+
+
+def failure(capsys, main, options):
+    """The one line on stderr with which a script ends, exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run(lambda: main(options))
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_updates_that_are_not_finite_are_skipped_and_ten_end_the_run(chain, tmp_path, capsys):
+    weights = []
+
+    def poison(stage):
+        stage.model.norm.weight.data[0] = math.nan
+        live = {name: w for name, w in stage.model.state_dict().items() if name != "norm.weight"}
+        weights.append((live, {name: w.clone() for name, w in live.items()}))
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        act_after(patch, 2, poison)
+        run(lambda: train(chain, "pretrain", tmp_path, max_steps=50))
+    assert stopped.value.code == 2
+    err = capsys.readouterr().err.splitlines()
+    assert "update skipped (1 in a row, stops at 10)" in err[-10] and "the last good checkpoint is kept" in err[-1]
+    assert [row["step"] for row in train_rows(tmp_path) if row["train/loss"] is None] == list(range(3, 12))
+    assert_same_tensors(*weights[0])
+    assert checkpoint.load(tmp_path).step == 0
+    assert all(w.isfinite().all() for w in checkpoint.load(tmp_path).weights.values())
+
+
+def test_a_script_ends_with_one_line_and_exit_code_2():
+    process = start("sft.py", "--learning_rat=0.1")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 2 and out == ""
+    assert err == "error: --learning_rat=0.1: unknown key learning_rat = 0.1, the nearest is learning_rate\n"
+
+
+@pytest.mark.parametrize(
+    "stage, changes, words",
+    [
+        ("pretrain", {"model.dims": 64}, ["--model.dims=64", "model.dim"]),
+        ("pretrain", {"max_steps": "many"}, ["max_steps", "whole number", "'many'"]),
+        ("pretrain", {"optimizer": "adam"}, ["optimizer=adam", "adamw", "muon"]),
+        ("pretrain", {"seq_len": 128}, ["seq_len=128", "max_seq_len=64"]),
+        ("pretrain", {"model.n_heads": 5}, ["dim=32", "n_heads=5"]),
+        ("sft", {"example_weight": "tokens"}, ["example_weight=tokens", "token", "example"]),
+        ("sft", {"batch_size": 4000}, ["examples do not fill one batch of 4000"]),
+    ],
+)
+def test_a_wrong_option_is_named(chain, tmp_path, capsys, stage, changes, words):
+    line = failure(capsys, MAINS[stage].main, options_of(chain, stage, tmp_path / "out", changes))
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "out" / "ckpt.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "stage, key", [("sft", "init_from"), ("rm", "init_from"), ("dpo", "init_from"), ("ppo", "reward_model")]
+)
+def test_a_missing_checkpoint_is_named(chain, tmp_path, capsys, stage, key):
+    changes = {key: tmp_path / "nowhere"}
+    line = failure(capsys, MAINS[stage].main, options_of(chain, stage, tmp_path / "out", changes))
+    assert f"no checkpoint at {tmp_path / 'nowhere'}" in line
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "ppo"])
+def test_nothing_is_trained_from_a_quantized_checkpoint(chain, tmp_path, capsys, stage):
+    options = options_of(chain, stage, tmp_path / "out", dict(init_from=chain / "quantize"))
+    line = failure(capsys, MAINS[stage].main, options)
+    assert str(chain / "quantize" / "ckpt.pt") in line and "is quantized (int8)" in line
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "ppo"])
+def test_no_language_model_is_trained_from_a_reward_model(chain, tmp_path, capsys, stage):
+    options = options_of(chain, stage, tmp_path / "out", dict(init_from=chain / "rm"))
+    line = failure(capsys, MAINS[stage].main, options)
+    assert str(chain / "rm" / "ckpt.pt") in line and "is a reward model" in line
+
+
+def test_ppo_wants_a_reward_model_that_can_be_trained(chain, tmp_path, capsys):
+    options = options_of(chain, "ppo", tmp_path / "out", dict(reward_model=chain / "sft"))
+    line = failure(capsys, ppo_train.main, options)
+    assert f"{chain / 'sft' / 'ckpt.pt'} (stage sft) has no scalar head" in line
+    train(chain, "quantize", tmp_path / "int8", init_from=chain / "rm")
+    options = options_of(chain, "ppo", tmp_path / "out", dict(reward_model=tmp_path / "int8"))
+    line = failure(capsys, ppo_train.main, options)
+    assert str(tmp_path / "int8" / "ckpt.pt") in line and "is quantized (int8)" in line
+
+
+def test_data_of_another_tokenizer_is_refused_with_both_files_and_values(chain, tmp_path, capsys):
+    corpus = chain / "data" / "corpus.txt"
+    tokenizer.train.main(argv(input=corpus, vocab_size=430, out=tmp_path / "tokenizer"))
+    data = data_options(chain, tmp_path / "data", tmp_path / "tokenizer")
+    data_process.main(argv(**data, parts="pretrain,sft,rm,prompts"))
+    sources = dict(pretrain=chain / "tokenizer", sft=chain / "pretrain" / "ckpt.pt", ppo=chain / "sft" / "ckpt.pt")
+    for stage, source in sources.items():
+        options = options_of(chain, stage, tmp_path / "out", dict(data=tmp_path / "data"))
+        line = failure(capsys, MAINS[stage].main, options)
+        assert line == f"error: vocab_size is 440 in {source} and 430 in {tmp_path / 'data' / 'meta.json'}"
+
+
+def test_an_empty_or_missing_corpus_is_named(chain, tmp_path, capsys):
+    data = data_options(chain, tmp_path / "data", chain / "tokenizer")
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n \n", encoding="utf-8")
+    for path, what in ((empty, "holds no text"), (tmp_path / "none.txt", "not found")):
+        for key in ("negative", "people_daily"):
+            line = failure(capsys, data_process.main, argv(**data | {key: path}))
+            assert f"corpus file {path} {what}" in line
+    assert not (tmp_path / "data").exists()
+    empty.write_text("", encoding="utf-8")
+    for path, what in ((empty, "empty"), (tmp_path / "none.txt", "no such file")):
+        line = failure(capsys, tokenizer.train.main, argv(input=path, out=tmp_path / "tokenizer"))
+        assert str(path) in line and what in line
+    assert not (tmp_path / "tokenizer").exists()
+
+
+def test_a_validation_without_prompts_measures_the_rest(chain, tmp_path):
+    train(chain, "sft", tmp_path, eval_prompts=2, max_steps=1)  # a quarter of two is none
+    first = metrics(tmp_path)[0]
+    assert first["val/eos_rate"] is None and first["val/loss"] > 0
+
+
+# using what came out
+
+
+def evaluation(capsys, **options):
+    capsys.readouterr()
+    eval_generate.main(argv(**options, device="cpu"))
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "ppo", "quantize"])
+def test_every_language_model_answers(chain, stage, capsys):
+    options = dict(ckpt=chain / stage, prompt="写一条酒店评价。", max_new_tokens=8)
+    reply = evaluation(capsys, **options)
+    assert reply.endswith("\n") and evaluation(capsys, **options) == reply
+
+
+def test_a_reward_model_scores(chain, capsys):
+    options = dict(ckpt=chain / "rm", prompt="写一条酒店评价。")
+    scores = [float(evaluation(capsys, **options, reply=reply)) for reply in ("酒店的房间很好。", "作者的故事糟！")]
+    assert scores[0] != scores[1]
+
+
+def test_perplexity_is_that_of_the_last_validation(chain, tmp_path, capsys):
+    out = evaluation(capsys, ckpt=chain / "pretrain", ppl=True, data=chain / "data", report=tmp_path / "ppl.md")
+    figures = {row["source"]: row for row in json.loads(out.splitlines()[-1])["perplexity"]}
+    last = metrics(chain / "pretrain")[-1]
+    assert figures.keys() == {"reviews", "people_daily", "all"}
+    assert math.log(figures["all"]["perplexity"]) == pytest.approx(last["val/loss"], rel=1e-4)
+    for name in ("reviews", "people_daily"):
+        assert figures[name]["bits_per_char"] == pytest.approx(last[f"val/bits_per_char/{name}"], rel=1e-4)
+    assert out.startswith((tmp_path / "ppl.md").read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+def test_checkpoints_are_compared(chain, tmp_path, capsys):
+    paths = [str(chain / stage) for stage in ("sft", "dpo", "ppo", "quantize")]
+    options = dict(compare=",".join(paths), data=chain / "data", report=tmp_path / "compare.md", max_new_tokens=8)
+    out = evaluation(capsys, **options, compare_prompts=4, compare_examples=4)
+    figures = json.loads(out.splitlines()[-1])
+    assert [row["checkpoint"] for row in figures["replies"]] == paths and figures["prompts"] == 4
+    kl = {Path(row["checkpoint"]).name: row["kl"] for row in figures["replies"]}
+    assert kl["sft"] == pytest.approx(0, abs=1e-4) and kl["dpo"] != 0
+    assert [row["stage"] for row in figures["tasks"]] == ["sft", "dpo", "ppo", "quantize"]
+    assert out.startswith((tmp_path / "compare.md").read_text(encoding="utf-8"))
