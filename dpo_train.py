@@ -24,7 +24,7 @@ PANELS = [
     ("loss (nats per pair)", ["train/loss", "val/loss"]),
     ("preference accuracy", ["dpo/accuracy", "val/accuracy"]),
     ("reward margin (nats)", ["dpo/margin", "val/margin"]),
-    ("log-probability against reference (nats)", ["dpo/chosen_reward", "dpo/rejected_reward"]),
+    ("log pi/ref of an answer (nats)", ["dpo/chosen_logratio", "dpo/rejected_logratio"]),
     ("KL to the reference (nats per reply)", ["val/kl"]),
     ("share of replies that end", ["val/eos_rate"]),
 ]
@@ -135,8 +135,8 @@ def main(argv=None):
                 "train/loss": loss,
                 "dpo/accuracy": right,
                 "dpo/margin": margin,
-                "dpo/chosen_reward": chosen,
-                "dpo/rejected_reward": rejected,
+                "dpo/chosen_logratio": chosen,
+                "dpo/rejected_logratio": rejected,
                 "train/learning_rate": lr,
                 "train/grad_norm": grad_norm,
             }

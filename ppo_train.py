@@ -25,7 +25,7 @@ from common.stage import Stage
 from dataset import BatchOrder, load_prompts
 
 PANELS = [
-    ("score (standard deviations of the reference)", ["ppo/score", "val/score"]),
+    ("normalised score", ["ppo/score", "val/score"]),
     ("KL to the reference (nats per reply)", ["ppo/kl", "val/kl"]),
     ("reply length (tokens)", ["ppo/length", "val/length"]),
     ("share of replies that end", ["ppo/eos_rate", "val/eos_rate"]),
@@ -180,7 +180,12 @@ def main(argv=None):
     sample = partial(rollout, max_new_tokens=config["max_new_tokens"], temperature=config["temperature"], eos_id=eos_id)
 
     def logps_of(model, rows):
-        return model.token_logps(rows.ids, config["temperature"], rows.mask)
+        with env.autocast():  # as in the updates, so that the first ratio is 1 in bfloat16 too
+            return model.token_logps(rows.ids, config["temperature"], rows.mask)
+
+    def values_of(rows):
+        with env.autocast():
+            return value.values(rows.ids)[:, :-1]
 
     batched = partial(in_batches, batch_size=config["micro_batch_size"])
     score = partial(batched, partial(score_rows, reward_model))
@@ -217,7 +222,7 @@ def main(argv=None):
             logps, ref_logps = (batched(partial(logps_of, model), batch) for model in (policy, reference))  # (B, T-1)
             rewards = penalised_rewards(scores, logps, ref_logps, batch.mask, kl_coef)
             # 4. advantages
-            values = batched(lambda rows: value.values(rows.ids)[:, :-1], batch) * batch.mask
+            values = batched(values_of, batch) * batch.mask
             advantages, returns = gae(rewards, values, batch.mask, config["gamma"], config["lam"])
             advantages = masked_whiten(advantages, batch.mask)
             # 5. updates

@@ -26,14 +26,14 @@ from tokenizer import Tokenizer, encode_opening
 
 PANELS = [
     ("loss (nats per token)", ["train/loss", "val/loss"]),
-    ("bits per character", ["val/bits_per_char"]),
+    ("bits per character", ["val/bits_per_char*"]),
     ("learning rate", ["train/learning_rate"]),
     ("gradient norm", ["train/grad_norm"]),
 ]
 
 
 def evaluate(model, val, env, max_tokens=None):
-    """Loss on the first max_tokens validation tokens of each source (None: all of them), in rows of full context.
+    """Loss on about max_tokens validation tokens, evenly spaced (None: all of them), in rows of full context.
 
     Returns {"val/loss", "val/bits_per_char"} over all sources and {"val/bits_per_char/<source>"}.
     """

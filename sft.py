@@ -45,26 +45,27 @@ def answer_loss(model, batch, weights):
 
 @torch.no_grad()
 def evaluate(model, val, tokenizer, config, env, n_prompts):
-    """Answer-token loss on validation conversations, eos rate on n_prompts of their questions, and the replies."""
+    """Loss, weighted as in training, on validation conversations; eos rate on n_prompts of their questions; samples."""
     model.eval()
-    nats, tokens = 0.0, 0.0
+    loss, total = 0.0, 0.0
     for i in range(0, min(len(val), config["eval_examples"]), 32):
         rows = [val[j] for j in range(i, min(i + 32, len(val), config["eval_examples"]))]
         batch = to_device(pad_batch(rows), env.device)
+        weights = loss_weights(batch["loss_mask"], config["example_weight"])
         with env.autocast():
-            nats += answer_loss(model, batch, batch["loss_mask"]).item()
-        tokens += batch["loss_mask"][:, 1:].sum().item()
+            loss += answer_loss(model, batch, weights).item()
+        total += weights[:, 1:].sum().item()
     prompts = [question(*val[i]) for i in range(min(len(val), n_prompts))]
-    prompts.sort(key=len)
-    replies = []
+    by_length, replies = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
     for i in range(0, len(prompts), 50):
-        replies += model.generate(
-            prompts[i : i + 50], config["eval_new_tokens"], temperature=0.8, top_p=0.9, seed=config["seed"]
-        ).tokens
+        batch = by_length[i : i + 50]
+        sampling = dict(temperature=0.8, top_p=0.9, eos_id=tokenizer.eos_id, seed=config["seed"])
+        new = model.generate([prompts[j] for j in batch], config["eval_new_tokens"], **sampling).tokens
+        replies |= zip(batch, new, strict=True)
     model.train()
-    eos_rate = share([reply[-1] == tokenizer.eos_id for reply in replies])
-    pairs = [(tokenizer.decode(p), tokenizer.decode(r)) for p, r in zip(prompts, replies, strict=True)]
-    return {"val/loss": nats / tokens, "val/eos_rate": eos_rate}, pairs[:: max(1, len(pairs) // 8)]
+    eos_rate = share([reply[-1] == tokenizer.eos_id for reply in replies.values()])
+    samples = [(tokenizer.decode(prompt), tokenizer.decode(replies[i])) for i, prompt in enumerate(prompts[:8])]
+    return {"val/loss": loss / total, "val/eos_rate": eos_rate}, samples
 
 
 def question(ids, loss_mask):

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from datetime import timedelta
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +78,15 @@ class MetricLog:
         return rows
 
     def plot(self, panels: list[tuple[str, list[str]]]) -> None:
-        """Draw loss.png from metrics.jsonl: a panel per (y label with unit, [metric names]) that has data."""
+        """Draw loss.png from metrics.jsonl: a panel per (y label with unit, [metric names]) that has data.
+
+        A name may be a pattern, such as val/bits_per_char*.
+        """
         rows = self.read()
+        known = dict.fromkeys(name for row in rows for name in row)
         drawn = []
-        for label, names in panels:
+        for label, patterns in panels:
+            names = dict.fromkeys(name for pattern in patterns for name in known if fnmatch(name, pattern))
             series = {name: _points(rows, name) for name in names}
             series = {name: points for name, points in series.items() if len(points[0])}
             if series:
@@ -147,12 +153,14 @@ def _draw(panels: list[tuple[str, dict]]) -> bytes:
         axes = figure.add_subplot(n_rows, columns, i + 1)
         for color, (name, (steps, values)) in enumerate(series.items()):
             style = dict(color=f"C{color}", label=name)
-            if name.startswith("val/") or len(values) < 20:
+            if name == "train/learning_rate":
+                axes.plot(steps, values, linewidth=1.6, **style)
+            elif name.startswith("val/") or len(values) < 20:
                 axes.plot(steps, values, marker="o", markersize=4, linewidth=1.2, zorder=3, **style)
             else:
                 axes.plot(steps, values, color=f"C{color}", linewidth=0.6, alpha=0.35)
                 axes.plot(steps, smooth(values, len(values) // 20 | 1), linewidth=1.6, **style)
-        axes.set_xlabel("optimizer step")
+        axes.set_xlabel("step")
         axes.set_ylabel(label)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
@@ -285,18 +293,16 @@ class TextLoss:
 
 @torch.no_grad()
 def source_losses(model, tokens, env, max_tokens=None, batch_size=16) -> tuple[TextLoss, dict[str, TextLoss]]:
-    """Loss on about max_tokens of each source in a TokenBin (None: all), in rows of full context: all, by source.
+    """Loss on about max_tokens of a TokenBin (None: all of it) in rows of full context: over all, and by source.
 
-    The rows are evenly spaced; the characters of a part of a source are taken to be in proportion to its tokens.
+    The rows are evenly spaced, so that each source has its share; its characters are in proportion to its tokens.
     """
     was_training = model.training
     model.eval()
-    losses = {}
+    every, losses = max(1, len(tokens) // (max_tokens or len(tokens))) if len(tokens) else 1, {}
     for name, (start, stop) in tokens.segments.items():
         x, y = tokens.windows(start, stop, model.config.max_seq_len)  # (N, T)
-        if max_tokens:
-            every = max(1, x.numel() // max(max_tokens, x.size(1)))
-            x, y = x[::every], y[::every]
+        x, y = x[::every], y[::every]
         nats, scored = 0.0, int((y != -100).sum())
         if not scored:
             continue

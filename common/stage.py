@@ -47,7 +47,6 @@ class Stage:
         self.stopping = False  # whether a signal had come when this step was to be saved
         self.extra = None  # what else the stage must keep for --resume: a dict of tensors and plain values
         self.loop_seconds = 0.0
-        self.last_metrics = {}
         if self.finished and self.env.is_main:
             print(f"{self.out} is finished (step {self.first}): nothing to do")
 
@@ -101,7 +100,6 @@ class Stage:
 
     def report(self, step, metrics, samples=()):
         """Validation metrics and samples [(prompt, reply)] to the log, the plot and the terminal."""
-        self.last_metrics = metrics
         self.metric_log.write(step, metrics)
         if samples:
             self.metric_log.samples(step, samples)

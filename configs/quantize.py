@@ -3,7 +3,7 @@ config = dict(
     data="data/zh",  # where val.bin is: what the quantized model is compared on
     out="out/zh/quantize",  # run directory
     method="int8",  # one scale per output channel, round to nearest
-    eval_tokens=200_000,  # tokens of each source in val.bin to measure on; 0 = all of them
+    eval_tokens=200_000,  # tokens of val.bin to measure on, evenly spaced; 0 = all of them
     eval_batch_size=8,  # rows of max_seq_len tokens at a time
     sample_prompts=[
         "今天天气很好，",

@@ -4,6 +4,6 @@ config = base | dict(
     init_from="out/demo/sft",
     data="data/demo",
     out="out/demo/quantize",
-    eval_tokens=50_000,  # a measurement of seconds
+    eval_tokens=0,
     sample_prompts=["写一条酒店好评。", "请写一条负面的图书评价。"],  # the demo model only writes reviews
 )
