@@ -48,6 +48,16 @@ class Generation:
     tokens: list[list[int]]  # the new tokens of each prompt, its eos included when it came
     logps: list[list[float]] | None  # of those tokens, under softmax(logits / temperature) before top-k and top-p
 
+    def add(self, rows, tokens, logps=None, on_token=None):
+        """One token more for some of the prompts: all (n,)."""
+        for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
+            self.tokens[row].append(token)
+            if on_token:
+                on_token(row, token)
+        if logps is not None:
+            for row, logp in zip(rows.tolist(), logps.tolist(), strict=True):
+                self.logps[row].append(logp)
+
 
 class Embedding(nn.Embedding):
     """A token embedding that also serves as the output projection."""
@@ -344,8 +354,8 @@ class Llama(nn.Module):
         seen = None
         if repetition_penalty != 1.0:
             seen = torch.zeros(len(prompts), self.config.vocab_size, dtype=torch.bool, device=device)
-            for row, prompt in enumerate(prompts):
-                seen[row, prompt] = True
+            for row, prompt in zip(seen, prompts, strict=True):
+                row[prompt] = True
 
         capacity = min(longest + max_new_tokens, limit)
         cache = KVCache(self.config, len(prompts), capacity, device, self.norm.weight.dtype)
@@ -355,22 +365,14 @@ class Llama(nn.Module):
         rows = torch.arange(len(prompts), device=device)  # which prompt each row of the batch still continues
         done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         for _ in range(max_new_tokens):
-            logits = self.head(h).float()
-            if seen is not None:
-                penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
-                logits = torch.where(seen, penalised, logits)
+            logits = penalise(self.head(h).float(), seen, repetition_penalty)  # (B, V)
             token = sample(logits, temperature, top_k, top_p, generator)  # (B,)
+            live, logps = ~done, None
             if return_logps:
-                logps = (logits / (temperature or 1.0)).log_softmax(-1).gather(1, token[:, None]).squeeze(1).tolist()
-            for i, (row, tok, over) in enumerate(zip(rows.tolist(), token.tolist(), done.tolist(), strict=True)):
-                if not over:
-                    out.tokens[row].append(tok)
-                    if return_logps:
-                        out.logps[row].append(logps[i])
-                    if on_token:
-                        on_token(row, tok)
+                logps = (logits / (temperature or 1.0)).log_softmax(-1).gather(1, token[:, None])[live, 0]
+            out.add(rows[live], token[live], logps, on_token)
             if seen is not None:
-                seen[torch.arange(len(rows), device=device), token] = True
+                seen.scatter_(1, token[:, None], True)
             # the text, its newest token included, never outgrows max_seq_len, so that token_logps can score it
             done = done | (token == eos_id) | (cache.lengths + 1 >= capacity)
             if done.all():
@@ -385,6 +387,13 @@ class Llama(nn.Module):
             cache.lengths = cache.lengths + 1
         self.train(was_training)
         return out
+
+
+def penalise(logits, seen, penalty):
+    """Make tokens already there less likely: logits (B, V), seen (B, V) bool, or None for no penalty."""
+    if seen is None:
+        return logits
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
