@@ -148,11 +148,10 @@ def sft_question_answer(review, task, seed):
     return WRITE_OPENING.format(review.kind, opening), review.text
 
 
-def why_not_write(review, config):
-    """Why a review is no answer to a writing task, or None."""
+def why_not_write(review, low, high):
+    """Why a review is no answer to a writing task of low to high characters, or None."""
     if review.kind is None:
         return "no kind"
-    low, high = config["write_min_characters"], config["write_max_characters"]
     return None if low <= len(review.text) <= high else f"not {low} to {high} characters"
 
 
@@ -219,10 +218,11 @@ def write_pretrain(sources, tokenizer, config, tally):
 def write_sft(sources, tokenizer, config, tally):
     """sft.pkl: three single-turn tasks, each made of the reviews."""
     examples, is_val, tasks, labels = [], [], [], []
+    written = config["write_min_characters"], config["write_max_characters"]
     for number, task in enumerate(TASKS):
         row, limit, done = f"sft {task}", config["sft_examples"][task], 0
         for review in sorted(sources["reviews"], key=lambda r: text_hash(r.text, f"{task} {config['seed']}")):
-            example, note = None, None if task == "polarity" else why_not_write(review, config)
+            example, note = None, None if task == "polarity" else why_not_write(review, *written)
             if note is None and 0 < limit <= done and not review.is_val:
                 note = "over the limit"
             elif note is None:
@@ -251,7 +251,7 @@ def write_rm(sources, tokenizer, config, tally):
     """rm.pkl: preference pairs under the neutral prompt. The tally counts reviews, two a pair."""
     answers = []
     for review in sources["reviews"]:
-        example, note = None, why_not_write(review, config)
+        example, note = None, why_not_write(review, config["write_min_characters"], config["rm_max_characters"])
         if note is None:
             example, note = encode(tokenizer, WRITE.format(review.kind), review.text, config)
         if note is None:

@@ -17,6 +17,7 @@ config = dict(
         polarity=0,  # training examples that ask which polarity a review has; 0 = all
         write=0,  # training examples that ask for no polarity; 0 = all
     ),
+    rm_max_characters=200,  # longest review in a pair: a judge may read more than a policy is taught to write
     rm_length_bin=4,  # tokens: the two answers of a pair fall in the same bin of this width
     prompts_train=1000,  # prompts of the RL stages, half of them opening like a positive review
     prompts_val=200,  # prompts that RL never trains on

@@ -11,10 +11,10 @@ config = base | dict(
     learning_rate=6e-5,
     min_learning_rate=6e-6,
     warmup_steps=10,
-    eval_interval=75,
+    eval_interval=50,
     eval_pairs=128,
     eval_prompts=64,
     eval_new_tokens=80,
-    save_interval=75,
+    save_interval=50,
     log_interval=5,
 )

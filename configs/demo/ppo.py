@@ -13,7 +13,7 @@ config = base | dict(
     learning_rate=1e-4,
     min_learning_rate=2e-5,
     warmup_steps=2,
-    eval_interval=20,
+    eval_interval=10,
     eval_prompts=64,
     save_interval=20,
 )
