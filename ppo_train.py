@@ -17,7 +17,6 @@ import torch
 
 from common import checkpoint
 from common.config import UserError, parse_config, run
-from common.lowbit import refuse_quantized
 from common.metrics import distinct_2
 from common.optim import build_optimizer, learning_rate, set_learning_rate
 from common.rollout import in_batches, masked_mean, masked_whiten, rollout, sequence_kl, sequence_scores
@@ -97,7 +96,7 @@ def final_scores(raw_scores, ended, norm, no_eos_score):
 def load_reward_model(path, policy):
     """A checkpoint with a scalar head that reads the policy's tokens."""
     ckpt = checkpoint.load(path)
-    refuse_quantized(ckpt)
+    checkpoint.refuse_quantized(ckpt)
     if not ckpt.model_config["scalar_head"]:
         raise UserError(f"{ckpt.path} (stage {ckpt.stage}) has no scalar head: reward_model wants a run of rm_train.py")
     if ckpt.tokenizer != policy.tokenizer:

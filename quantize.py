@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from common import checkpoint, lowbit
+from common import checkpoint
 from common.checkpoint import CheckpointError
 from common.config import ConfigError, parse_config, run, save_config
 from common.distributed import cleanup, setup
@@ -51,7 +51,7 @@ def quantize_weights(weights):
 
 def quantize_checkpoint(ckpt):
     """The same checkpoint in int8, not yet written."""
-    lowbit.refuse_quantized(ckpt)
+    checkpoint.refuse_quantized(ckpt)
     try:
         return replace(ckpt, weights=quantize_weights(ckpt.weights), quant={"method": "int8"})
     except CheckpointError as error:

@@ -8,7 +8,6 @@ import hashlib
 import os
 import pickle
 import re
-import signal
 import subprocess
 import zipfile
 from dataclasses import asdict, dataclass, fields
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from common import lowbit
 from common.config import UserError
 from model import Llama, ModelConfig
 
@@ -226,13 +226,11 @@ def build_model(ckpt: Checkpoint, scalar_head: bool | None = None) -> Llama:
     overrides = {} if scalar_head is None else {"scalar_head": scalar_head}
     try:
         config = ModelConfig(**ckpt.model_config | overrides)
+        model = Llama(config)
+        if ckpt.quant is not None:
+            lowbit.build(model, ckpt.quant)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{ckpt.path}: cannot build its model: {_first_line(error)}") from None
-    model = Llama(config)
-    if ckpt.quant is not None:
-        from common import lowbit
-
-        lowbit.build(model, ckpt.quant)
     weights = ckpt.weights
     if config.scalar_head and not had_head:
         weights = {name: tensor for name, tensor in weights.items() if name != "output.weight"}
@@ -253,6 +251,14 @@ def _load_weights(model: torch.nn.Module, weights: dict, path: Path) -> None:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(f"{path} does not fit the model: {'; '.join(sorted(problems)[:5])}{more}")
     model.load_state_dict({own[name][0]: tensor for name, tensor in weights.items()}, strict=True)
+
+
+def refuse_quantized(ckpt: Checkpoint) -> None:
+    """Stop a stage that needs float32 weights from starting on a quantized checkpoint."""
+    if ckpt.quant is not None:
+        source = f", such as its parent {ckpt.parent['path']}" if ckpt.parent else ""
+        method = ckpt.quant.get("method")
+        raise CheckpointError(f"{ckpt.path} is quantized ({method}): a float32 checkpoint is needed{source}")
 
 
 def restore(ckpt: Checkpoint, model: torch.nn.Module, optimizer) -> None:
@@ -368,35 +374,3 @@ def _flat(config: dict, prefix: str = "") -> dict:
         else:
             flat[prefix + key] = list(value) if isinstance(value, tuple) else value
     return flat
-
-
-class Interrupt:
-    """Inside it SIGINT and SIGTERM only set `requested`, so a loop can save and stop; a second Ctrl-C raises.
-
-    Under torchrun a signal reaches the ranks at different steps: let them decide together, by
-    `all_sum(interrupt.requested, env)`.
-    """
-
-    def __init__(self):
-        self.requested = False
-
-    def __enter__(self) -> "Interrupt":
-        self._previous = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def exit(self, out) -> None:
-        """Say how to go on and leave with the shell's code for an interrupted program."""
-        print(f"stopped and saved; the same command with --resume goes on from {out}")
-        raise SystemExit(130)
-
-    def _handle(self, number, _frame) -> None:
-        # SIGTERM is no second wish: torchrun follows a Ctrl-C with one
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
-        # os.write, because print is not safe to re-enter from a signal handler
-        os.write(2, b"\nstopping after this step; press Ctrl-C again to stop at once\n")

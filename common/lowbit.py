@@ -9,8 +9,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.checkpoint import Checkpoint, CheckpointError
-
 # Above this the conversion to float32 is paid back by the faster product (2 AVX2 cores, dim 160 to 512).
 KERNEL_ROWS = 32
 # The kernel loads 16 values at a time, past the end of other rows: wrong numbers or a crash (torch 2.13).
@@ -76,7 +74,7 @@ class Int8Embedding(Int8Weight):
 def build(model, quant):
     """Replace, in place, the layers that the quantization spec of a checkpoint names; it then loads strictly."""
     if quant.get("method") != "int8":
-        raise CheckpointError(f"quantization method {quant.get('method')}: this code reads int8")
+        raise ValueError(f"quantization method {quant.get('method')}: this code reads int8")
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
@@ -84,11 +82,3 @@ def build(model, quant):
             elif isinstance(child, nn.Embedding):
                 setattr(module, name, Int8Embedding(*child.weight.shape))
     return model
-
-
-def refuse_quantized(ckpt: Checkpoint) -> None:
-    """Stop a stage that needs float32 weights from starting on a quantized checkpoint."""
-    if ckpt.quant is not None:
-        source = f", such as its parent {ckpt.parent['path']}" if ckpt.parent else ""
-        method = ckpt.quant.get("method")
-        raise CheckpointError(f"{ckpt.path} is quantized ({method}): a float32 checkpoint is needed{source}")

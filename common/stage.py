@@ -1,5 +1,7 @@
 """What every training stage does around its loop: start or resume, save, report, stop cleanly, say how long it took."""
 
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -8,9 +10,40 @@ from tqdm import tqdm
 
 from common import checkpoint, distributed
 from common.config import ConfigError, UserError, save_config
-from common.lowbit import refuse_quantized
 from common.metrics import FiniteGuard, MetricLog, Progress, peak_memory_gb
 from dataset import load_meta
+
+
+class Interrupt:
+    """Inside it SIGINT and SIGTERM only set `requested`, so a loop can save and stop; a second Ctrl-C raises.
+
+    Under torchrun a signal reaches the ranks at different steps: let them decide together, by
+    `all_sum(interrupt.requested, env)`.
+    """
+
+    def __init__(self):
+        self.requested = False
+
+    def __enter__(self) -> "Interrupt":
+        self._previous = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def exit(self, out) -> None:
+        """Say how to go on and leave with the shell's code for an interrupted program."""
+        print(f"stopped and saved; the same command with --resume goes on from {out}")
+        raise SystemExit(130)
+
+    def _handle(self, number, _frame) -> None:
+        # SIGTERM is no second wish: torchrun follows a Ctrl-C with one
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+        # os.write, because print is not safe to re-enter from a signal handler
+        os.write(2, b"\nstopping after this step; press Ctrl-C again to stop at once\n")
 
 
 class Stage:
@@ -43,7 +76,7 @@ class Stage:
         self.out = Path(config["out"])
         self.first = self.resumed.step if self.resumed else 0
         self.tokens_seen = self.resumed.tokens_seen if self.resumed else 0
-        self.interrupt, self.guard = checkpoint.Interrupt(), FiniteGuard()
+        self.interrupt, self.guard = Interrupt(), FiniteGuard()
         self.stopping = False  # whether a signal had come when this step was to be saved
         self.extra = None  # what else the stage must keep for --resume: a dict of tensors and plain values
         self.loop_seconds = 0.0
@@ -53,7 +86,7 @@ class Stage:
     def load_parent(self):
         """The checkpoint of init_from and its tokenizer, which must be the one that the data was made with."""
         parent = checkpoint.load(self.config["init_from"])
-        refuse_quantized(parent)
+        checkpoint.refuse_quantized(parent)
         if parent.model_config["scalar_head"]:
             raise UserError(f"{parent.path} is a reward model (stage {parent.stage}): init_from wants a language model")
         tokenizer, data = checkpoint.tokenizer_of(parent), Path(self.config["data"])

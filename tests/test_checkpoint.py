@@ -13,7 +13,8 @@ import sentencepiece
 import torch
 
 from common import checkpoint
-from common.checkpoint import CheckpointError, Interrupt, begin, build_model, find, load, restore, save
+from common.checkpoint import CheckpointError, begin, build_model, find, load, restore, save
+from common.stage import Interrupt
 from model import Llama, ModelConfig
 
 TOKENIZER = bytes(range(256))

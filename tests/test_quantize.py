@@ -269,18 +269,20 @@ def test_file_is_about_a_quarter(tmp_path, shape):
     assert 0.25 < sizes["quantize/file_ratio"] <= 0.27
 
 
-def test_unknown_method_is_refused():
-    with pytest.raises(CheckpointError, match="method int3"):
-        lowbit.build(tiny_model(), {"method": "int3"})
+def test_unknown_method_is_refused(tmp_path):
+    int8_ckpt = quantize.quantize_checkpoint(save_model(tiny_model(), tmp_path))
+    int8_ckpt.quant = {"method": "int3"}
+    with pytest.raises(CheckpointError, match=r"ckpt\.pt.*method int3"):
+        checkpoint.build_model(int8_ckpt)
 
 
 def test_training_stages_can_refuse_a_quantized_checkpoint(tmp_path):
     ckpt = save_model(tiny_model(), tmp_path)
-    lowbit.refuse_quantized(ckpt)
+    checkpoint.refuse_quantized(ckpt)
     int8_ckpt = quantize.quantize_checkpoint(ckpt)
     int8_ckpt.parent = checkpoint.parent_of(ckpt)
     with pytest.raises(CheckpointError, match=r"quantized \(int8\).*float32 checkpoint.*parent"):
-        lowbit.refuse_quantized(int8_ckpt)
+        checkpoint.refuse_quantized(int8_ckpt)
     with pytest.raises(CheckpointError, match="is quantized"):
         quantize.quantize_checkpoint(int8_ckpt)
 
