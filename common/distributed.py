@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -40,7 +41,8 @@ def setup(device: str = "auto", dtype: str = "auto", seed: int = 0) -> Env:
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if under_torchrun and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        # long enough for the other ranks to wait while rank 0 evaluates and saves
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     torch.manual_seed(seed)
     return Env(rank, world_size, chosen, chosen_dtype)
 
@@ -109,6 +111,11 @@ def mean(value: float, env: Env) -> float:
 
 
 def cleanup(env: Env) -> None:
-    """Leave the process group that `setup` joined."""
+    """Leave the process group that `setup` joined, all ranks together.
+
+    Without the barrier a rank that has nothing to evaluate exits while gloo's threads still drop the tensors of the
+    last collective, and now and then aborts.
+    """
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()

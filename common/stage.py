@@ -80,8 +80,10 @@ class Stage:
         self.stopping = False  # whether a signal had come when this step was to be saved
         self.extra = None  # what else the stage must keep for --resume: a dict of tensors and plain values
         self.loop_seconds = 0.0
-        if self.finished and self.env.is_main:
-            print(f"{self.out} is finished (step {self.first}): nothing to do")
+        if self.finished:
+            if self.env.is_main:
+                print(f"{self.out} is finished (step {self.first}): nothing to do")
+            distributed.cleanup(self.env)
 
     def load_parent(self):
         """The checkpoint of init_from and its tokenizer, which must be the one that the data was made with."""
