@@ -154,6 +154,23 @@ def update(stage, step, policy, value, batch, old, config, generator):
     return {f"ppo/{name}": sum(u[name] for u in updates) / len(updates) for name in updates[0]}
 
 
+def rollout_metrics(batch, scores, logps, ref_logps, values, returns, kl_coef):
+    """What the replies of a step were like before its updates; means over real tokens or over replies."""
+    kl = ((logps - ref_logps) * batch.mask).sum(1).mean().item()
+    residual = masked_mean((returns - values).square(), batch.mask)
+    variance = masked_mean((returns - masked_mean(returns, batch.mask)).square(), batch.mask)
+    return {
+        "ppo/score": scores.mean().item(),
+        "ppo/rlhf_reward": scores.mean().item() - kl_coef * kl,
+        "ppo/kl": kl,
+        "ppo/kl_coef": kl_coef,
+        "ppo/entropy": -masked_mean(logps, batch.mask).item(),  # nats per token, estimated on its own samples
+        "ppo/explained_variance": 1 - (residual / variance).item(),
+        "ppo/length": batch.mask.sum(1).mean().item(),
+        "ppo/eos_rate": batch.ended.float().mean().item(),
+    }
+
+
 def main(argv=None):
     config = parse_config("ppo_train", argv, __doc__)
     stage = Stage("ppo", config, PANELS)
@@ -228,22 +245,10 @@ def main(argv=None):
             generator = torch.Generator().manual_seed(seed)
             metrics = update(stage, step, policy, value, batch, (logps, values, advantages, returns), config, generator)
 
-            kl = ((logps - ref_logps) * batch.mask).sum(1).mean().item()
-            residual = masked_mean((returns - values).square(), batch.mask)
-            variance = masked_mean((returns - masked_mean(returns, batch.mask)).square(), batch.mask)
-            metrics |= {
-                "ppo/score": scores.mean().item(),
-                "ppo/rlhf_reward": scores.mean().item() - kl_coef * kl,
-                "ppo/kl": kl,
-                "ppo/kl_coef": kl_coef,
-                "ppo/entropy": -masked_mean(logps, batch.mask).item(),  # nats per token, estimated on its own samples
-                "ppo/explained_variance": 1 - (residual / variance).item(),
-                "ppo/length": batch.mask.sum(1).mean().item(),
-                "ppo/eos_rate": batch.ended.float().mean().item(),
-                "train/learning_rate": lr,
-            }
+            metrics |= rollout_metrics(batch, scores, logps, ref_logps, values, returns, kl_coef)
             if config["kl_target"] > 0:
-                kl_coef = adapt_kl_coef(kl_coef, kl, config["kl_target"], config["kl_horizon"])
+                kl_coef = adapt_kl_coef(kl_coef, metrics["ppo/kl"], config["kl_target"], config["kl_horizon"])
+            metrics["train/learning_rate"] = lr
             stage.log(step + 1, int(batch.lengths.sum()), metrics, shown=("ppo/score", "ppo/kl"))
     stage.close()
 

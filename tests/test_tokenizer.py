@@ -18,7 +18,6 @@ from tokenizer import (
     encode_document,
     encode_example,
     encode_opening,
-    encode_pair,
     encode_prompt,
 )
 from tokenizer.train import Corpus, characters_per_token, main, train_bpe
@@ -327,24 +326,6 @@ def test_malformed_conversations(tok):
             encode_prompt(tok, messages)
     with pytest.raises(TokenizerError, match="must be the user's"):
         encode_prompt(tok, chat("a", "b"))
-
-
-def test_pair_shares_its_prompt_and_trains_on_the_last_answers(tok):
-    messages = chat("房间", "很好", "这本书 电脑")
-    long, short = "不好看" * 4, "好"
-    room = len(tok.encode(long)) + 1
-    for limit, want in (
-        (None, encode_prompt(tok, messages)),
-        (room + 2, [*tok.encode("这本书 电脑")[-1:], 1]),
-    ):
-        (chosen, rejected), note = encode_pair(tok, messages, short, long, limit)
-        assert note == (None if limit is None else "cut question")
-        for example, text in ((chosen, short), (rejected, long)):
-            answer = [*tok.encode(text), 2]
-            assert example.ids == want + answer
-            assert example.loss_mask == [0] * len(want) + [1] * len(answer)
-    assert encode_pair(tok, messages, short, "", 50) == (None, "empty answer")
-    assert encode_pair(tok, messages, short, long, room) == (None, "no room for the question")
 
 
 # training

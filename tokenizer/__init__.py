@@ -216,27 +216,6 @@ def encode_example(
     return (None, note) if ids is None else (Example(ids, loss_mask), note)
 
 
-def encode_pair(
-    tok: Tokenizer, messages: list[dict], chosen: str, rejected: str, max_len: int | None = None
-) -> tuple[tuple[Example, Example] | None, str | None]:
-    """Two answers to one prompt, cut the same for both; the loss falls on these answers only."""
-    answers = [tok.encode(text) + [tok.eos_id] for text in (chosen, rejected)]
-    try:
-        system, turns = _split_turns(messages)
-    except TokenizerError as error:
-        return None, str(error)
-    if turns[-1][1] is not None:
-        return None, "no last question"
-    if min(map(len, answers)) == 1:
-        return None, "empty answer"
-    room = None if max_len is None else max_len - max(map(len, answers))
-    prompt, _, note = _fit(tok, system, turns, room)
-    if prompt is None:
-        return None, note
-    examples = [Example(prompt + a, [0] * len(prompt) + [1] * len(a)) for a in answers]
-    return (examples[0], examples[1]), note
-
-
 def _split_turns(messages: list[dict]) -> tuple[str | None, list[tuple[str, str | None]]]:
     """System text and (question, answer) turns; the last answer is None where the user spoke last."""
     roles = [message["role"] for message in messages]
