@@ -142,7 +142,6 @@ def main(argv=None):
         config=config,
         parent=checkpoint.parent_of(ckpt),
         quant=int8_ckpt.quant,
-        finished=True,
     )
     metrics |= file_sizes(ckpt, checkpoint.find(out))
     log.write(ckpt.step, metrics)

@@ -49,7 +49,6 @@ class Checkpoint:
     git_commit: str | None
     quant: dict | None  # how the layers were quantized
     training: dict | None  # optimizer, rng, extra: what --resume needs
-    finished: bool
 
 
 def find(path) -> Path:
@@ -105,7 +104,6 @@ def save(
     quant: dict | None = None,
     optimizer=None,
     extra: dict | None = None,
-    finished: bool = False,
 ) -> None:
     """Write a checkpoint to a run directory or file, all of it or nothing.
 
@@ -131,7 +129,6 @@ def save(
         git_commit=_git_commit(),
         quant=quant,
         training=training,
-        finished=finished,
     )
     _write(path, payload)
 

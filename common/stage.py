@@ -13,6 +13,9 @@ from common.config import ConfigError, UserError, save_config
 from common.metrics import FiniteGuard, MetricLog, Progress, peak_memory_gb
 from dataset import load_meta
 
+# config keys, by their ending, that only make sense from 1 on
+NEVER_ZERO = ("_interval", "_size", "accumulation_steps", "eval_prompts", "eval_pairs", "eval_examples", "norm_prompts")
+
 
 class Interrupt:
     """Inside it SIGINT and SIGTERM only set `requested`, so a loop can save and stop; a second Ctrl-C raises.
@@ -68,7 +71,7 @@ class Stage:
         self.started = time.perf_counter()
         self.name, self.config, self.panels = name, config, panels
         for key, value in config.items():
-            if key.endswith(("_interval", "_size", "accumulation_steps")) and value < 1:
+            if key.endswith(NEVER_ZERO) and value < 1:
                 raise ConfigError(f"{key}={value}: at least 1 is needed")
         self.env = distributed.setup(config["device"], config["dtype"], config["seed"])
         self.resumed = checkpoint.begin(config, name)
@@ -154,7 +157,6 @@ class Stage:
             parent=self.parent,
             optimizer=self.optimizer,
             extra=self.extra,
-            finished=step == self.config["max_steps"],
         )
 
     def update(self, step, loss):

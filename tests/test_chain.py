@@ -132,7 +132,7 @@ def assert_same_run(run_dir, expected_dir):
     assert samples.exists() == expected_samples.exists()
     assert not samples.exists() or samples.read_bytes() == expected_samples.read_bytes()
     found, expected = checkpoint.load(run_dir), checkpoint.load(expected_dir)
-    assert (found.step, found.tokens_seen, found.finished) == (STEPS, expected.tokens_seen, True)
+    assert (found.step, found.tokens_seen) == (STEPS, expected.tokens_seen)
     assert_same_tensors(found.weights, expected.weights)
     extra, expected_extra = found.training["extra"], expected.training["extra"]
     if expected_extra:
@@ -187,7 +187,7 @@ def test_metrics_of_every_step_and_validations_at_both_ends(chain, stage):
 @pytest.mark.parametrize("stage", MAINS)
 def test_checkpoint_says_where_it_came_from(chain, stage):
     ckpt = checkpoint.load(chain / stage)
-    assert (ckpt.stage, ckpt.step, ckpt.finished) == (stage, STEPS, True)
+    assert (ckpt.stage, ckpt.step) == (stage, STEPS)
     assert ckpt.tokenizer == (chain / "tokenizer" / "tokenizer.model").read_bytes()
     first = checkpoint.load(chain / "pretrain")
     assert ckpt.model_config == first.model_config | dict(scalar_head=stage == "rm")
@@ -263,7 +263,7 @@ def train_in_two_sittings(chain, stage, out, capsys, **changes):
     assert stopped.value.code == 130
     assert f"--resume goes on from {out}" in capsys.readouterr().out
     saved = checkpoint.load(out)
-    assert (saved.step, saved.finished) == (HALF, False)
+    assert saved.step == HALF
     torch.manual_seed(12345)  # a new process would not have this one's random state
     train(chain, stage, out, resume=True, **changes)
 
@@ -377,7 +377,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(chain, tmp_path):
     assert process.returncode == 130, err
     assert "stopping after this step" in err and f"the same command with --resume goes on from {tmp_path}" in out
     ckpt = checkpoint.load(tmp_path)
-    assert ckpt.step > 3 and not ckpt.finished and ckpt.step == train_rows(tmp_path)[-1]["step"]
+    assert ckpt.step > 3 and ckpt.step == train_rows(tmp_path)[-1]["step"]
 
 
 # when it goes wrong
@@ -431,6 +431,8 @@ def test_a_script_ends_with_one_line_and_exit_code_2():
         ("pretrain", {"model.n_heads": 5}, ["dim=32", "n_heads=5"]),
         ("sft", {"example_weight": "tokens"}, ["example_weight=tokens", "token", "example"]),
         ("sft", {"batch_size": 4000}, ["examples do not fill one batch of 4000"]),
+        ("rm", {"eval_interval": 0}, ["eval_interval=0", "at least 1"]),
+        ("dpo", {"eval_prompts": 0}, ["eval_prompts=0", "at least 1"]),
     ],
 )
 def test_a_wrong_option_is_named(chain, tmp_path, capsys, stage, changes, words):

@@ -49,10 +49,10 @@ def train(model, optimizer, steps: int) -> list[float]:
 
 def test_round_trip_keeps_every_field(tmp_path):
     model, parent = tiny(), dict(path="out/pretrain/ckpt.pt", stage="pretrain", sha256="0" * 64)
-    write(tmp_path, model, parent=parent, extra=dict(position=3), finished=True)
+    write(tmp_path, model, parent=parent, extra=dict(position=3))
     ckpt = load(tmp_path)
     assert (ckpt.path, ckpt.stage, ckpt.step, ckpt.tokens_seen) == (tmp_path / "ckpt.pt", "sft", 7, 700)
-    assert (ckpt.tokenizer, ckpt.parent, ckpt.finished, ckpt.quant) == (TOKENIZER, parent, True, None)
+    assert (ckpt.tokenizer, ckpt.parent, ckpt.quant) == (TOKENIZER, parent, None)
     assert ckpt.config == CONFIG | {"out": str(tmp_path)}
     assert ckpt.training["extra"] == dict(position=3)
     assert ckpt.git_commit is None or re.fullmatch("[0-9a-f]{40}", ckpt.git_commit)
