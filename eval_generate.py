@@ -67,9 +67,13 @@ class Loaded:
 
     @property
     def continues(self):
-        """Whether it only knows documents, not questions: pretrained, quantized or not."""
-        stage = self.ckpt.stage
-        return (self.ckpt.parent["stage"] if stage == "quantize" and self.ckpt.parent else stage) == "pretrain"
+        """Whether it continues text instead of answering."""
+        return checkpoint.continues(self.ckpt)
+
+    @property
+    def stop_id(self):
+        """What ends its reply."""
+        return self.tokenizer.closing_id if self.continues else self.tokenizer.eos_id
 
 
 def load(path, env, data=None, scores=False):
@@ -113,7 +117,7 @@ def say(loaded, messages, config, seed):
 
     sampling = {key: config[key] for key in ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")}
     ids = prompt_ids(loaded, messages, config["max_new_tokens"])
-    loaded.model.generate([ids], **sampling, eos_id=loaded.tokenizer.eos_id, seed=seed, on_token=on_token)
+    loaded.model.generate([ids], **sampling, eos_id=loaded.stop_id, seed=seed, on_token=on_token)
     print(flush=True)
     return "".join(parts)
 
@@ -176,7 +180,7 @@ def answer(loaded, prompts, config, temperature, top_p=1.0):
     """Replies to id lists, batch_size at a time and the same for the same seed: [Rollout], [text], [eos came]."""
     batches, size = [], config["batch_size"]
     for i in range(0, len(prompts), size):
-        sampling = temperature, loaded.tokenizer.eos_id, config["seed"] + i, top_p
+        sampling = temperature, loaded.stop_id, config["seed"] + i, top_p
         batches.append(rollout(loaded.model, prompts[i : i + size], config["max_new_tokens"], *sampling))
     texts = [loaded.tokenizer.decode(reply) for batch in batches for reply in batch.replies]
     return batches, texts, [ended for batch in batches for ended in batch.ended.tolist()]

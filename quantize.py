@@ -94,14 +94,15 @@ def evaluate(model, int8_model, val, config, env):
     }
 
 
-def sample_pairs(model, label, tok, stage, prompts, max_new_tokens):
+def sample_pairs(model, label, tok, continues, prompts, max_new_tokens):
     """[(labelled prompt, greedy reply), ...]; a pretrained model continues the text, later ones are asked."""
     room = model.config.max_seq_len - 1
-    if stage == "pretrain":
+    stop_id = tok.closing_id if continues else tok.eos_id
+    if continues:
         ids = [encode_opening(tok, prompt)[:room] for prompt in prompts]
     else:
         ids = [encode_prompt(tok, [{"role": "user", "content": prompt}], room) for prompt in prompts]
-    replies = model.generate(ids, max_new_tokens, temperature=0).tokens
+    replies = model.generate(ids, max_new_tokens, temperature=0, eos_id=stop_id).tokens
     return [(f"[{label}] {prompt}", tok.decode(reply)) for prompt, reply in zip(prompts, replies, strict=True)]
 
 
@@ -129,7 +130,8 @@ def main(argv=None):
     metrics = evaluate(model, int8_model, val, config, env)
     if config["sample_prompts"] and not model.config.scalar_head:
         for m, label in ((model, "float32"), (int8_model, "int8")):
-            pairs = sample_pairs(m, label, tok, ckpt.stage, config["sample_prompts"], config["sample_tokens"])
+            prompts = config["sample_prompts"], config["sample_tokens"]
+            pairs = sample_pairs(m, label, tok, checkpoint.continues(ckpt), *prompts)
             log.samples(ckpt.step, pairs)
 
     checkpoint.save(
@@ -139,6 +141,7 @@ def main(argv=None):
         tokens_seen=ckpt.tokens_seen,
         model=int8_model,
         tokenizer=ckpt.tokenizer,
+        document_ids=ckpt.document_ids,
         config=config,
         parent=checkpoint.parent_of(ckpt),
         quant=int8_ckpt.quant,

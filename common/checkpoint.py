@@ -21,6 +21,7 @@ import torch.distributed as dist
 from common import lowbit
 from common.config import UserError
 from model import Llama, ModelConfig
+from tokenizer import DOCUMENT_IDS, Tokenizer
 
 FORMAT_VERSION = 1
 FILE_NAME = "ckpt.pt"
@@ -44,6 +45,7 @@ class Checkpoint:
     model_config: dict
     weights: dict  # tensor by parameter name; float32 unless quantized
     tokenizer: bytes  # the SentencePiece model, so that a checkpoint generates alone
+    document_ids: list[int]  # what a document of pretraining opens and closes with
     config: dict  # the resolved config of the stage
     parent: dict | None  # path, stage, sha256 of the checkpoint that it started from
     git_commit: str | None
@@ -82,6 +84,7 @@ def load(path) -> Checkpoint:
         raise CheckpointError(f"{path}: not a checkpoint of this project, it has no format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format version {version}, this code reads version {FORMAT_VERSION}")
+    payload = {"document_ids": list(DOCUMENT_IDS)} | payload  # older files: ours, not imported
     names = {field.name for field in fields(Checkpoint)} - {"path"}
     if payload.keys() != names:
         raise CheckpointError(
@@ -99,6 +102,7 @@ def save(
     tokens_seen: int,
     model: torch.nn.Module,
     tokenizer: bytes,
+    document_ids=DOCUMENT_IDS,
     config: dict,
     parent: dict | None = None,
     quant: dict | None = None,
@@ -124,6 +128,7 @@ def save(
         model_config=asdict(unwrap(model).config),
         weights=_weights(model, keep_dtype=quant is not None),
         tokenizer=torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8),  # a pickle of bytes is half as large again
+        document_ids=list(document_ids),
         config=config,
         parent=parent,
         git_commit=_git_commit(),
@@ -283,11 +288,15 @@ def _as_list(optimizer) -> list:
     return list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
 
 
-def tokenizer_of(ckpt: Checkpoint):
+def tokenizer_of(ckpt: Checkpoint) -> Tokenizer:
     """The tokenizer that a checkpoint carries."""
-    from tokenizer import Tokenizer
+    return Tokenizer(ckpt.tokenizer, tuple(ckpt.document_ids))
 
-    return Tokenizer(ckpt.tokenizer)
+
+def continues(ckpt: Checkpoint) -> bool:
+    """Whether its model only knows documents, not questions: pretrained, quantized or not."""
+    stage = ckpt.parent["stage"] if ckpt.stage == "quantize" and ckpt.parent else ckpt.stage
+    return stage == "pretrain"
 
 
 def check_data(tokenizer, source, meta: dict, meta_path) -> None:

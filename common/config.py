@@ -8,10 +8,12 @@ import json
 import math
 import os
 import runpy
+import shutil
 import sys
 import tokenize
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -67,6 +69,53 @@ def write_atomic(path: str | Path, data: bytes) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write(data)
+
+
+@contextmanager
+def new_folder(out: str | Path, names: set[str], overwrite: bool) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` when the block ends well and vanishes when it does not.
+
+    With `overwrite` it replaces one that holds nothing but files of these names.
+    """
+    out = Path(out)
+    new, old = (out.with_name(f"{out.name}.{ending}") for ending in ("tmp", "old"))
+    if out.exists() and not overwrite:
+        raise ConfigError(f"{out} exists: give --overwrite to replace it, or another --out")
+    others = {path.name for path in out.iterdir()} - names if out.is_dir() else {out.name} if out.exists() else set()
+    if others:
+        raise ConfigError(f"{out} holds {min(others)}, which was not written here: choose another --out")
+    shutil.rmtree(new, ignore_errors=True)  # of one that was killed
+    try:
+        new.mkdir(parents=True)
+        yield new
+        for path in new.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        if out.is_dir():
+            os.rename(out, old)
+        os.rename(new, out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        if old.is_dir() and not out.exists():
+            os.rename(old, out)
+        for left in (new, old):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object, or UserError that says what is wrong with the file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return values
+
+
+def write_json(path: Path, values: dict) -> None:
+    path.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def run(main: Callable[[], Any]) -> None:

@@ -28,6 +28,19 @@ class NonFiniteError(UserError):
     """Training diverged: too many updates in a row had a loss or a gradient that is not finite."""
 
 
+def read_metrics(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl, none where there is no file; a last line cut by a crash is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
 class MetricLog:
     """metrics.jsonl, samples.txt, loss.png of one run directory; without `resume_step` they start anew."""
 
@@ -66,16 +79,7 @@ class MetricLog:
             f.write("\n".join(lines) + "\n")
 
     def read(self) -> list[dict]:
-        """The rows written so far; a last line cut by a crash is left out."""
-        if not self.metrics_path.exists():
-            return []
-        rows = []
-        for line in self.metrics_path.read_text(encoding="utf-8", errors="replace").split("\n"):
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-        return rows
+        return read_metrics(self.metrics_path)
 
     def plot(self, panels: list[tuple[str, list[str]]]) -> None:
         """Draw loss.png from metrics.jsonl: a panel per (y label with unit, [metric names]) that has data.

@@ -49,10 +49,10 @@ def train(model, optimizer, steps: int) -> list[float]:
 
 def test_round_trip_keeps_every_field(tmp_path):
     model, parent = tiny(), dict(path="out/pretrain/ckpt.pt", stage="pretrain", sha256="0" * 64)
-    write(tmp_path, model, parent=parent, extra=dict(position=3))
+    write(tmp_path, model, parent=parent, extra=dict(position=3), document_ids=(1, 1))
     ckpt = load(tmp_path)
     assert (ckpt.path, ckpt.stage, ckpt.step, ckpt.tokens_seen) == (tmp_path / "ckpt.pt", "sft", 7, 700)
-    assert (ckpt.tokenizer, ckpt.parent, ckpt.quant) == (TOKENIZER, parent, None)
+    assert (ckpt.tokenizer, ckpt.parent, ckpt.quant, ckpt.document_ids) == (TOKENIZER, parent, None, [1, 1])
     assert ckpt.config == CONFIG | {"out": str(tmp_path)}
     assert ckpt.training["extra"] == dict(position=3)
     assert ckpt.git_commit is None or re.fullmatch("[0-9a-f]{40}", ckpt.git_commit)
@@ -180,6 +180,14 @@ def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path, container):
     else:  # the trap is a real one
         pickle.loads(path.read_bytes())
         assert trap.exists()
+
+
+def test_a_file_from_before_document_ids_is_ours(tmp_path):
+    path = write(tmp_path / "ckpt.pt", document_ids=(1, 1))
+    payload = torch.load(path, weights_only=True)
+    del payload["document_ids"]
+    torch.save(payload, path)
+    assert load(path).document_ids == [2, 2]
 
 
 def test_other_torch_files_and_other_versions_are_refused(tmp_path):

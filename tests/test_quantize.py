@@ -365,8 +365,17 @@ def test_too_little_data_is_refused(tmp_path, tokenizer_bytes):
     assert not (tmp_path / "out").exists()
 
 
+def test_how_an_imported_models_documents_open_is_kept(tmp_path, tokenizer_bytes, data_dir):
+    facts = dict(stage="pretrain", step=7, tokens_seen=70, tokenizer=tokenizer_bytes, config={}, document_ids=(1, 1))
+    checkpoint.save(tmp_path / "base" / "ckpt.pt", model=tiny_model(), **facts)
+    quantize.main(arguments(tmp_path / "base", data_dir, tmp_path / "int8"))
+    ckpt = checkpoint.load(tmp_path / "int8")
+    assert ckpt.document_ids == [1, 1] and checkpoint.continues(ckpt)
+    assert checkpoint.tokenizer_of(ckpt).opening_id == 1
+
+
 def test_a_pretrained_model_continues_and_later_ones_answer(tokenizer_bytes):
     tok, model = Tokenizer(tokenizer_bytes), tiny_model()
     for stage, ids in (("pretrain", [2, *tok.encode("这本书")]), ("sft", [*tok.encode("这本书"), 1])):
         reply = tok.decode(model.generate([ids], 9, temperature=0).tokens[0])
-        assert quantize.sample_pairs(model, "x", tok, stage, ["这本书"], 9) == [("[x] 这本书", reply)]
+        assert quantize.sample_pairs(model, "x", tok, stage == "pretrain", ["这本书"], 9) == [("[x] 这本书", reply)]

@@ -16,6 +16,7 @@ import sentencepiece
 MODEL_FILE = "tokenizer.model"
 CHATGLM_PIECES = 64_789  # pieces in the tokenizer.model of ChatGLM2 and ChatGLM3
 CHATGLM_ROWS = 64_793  # plus [MASK] [gMASK] [sMASK] sop, which live beyond the pieces
+DOCUMENT_IDS = (2, 2)  # what a document of our pretraining data opens and closes with: they are parted by <eos>
 SPACE_MARK = "\u2581"  # what SentencePiece writes for a space
 
 
@@ -24,12 +25,17 @@ class TokenizerError(Exception):
 
 
 class Tokenizer:
-    """A SentencePiece model with unk 0, bos 1, eos 2; pad shares id 0 with unk."""
+    """A SentencePiece model with unk 0, bos 1, eos 2; pad shares id 0 with unk.
+
+    `document_ids` are what a document of a base model opens and closes with. A model imported from elsewhere may have
+    learnt (bos, bos), as llama2.c's do, or (bos, eos), as Meta's.
+    """
 
     pad_id, bos_id, eos_id = 0, 1, 2
 
-    def __init__(self, model_bytes: bytes):
+    def __init__(self, model_bytes: bytes, document_ids: tuple[int, int] = DOCUMENT_IDS):
         self.model_bytes = bytes(model_bytes)
+        self.opening_id, self.closing_id = document_ids
         self.sha256 = hashlib.sha256(self.model_bytes).hexdigest()
         try:
             # an empty proto would leave the processor silently uninitialised
@@ -178,8 +184,8 @@ def encode_document(tok: Tokenizer, text: str) -> list[int]:
 
 
 def encode_opening(tok: Tokenizer, text: str) -> list[int]:
-    """`<eos> text`: how a document begins in packed pretraining data, for a base model to continue."""
-    return [tok.eos_id] + tok.encode(text)
+    """How a document begins, for a base model to continue: `<eos> text` in our packed pretraining data."""
+    return [tok.opening_id] + tok.encode(text)
 
 
 def encode_prompt(tok: Tokenizer, messages: list[dict], max_len: int | None = None) -> list[int]:
