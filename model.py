@@ -96,16 +96,36 @@ class KVCache:
     def __init__(self, config, batch_size, capacity, device, dtype):
         shape = (config.n_layers, 2, batch_size, config.n_kv_heads, capacity, config.head_dim)
         self.kv = torch.zeros(shape, device=device, dtype=dtype)
-        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.set_lengths([0] * batch_size)
+
+    def set_lengths(self, lengths):
+        """Row b keeps its first lengths[b] tokens. `longest` and `even` spare each step a look at the tensor."""
+        self.lengths = torch.tensor(lengths, device=self.kv.device)  # (B,)
+        self.longest, self.even = max(lengths), min(lengths) == max(lengths)
+
+    def append(self, T):
+        """Make room for T tokens more in every row. Their positions (B, T), or a slice where that says all: the same
+        for every row, and no key to hide but those that causal attention hides."""
+        first, capacity, device = self.longest, self.kv.size(4), self.kv.device
+        self.longest = min(first + T, capacity)
+        if self.even and (T == 1 or first == 0):
+            self.lengths = self.lengths + T
+            self.positions = slice(first, self.longest)
+        else:
+            # a row that goes on although the cache is full writes over its last slot
+            self.positions = (self.lengths[:, None] + torch.arange(T, device=device)).clamp(max=capacity - 1)
+            self.lengths = self.positions[:, -1] + 1
+        return self.positions
 
     def write(self, layer, k, v):
-        """Append T tokens to every row and return all keys and values up to the longest row. k, v (B, Hkv, T, D/H)."""
-        T, rows = k.size(2), torch.arange(k.size(0), device=k.device)[:, None]
-        slots = self.lengths[:, None] + torch.arange(T, device=k.device)  # (B, T)
+        """Store the keys and values of those tokens (B, Hkv, T, D/H); returns all up to the longest row."""
         for cached, new in zip(self.kv[layer], (k, v), strict=True):
-            cached[rows, :, slots] = new.transpose(1, 2).to(cached.dtype)
-        end = int(slots.max()) + 1
-        return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
+            if isinstance(self.positions, slice):
+                cached[:, :, self.positions] = new
+            else:
+                rows = torch.arange(len(new), device=new.device)[:, None]
+                cached[rows, :, self.positions] = new.transpose(1, 2).to(cached.dtype)
+        return self.kv[layer, :, :, :, : self.longest].unbind()
 
     def keep(self, rows):
         self.kv, self.lengths = self.kv[:, :, rows], self.lengths[rows]
@@ -122,14 +142,14 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache=None, layer=0, mask=None):
         B, T, _ = x.shape
-        q = apply_rope(self.wq(x).view(B, T, self.n_heads, self.head_dim), cos, sin).transpose(1, 2)
-        k = apply_rope(self.wk(x).view(B, T, self.n_kv_heads, self.head_dim), cos, sin).transpose(1, 2)
+        qk = torch.cat((self.wq(x), self.wk(x)), -1).view(B, T, -1, self.head_dim)
+        qk = apply_rope(qk, cos, sin).transpose(1, 2)  # (B, H + Hkv, T, D/H)
+        q, k = qk.split((self.n_heads, self.n_kv_heads), 1)
         v = self.wv(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # (B, Hkv, T, D/H)
         if cache is not None:
             k, v = (kv.type_as(q) for kv in cache.write(layer, k, v))
-        y = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=mask is None, enable_gqa=self.n_heads != self.n_kv_heads
-        )
+        causal, gqa = mask is None and T > 1, self.n_heads != self.n_kv_heads
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=gqa)
         return self.wo(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -263,15 +283,13 @@ class Llama(nn.Module):
     def hidden(self, ids, cache=None):
         """The trunk: ids (B, T) -> final normalised states (B, T, D); with a cache, T tokens more for every row."""
         B, T = ids.shape
-        if cache is None:
-            if T > self.config.max_seq_len:
-                raise ValueError(f"{T} tokens are longer than max_seq_len={self.config.max_seq_len}")
-            cos, sin, mask = self.rope_cos[:T], self.rope_sin[:T], None
-        else:
-            positions = cache.lengths[:, None] + torch.arange(T, device=ids.device)  # (B, T)
-            cos, sin = self.rope_cos[positions], self.rope_sin[positions]
-            keys = torch.arange(int(positions.max()) + 1, device=ids.device)
+        if T > self.config.max_seq_len:
+            raise ValueError(f"{T} tokens are longer than max_seq_len={self.config.max_seq_len}")
+        positions, mask = slice(T) if cache is None else cache.append(T), None
+        if not isinstance(positions, slice):
+            keys = torch.arange(cache.longest, device=ids.device)
             mask = (keys <= positions[..., None]).unsqueeze(1)  # (B, 1, T, keys)
+        cos, sin = self.rope_cos[positions], self.rope_sin[positions]
         h = self.dropout(self.tok_embeddings(ids))
         for i, layer in enumerate(self.layers):
             h = layer(h, cos, sin, cache, i, mask)
@@ -361,7 +379,7 @@ class Llama(nn.Module):
         cache = KVCache(self.config, len(prompts), capacity, device, self.norm.weight.dtype)
         # right padding is harmless: causal attention never looks at it, and decoding overwrites it in the cache
         h = self.hidden(ids, cache)[torch.arange(len(prompts), device=device), lengths - 1]  # (B, D)
-        cache.lengths = lengths
+        cache.set_lengths([len(p) for p in prompts])
         rows = torch.arange(len(prompts), device=device)  # which prompt each row of the batch still continues
         done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         for _ in range(max_new_tokens):
@@ -382,9 +400,7 @@ class Llama(nn.Module):
                 cache.keep(alive)
                 rows, token, done = rows[alive], token[alive], done[alive]
                 seen = seen[alive] if seen is not None else None
-            cache.lengths.clamp_(max=capacity - 1)  # rows already done keep writing over their last slot
             h = self.hidden(token[:, None], cache)[:, -1]
-            cache.lengths = cache.lengths + 1
         self.train(was_training)
         return out
 
@@ -399,7 +415,7 @@ def penalise(logits, seen, penalty):
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Draw one token a row from logits (B, V): (B,)."""
     if temperature == 0:
-        return logits.argmax(-1)
+        return logits.max(-1).indices  # argmax is three times slower on a CPU
     logits = logits / temperature
     if top_k:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
