@@ -10,7 +10,8 @@ chat template are tokenizer/convert.py's. A folder is written beside `out` and r
     python export.py --import_hf=out/demo/hf --out=out/demo/from_hf
     python export.py --import_llama2c=stories260K.bin --tokenizer=tok512.model --out=out/stories
 
-in:  ckpt.pt of any stage, float32; or a Hugging Face folder (safetensors and tokenizer.model), or a llama2.c .bin
+in:  ckpt.pt of any stage (quantized: hf only); or a Hugging Face folder (safetensors and tokenizer.model), or a
+     llama2.c .bin
 out: hf: what from_pretrained reads, tokenizer.model and a model card; gguf: model.gguf, Modelfile;
      llama2c: model.bin, tokenizer.bin; import: ckpt.pt and config.json, a run like any other
 """
@@ -18,7 +19,8 @@ out: hf: what from_pretrained reads, tokenizer.model and a model card; gguf: mod
 import json
 import math
 import struct
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -27,7 +29,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common import checkpoint
+from common import checkpoint, compressed
 from common.checkpoint import Checkpoint
 from common.config import ConfigError, UserError, new_folder, parse_config, read_json, run, save_config, write_json
 from common.provenance import model_card, provenance
@@ -127,13 +129,43 @@ def hf_config(ckpt, tok, dtype):
     return values | dict(bos_token_id=bos, eos_token_id=eos, pad_token_id=tok.pad_id)
 
 
-def export_hf(ckpt, tok, folder, dtype):
-    """What from_pretrained of transformers reads, tokenizer.model and a model card."""
+def hf_packed(ckpt, layers, dtype):
+    """(tensors by name, quantization_config, notes) of a quantized model; `layers` by name are those to pack."""
+    config, args = ModelConfig(**ckpt.model_config), compressed.weight_args(layers, ckpt.path)
+    tensors = {}
+    for name, layer in layers.items():
+        order = partial(reorder, f"{name}.weight", config=config, how=pairs_to_halves)
+        for ending, tensor in compressed.pack(layer, args, order, getattr(torch, dtype)).items():
+            tensors[renamed(f"{name}.weight", 1).removesuffix("weight") + ending] = tensor
+    kept = [name.removesuffix(".weight") for name, weight in ckpt.weights.items() if weight.dim() == 2]
+    outside = [name for name in kept if not name.startswith("layers.")]
+    inside = [name for name in kept if name.startswith("layers.") and name not in layers]
+    ignore = ["score" if config.scalar_head else "lm_head"]
+    ignore += [renamed(f"{name}.weight", 1).removesuffix(".weight") for name in inside]
+    notes = [f"{' and '.join(outside)} in {dtype}: only the linear layers of the blocks are packed"]
+    if inside:
+        notes.append(
+            f"{len(inside)} int8 layers in {dtype}, such as {inside[0]}: a file has packed layers of one width"
+        )
+    if args.get("group_size") != (group := getattr(next(iter(layers.values())), "group_size", None)):
+        notes.append(f"groups of {group} columns are cut into {args['group_size']}, which divide every layer")
+    return tensors, compressed.quantization_config(args, ignore), notes
+
+
+def export_hf(ckpt, tok, folder, dtype, packable=None):
+    """What from_pretrained of transformers reads, tokenizer.model and a model card.
+
+    `packable`: of a quantized model, whose `ckpt.weights` are float32 here, the layers {name: layer} to pack.
+    """
     config, base = hf_config(ckpt, tok, dtype), checkpoint.continues(ckpt)
-    weights = {}
+    weights, notes, precision = {}, [], dtype
+    if packable:
+        weights, config["quantization_config"], notes = hf_packed(ckpt, packable, dtype)
+        precision = f"{ckpt.quant['method']}, {dtype}"
     for name, weight in ckpt.weights.items():
-        weight = reorder(name, weight, ModelConfig(**ckpt.model_config), pairs_to_halves)
-        weights[renamed(name, 1)] = weight.to(getattr(torch, dtype)).contiguous()
+        if not packable or name.removesuffix(".weight") not in packable:
+            weight = reorder(name, weight, ModelConfig(**ckpt.model_config), pairs_to_halves)
+            weights[renamed(name, 1)] = weight.to(getattr(torch, dtype)).contiguous()
     save_file(weights, folder / "model.safetensors", {"format": "pt", FACTS: json.dumps(provenance(ckpt))})
     write_json(folder / "config.json", config)
     if not ckpt.model_config["scalar_head"]:
@@ -145,8 +177,8 @@ def export_hf(ckpt, tok, folder, dtype):
     max_len = config["max_position_embeddings"]
     write_json(folder / "tokenizer_config.json", convert.tokenizer_config(tok, max_len, chat=not base))
     (folder / MODEL_FILE).write_bytes(tok.model_bytes)
-    (folder / "README.md").write_text(model_card(ckpt, dtype), encoding="utf-8")
-    return []
+    (folder / "README.md").write_text(model_card(ckpt, precision), encoding="utf-8")
+    return notes
 
 
 def read_safetensors(folder):
@@ -169,6 +201,8 @@ def read_safetensors(folder):
 def hf_model_config(path):
     """ModelConfig of a config.json; what is not Llama 2 is refused by its key."""
     values = dict(tie_word_embeddings=False) | HF_FIXED | read_json(path)
+    if values.get("quantization_config"):
+        raise UserError(f"{path}: it has a quantization_config, only models with float weights are imported")
     values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
     rope = values.get("rope_parameters") or {}
     if rope.get("rope_type", "default") != "default":
@@ -412,13 +446,18 @@ def check_config(config):
 def write_format(config, out):
     """--format: the checkpoint as files of another program. Returns what the user should know of them."""
     ckpt = checkpoint.load(config["ckpt"])
-    checkpoint.refuse_quantized(ckpt)
+    options = {}
+    if config["format"] != "hf":
+        checkpoint.refuse_quantized(ckpt)
+    elif ckpt.quant is not None:
+        model = checkpoint.build_model(ckpt)
+        ckpt, options = replace(ckpt, weights=compressed.dequantized(model)), dict(packable=compressed.packable(model))
     if ckpt.model_config["scalar_head"] and config["format"] != "hf":
         raise UserError(f"{ckpt.path} is a reward model, which {config['format']} cannot hold: --format=hf can")
     check_weights(ckpt, config["dtype"])
     write = dict(hf=export_hf, gguf=export_gguf, llama2c=export_llama2c)[config["format"]]
     with new_folder(out, FILES, config["overwrite"]) as folder:
-        return write(ckpt, checkpoint.tokenizer_of(ckpt), folder, config["dtype"])
+        return write(ckpt, checkpoint.tokenizer_of(ckpt), folder, config["dtype"], **options)
 
 
 def write_run(config, out):

@@ -421,7 +421,7 @@ def test_reward_models_and_quantized_ones_are_refused(tmp_path, tok):
     facts = dict(stage="quantize", step=1, tokens_seen=1, tokenizer=tok.model_bytes, config={}, quant=int8.quant)
     parent = checkpoint.parent_of(sft)
     checkpoint.save(tmp_path / "int8" / "ckpt.pt", model=checkpoint.build_model(int8), parent=parent, **facts)
-    for format in ("hf", "gguf", "llama2c"):
+    for format in ("gguf", "llama2c"):
         with pytest.raises(UserError, match="is quantized .int8.: a float32 checkpoint is needed, such as its parent"):
             run(format=format, ckpt=tmp_path / "int8", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
