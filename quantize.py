@@ -1,27 +1,46 @@
-"""Quantize a checkpoint to int8: a quarter of the size, and faster decoding on a CPU.
+"""Quantize a checkpoint to a quarter of the size (int8) or less (int4 layers: an eighth); it decodes faster on a CPU.
 
-Every linear layer and the token embedding (stored once; with tied weights it is the output projection too) becomes
-int8 with one scale per output channel, rounded to nearest. Departs from LLM.int8() (arXiv:2208.07339): weights only,
-and no float16 columns for outliers, which it finds to matter from 6.7 billion parameters on. Norms stay float32.
+Every linear layer and the token embedding (stored once; with tied weights it is the output projection too) is kept in
+few bits, norms in float32. method=int8: one scale per output channel, rounded to nearest. Departs from LLM.int8()
+(arXiv:2208.07339): weights only, and no float16 columns for outliers, which it finds to matter from 6.7 billion
+parameters on. method=int4: groups of columns with a scale and a zero, either rounded to nearest or by GPTQ
+(arXiv:2210.17323), which lets the weights not yet rounded make up for the errors of those that are, as measured on
+calibration text. Departs from it: the range of a group is chosen for the least error, and no column is set to zero.
 
     python quantize.py --init_from=out/demo/sft --data=data/demo --out=out/demo/quantize
+    python quantize.py --init_from=out/demo/sft --data=data/demo --out=out/demo/int4 --method=int4
 
-in:  init_from/ckpt.pt of any stage, data/val.bin
+in:  init_from/ckpt.pt of any stage, data/val.bin; for GPTQ data/train.bin or data/sft.pkl
 out: out/{ckpt.pt, config.json, metrics.jsonl, samples.txt}
 """
 
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from common import checkpoint
+from common import checkpoint, lowbit
 from common.checkpoint import CheckpointError
 from common.config import ConfigError, parse_config, run, save_config
 from common.distributed import cleanup, setup
+from common.gptq import gptq, quantize_int4
 from common.metrics import MetricLog, source_losses
-from dataset import TokenBin
+from dataset import Examples, TokenBin, load_pkl, pad_batch
 from tokenizer import encode_opening, encode_prompt
+
+INT8 = {"method": "int8"}
+# Layers of a block that see the same input, in the order in which the block computes them.
+SAME_INPUT = (
+    ("attention.wq", "attention.wk", "attention.wv"),
+    ("attention.wo",),
+    ("feed_forward.w1", "feed_forward.w3"),
+    ("feed_forward.w2",),
+)
+
+
+# one weight
 
 
 def quantize_int8(weight):
@@ -35,27 +54,107 @@ def quantize_int8(weight):
     return q.to(torch.int8), scale
 
 
-def quantize_weights(weights):
-    """Weights by name with every matrix `x.weight` replaced by `x.q` and `x.scale`, the names of common/lowbit.py."""
+# a model
+
+
+def as_buffers(q, scale, zero, symmetric):
+    """What quantize_int4 and gptq return, as an int4 layer of common/lowbit.py keeps it."""
+    return {"q": lowbit.pack_nibbles(q), "scale": scale} | ({} if symmetric else {"zero": zero})
+
+
+def quantize_weights(weights, quant):
+    """Weights by name with every matrix `x.weight` rounded to nearest, replaced by the buffers of common/lowbit.py."""
     quantized = {}
     for name, weight in weights.items():
-        if not weight.isfinite().all():
-            raise CheckpointError(f"{name} holds values that are not finite")
-        if weight.dim() == 2:
-            layer = name.removesuffix("weight")
-            quantized[f"{layer}q"], quantized[f"{layer}scale"] = quantize_int8(weight)
+        layer = name.removesuffix(".weight")
+        if weight.dim() == 1:
+            buffers = {"weight": weight}
+        elif lowbit.bits_of(layer, quant) == 8:
+            buffers = dict(zip(("q", "scale"), quantize_int8(weight), strict=True))
         else:
-            quantized[name] = weight
+            symmetric = quant["symmetric"]
+            buffers = as_buffers(*quantize_int4(weight, quant["group_size"], symmetric), symmetric)
+        quantized |= {f"{layer}.{key}": tensor for key, tensor in buffers.items()}
     return quantized
 
 
-def quantize_checkpoint(ckpt):
-    """The same checkpoint in int8, not yet written."""
+def quantize_checkpoint(ckpt, quant=INT8):
+    """The same checkpoint rounded to nearest, not yet written. For GPTQ it is where `calibrate` starts from."""
     checkpoint.refuse_quantized(ckpt)
+    for name, weight in ckpt.weights.items():
+        if not weight.isfinite().all():
+            raise CheckpointError(f"{ckpt.path} cannot be quantized: {name} holds values that are not finite")
+    return replace(ckpt, weights=quantize_weights(ckpt.weights, quant), quant=quant)
+
+
+def layer_inputs(layer, compute, batches):
+    """What comes into `layer` when `compute` takes the states h (B, T, D) of [(h, real (B, T)), ...]: yields (n, K)."""
+    seen = []
+    hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
-        return replace(ckpt, weights=quantize_weights(ckpt.weights), quant={"method": "int8"})
-    except CheckpointError as error:
-        raise CheckpointError(f"{ckpt.path} cannot be quantized: {error}") from None
+        for h, real in batches:
+            compute(h)
+            yield seen.pop()[real].float()
+    finally:
+        hook.remove()
+
+
+def input_hessian(inputs):
+    """2 X X^T / n (K, K) of inputs, an iterable of (n, K)."""
+    total, n = 0.0, 0
+    for x in inputs:
+        total, n = total + 2 * x.T @ x, n + len(x)
+    return total / n
+
+
+def refit(model, names, weights, hessian, quant, options):
+    """Replace the int4 weights of the layers `names`, of one input, by GPTQ's; prints what is lost of their output."""
+    for name in names:
+        weight, layer = weights[f"{name}.weight"].to(hessian.device), model.get_submodule(name)
+        try:
+            result = gptq(weight, hessian, quant["group_size"], quant["symmetric"], **options)
+        except ValueError as error:
+            raise CheckpointError(f"{name} cannot be quantized: {error}") from None
+        lost = [output_error(weight, layer.weight, hessian)]
+        layer.load_state_dict(as_buffers(*result, quant["symmetric"]))
+        lost.append(output_error(weight, layer.weight, hessian))
+        print(f"{name}: relative error of its output {lost[1]:.4f} (rounded to nearest {lost[0]:.4f})", flush=True)
+
+
+def output_error(weight, quantized, hessian):
+    """||(weight - quantized) X|| / ||weight X|| with X X^T ~ hessian."""
+    squares = [((w @ hessian) * w).sum().clamp(min=0) for w in (weight - quantized, weight)]
+    return (squares[0] / squares[1].clamp(min=1e-30)).sqrt().item()
+
+
+@torch.no_grad()
+def calibrate(model, weights, batches, quant, **options):
+    """Replace the int4 weights of `model`, rounded to nearest, by GPTQ's, in place.
+
+    weights: float32 by name. batches: [(ids (B, T), real (B, T) bool), ...], their padding marked. options: of gptq.
+    Layer by layer: each is fitted to the inputs that the quantized layers before it make of the calibration text.
+    """
+    device = model.norm.weight.device
+    batches = [(model.tok_embeddings(ids.to(device)), real.to(device)) for ids, real in batches]
+    for i, block in enumerate(model.layers):
+
+        def forward(h, block=block):
+            return block(h, model.rope_cos[: h.size(1)], model.rope_sin[: h.size(1)])
+
+        for group in SAME_INPUT:
+            names = [f"layers.{i}.{name}" for name in group]
+            names = [name for name in names if lowbit.bits_of(name, quant) == 4]
+            if names:
+                inputs = layer_inputs(model.get_submodule(names[0]), forward, batches)
+                refit(model, names, weights, input_hessian(inputs), quant, options)
+        batches = [(forward(h), real) for h, real in batches]
+    for name in ("output", "scalar"):  # of the two a model has at most one
+        if getattr(model, name) is not None and lowbit.bits_of(name, quant) == 4:
+            hessian = input_hessian(model.norm(h)[real] for h, real in batches)
+            refit(model, [name], weights, hessian, quant, options)
+
+
+# data
 
 
 def open_val(data_dir, ckpt, tok):
@@ -65,6 +164,37 @@ def open_val(data_dir, ckpt, tok):
     if len(tokens) < 2:
         raise ConfigError(f"{tokens.path}: {len(tokens)} tokens are too few to measure on")
     return tokens
+
+
+def calibration_batches(path, n_tokens, max_len, batch_size, vocab_size):
+    """About n_tokens of train.bin or of sft.pkl's training examples, evenly spaced, as batches for calibrate.
+
+    Made with the checkpoint's tokenizer if val.bin beside it is: one meta.json describes both.
+    """
+    if path.suffix == ".bin":
+        source = TokenBin(path, vocab_size)
+        available, n_rows = len(source), -(-n_tokens // max_len)
+    else:
+        arrays = load_pkl(path)
+        source = Examples(arrays, vocab_size=vocab_size, path=path, max_len=max_len).select(~arrays["is_val"])
+        available = int(source.lengths.sum())
+        n_rows = -(-n_tokens * len(source) // max(available, 1))
+    if available <= max(n_tokens, max_len):
+        raise ConfigError(f"{path}: {available} tokens are too few for calibration_tokens={n_tokens}")
+    if path.suffix == ".bin":
+        starts = np.linspace(0, available - max_len - 1, n_rows, dtype=np.int64).tolist()
+        rows = [source.windows(start, start + max_len + 1, max_len)[0][0] for start in starts]
+    else:
+        chosen = np.linspace(0, len(source) - 1, n_rows, dtype=np.int64).tolist()
+        rows = sorted((source[i][0] for i in chosen), key=len)  # of similar length in a batch
+    batches = []
+    for first in range(0, n_rows, batch_size):
+        batch = pad_batch([(ids, ids) for ids in rows[first : first + batch_size]])
+        batches.append((batch["ids"], torch.arange(batch["ids"].size(1)) < batch["lengths"][:, None]))
+    return batches
+
+
+# what it changed
 
 
 @torch.no_grad()
@@ -77,19 +207,19 @@ def score_drift(model, other, x, batch_size, env):
     return (scores[0] - scores[1]).square().mean().sqrt().item(), scores[0].std().item()
 
 
-def evaluate(model, int8_model, val, config, env):
+def evaluate(model, low_model, val, config, env):
     """What quantization changed on val, a TokenBin, as metrics."""
     max_tokens, batch_size = config["eval_tokens"] or len(val), config["eval_batch_size"]
     if model.config.scalar_head:
         T = min(model.config.max_seq_len, len(val))
         x, _ = val.batch(0, max(1, min(max_tokens, len(val)) // T), T, seed=0)
-        drift, std = score_drift(model, int8_model, x, batch_size, env)
+        drift, std = score_drift(model, low_model, x, batch_size, env)
         return {"quantize/score_rms_difference": drift, "quantize/score_std": std}
-    losses = (source_losses(m, val, env, max_tokens, batch_size)[0] for m in (model, int8_model))
+    losses = (source_losses(m, val, env, max_tokens, batch_size)[0] for m in (model, low_model))
     before, after = (loss.perplexity for loss in losses)
     return {
         "quantize/perplexity_float32": before,
-        "quantize/perplexity_int8": after,
+        "quantize/perplexity_quantized": after,
         "quantize/perplexity_ratio": after / before,
     }
 
@@ -106,30 +236,60 @@ def sample_pairs(model, label, tok, continues, prompts, max_new_tokens):
     return [(f"[{label}] {prompt}", tok.decode(reply)) for prompt, reply in zip(prompts, replies, strict=True)]
 
 
+def spec_of(config):
+    """The quantization spec that a config asks for, its values checked."""
+    choices = dict(method=("int8", "int4"), algorithm=("gptq", "rtn"), calibration=("train.bin", "sft.pkl"))
+    for key, known in (choices | dict(group_size=lowbit.GROUP_SIZES)).items():
+        if config[key] not in known:
+            raise ConfigError(f"{key}={config[key]}: known are {', '.join(map(str, known))}")
+    at_least = dict(eval_tokens=0, eval_batch_size=1, sample_tokens=1, calibration_tokens=1, damping=0)
+    for key, least in at_least.items():
+        if config[key] < least:
+            raise ConfigError(f"{key}={config[key]}: {least} or more is needed")
+    if config["method"] == "int8":
+        return INT8
+    keys = ("method", "group_size", "symmetric", "algorithm")
+    return {key: config[key] for key in keys} | {"int8": config["int8_layers"]}
+
+
+def check_patterns(ckpt, quant):
+    """Refuse a pattern for int8 layers that names none, but for those that other models have."""
+    layers = {name.removesuffix(".weight") for name, weight in ckpt.weights.items() if weight.dim() == 2}
+    for pattern in quant.get("int8", []):
+        if not any(fnmatchcase(name, pattern) for name in layers | {"output", "scalar"}):
+            raise ConfigError(f"int8_layers: {pattern} matches no layer of {ckpt.path}, such as {max(layers)}")
+
+
 def main(argv=None):
     config = parse_config("quantize", argv, __doc__)
-    if config["method"] != "int8":
-        raise ConfigError(f"method={config['method']}: only int8 is known")
-    if config["eval_tokens"] < 0 or config["eval_batch_size"] < 1 or config["sample_tokens"] < 1:
-        raise ConfigError("eval_tokens must be 0 or more, eval_batch_size and sample_tokens 1 or more")
-    env, out = setup(config["device"], config["dtype"]), Path(config["out"])
+    quant = spec_of(config)
+    env, out, data = setup(config["device"], config["dtype"]), Path(config["out"]), Path(config["data"])
     ckpt = checkpoint.load(config["init_from"])
     if ckpt.path.resolve() == (out / checkpoint.FILE_NAME).resolve():
         raise ConfigError(f"out={out} is the run of init_from: its checkpoint would be replaced")
-    int8_ckpt = quantize_checkpoint(ckpt)
+    low_ckpt = quantize_checkpoint(ckpt, quant)
+    check_patterns(ckpt, quant)
     tok = checkpoint.tokenizer_of(ckpt)
-    val = open_val(config["data"], ckpt, tok)
+    val = open_val(data, ckpt, tok)
+    model = checkpoint.build_model(ckpt)
+    calibrated, batches = quant.get("algorithm") == "gptq", None
+    if calibrated:
+        sizes = config["calibration_tokens"], model.config.max_seq_len, config["eval_batch_size"]
+        batches = calibration_batches(data / config["calibration"], *sizes, tok.vocab_size)
     if checkpoint.begin(config, "quantize"):
         print(f"{out} is complete: nothing to do")
         return
     save_config(config, out)
     log = MetricLog(out)
 
-    model = checkpoint.build_model(ckpt).to(env.device).eval()
-    int8_model = checkpoint.build_model(int8_ckpt).to(env.device).eval()
-    metrics = evaluate(model, int8_model, val, config, env)
+    model = model.to(env.device).eval()
+    low_model = checkpoint.build_model(low_ckpt).to(env.device).eval()
+    if calibrated:
+        options = dict(damping=config["damping"], act_order=config["act_order"], search=config["range_search"])
+        calibrate(low_model, ckpt.weights, batches, quant, **options)
+    metrics = evaluate(model, low_model, val, config, env)
     if config["sample_prompts"] and not model.config.scalar_head:
-        for m, label in ((model, "float32"), (int8_model, "int8")):
+        for m, label in ((model, "float32"), (low_model, quant["method"])):
             prompts = config["sample_prompts"], config["sample_tokens"]
             pairs = sample_pairs(m, label, tok, checkpoint.continues(ckpt), *prompts)
             log.samples(ckpt.step, pairs)
@@ -139,12 +299,12 @@ def main(argv=None):
         stage="quantize",
         step=ckpt.step,
         tokens_seen=ckpt.tokens_seen,
-        model=int8_model,
+        model=low_model,
         tokenizer=ckpt.tokenizer,
         document_ids=ckpt.document_ids,
         config=config,
         parent=checkpoint.parent_of(ckpt),
-        quant=int8_ckpt.quant,
+        quant=quant,
     )
     metrics |= file_sizes(ckpt, checkpoint.find(out))
     log.write(ckpt.step, metrics)
@@ -153,10 +313,10 @@ def main(argv=None):
     cleanup(env)
 
 
-def file_sizes(ckpt, int8_file):
+def file_sizes(ckpt, file):
     """Bytes of the float32 weights, of the written file (tokenizer and all) and of the tokenizer in it."""
     float32 = 4 * sum(weight.numel() for weight in ckpt.weights.values())
-    written = int8_file.stat().st_size
+    written = file.stat().st_size
     return {
         "quantize/float32_weight_bytes": float32,
         "quantize/file_bytes": written,
