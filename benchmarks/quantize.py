@@ -191,9 +191,10 @@ def jobs_of(files, context):
 
 def draw(rows, path):
     figure, axes = plt.subplots(figsize=(8, 5))
-    for row in rows:
-        axes.scatter(row["file"] / 1e6, 100 * row["rise"], color="C1" if "llama" in row["format"] else "C0")
-        axes.annotate(row["format"], (row["file"] / 1e6, 100 * row["rise"]), (6, 4), textcoords="offset points")
+    for i, row in enumerate(sorted(rows, key=lambda row: row["rise"])):
+        at = row["file"] / 1e6, 100 * row["rise"]
+        axes.scatter(*at, color="C1" if row["format"] in LLAMA_CPP else "C0")
+        axes.annotate(row["format"], at, (6, 4 if i % 2 else -12), textcoords="offset points")  # neighbours apart
     axes.set_xlabel("file (MB)")
     axes.set_ylabel("rise of validation perplexity over float32 (%)")
     axes.margins(0.15)
