@@ -58,8 +58,7 @@ def parse_config(
 
 def save_config(config: dict, out_dir: str | Path) -> None:
     """Write the resolved config to out_dir/config.json."""
-    text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
-    write_atomic(Path(out_dir) / "config.json", text.encode())
+    write_json(Path(out_dir) / "config.json", config)
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
@@ -84,7 +83,9 @@ def new_folder(out: str | Path, names: set[str], overwrite: bool) -> Iterator[Pa
     others = {path.name for path in out.iterdir()} - names if out.is_dir() else {out.name} if out.exists() else set()
     if others:
         raise ConfigError(f"{out} holds {min(others)}, which was not written here: choose another --out")
-    shutil.rmtree(new, ignore_errors=True)  # of one that was killed
+    shutil.rmtree(new, ignore_errors=True)  # left by one that was killed, as the next
+    if out.exists():
+        shutil.rmtree(old, ignore_errors=True)
     try:
         new.mkdir(parents=True)
         yield new
@@ -115,7 +116,7 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, values: dict) -> None:
-    path.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    write_atomic(path, (json.dumps(values, ensure_ascii=False, indent=2) + "\n").encode())
 
 
 def run(main: Callable[[], Any]) -> None:

@@ -36,7 +36,7 @@ tags: [llama, tiny-llama2-zh]
 
 def provenance(ckpt: Checkpoint) -> dict:
     """Facts of a checkpoint and, as far as they are still there, of its run directory and its data."""
-    keys = ("stage", "step", "tokens_seen", "model_config", "document_ids", "config", "parent", "git_commit")
+    keys = ("stage", "step", "tokens_seen", "model_config", "document_ids", "quant", "config", "parent", "git_commit")
     facts = {key: getattr(ckpt, key) for key in keys}
     facts["tokenizer_sha256"] = hashlib.sha256(ckpt.tokenizer).hexdigest()
     rows = [row for row in read_metrics(ckpt.path.parent / "metrics.jsonl") if row["step"] <= ckpt.step]
