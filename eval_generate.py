@@ -26,7 +26,8 @@ from common.config import ConfigError, UserError, parse_config, run, write_atomi
 from common.distributed import setup
 from common.metrics import distinct_2, format_table, markdown_table, plain, share, source_losses, wilson_interval
 from common.rollout import rollout, sequence_kl, sequence_scores, snownlp_judge
-from dataset import DataError, TokenBin, load_meta, load_prompts, load_tasks
+from corpus import Corpus
+from dataset import DataError, load_meta, load_prompts, load_tasks
 from model import Llama
 from tokenizer import StreamDecoder, Tokenizer, encode_example, encode_opening, encode_prompt
 
@@ -162,7 +163,7 @@ def score(loaded, messages, reply):
 
 
 def perplexity(loaded, val, config, env):
-    """(Markdown, figures) of the loss on a TokenBin."""
+    """(Markdown, figures) of the loss on a Corpus."""
     total, sources = source_losses(loaded.model, val, env, config["eval_tokens"] or None)
     rows = [
         dict(source=name, tokens=loss.tokens, perplexity=loss.perplexity, bits_per_char=loss.bits_per_char)
@@ -255,7 +256,7 @@ def compare(models, data, config):
     settings = {key: config[key] for key in ("compare_temperature", "compare_top_p", "max_new_tokens", "seed")}
     figures = settings | dict(prompts=len(prompts), distinct_2_characters=n_chars, replies=rows)
     tasks = load_tasks(data / "sft.pkl", tokenizer.vocab_size) if (data / "sft.pkl").exists() else {}
-    if tasks:
+    if "write_asked" in tasks:  # the demo's reviews; other conversations have no label to compare with
         n = config["compare_examples"]
         tasks = {task: [e for e in examples if len(e[0]) < context][:n] for task, examples in tasks.items()}
         figures["tasks"] = compare_tasks(models, tasks, config, polarity)
@@ -302,7 +303,7 @@ def main(argv=None):
     opening = [] if config["system"] is None else [dict(role="system", content=config["system"])]
     question = [*opening, dict(role="user", content=config["prompt"])]
     if config["ppl"]:
-        publish(*perplexity(loaded, TokenBin(data / "val.bin"), config, env), config["report"])
+        publish(*perplexity(loaded, Corpus(data, "val"), config, env), config["report"])
     elif config["reply"] is not None:
         print(score(loaded, question, config["reply"]))
     elif config["prompt"] is not None:

@@ -1,8 +1,8 @@
 """Pretraining: predict the next token of packed documents (Llama 2, arXiv:2307.09288, section 2).
 
-Reads data/<name>/{train.bin, val.bin, meta.json} and a tokenizer; writes a run directory (config.json, metrics.jsonl,
-loss.png, samples.txt, ckpt.pt). Where it departs from the paper: one or few epochs of a small corpus, and Muon as an
-option for the trunk's matrices.
+Reads data/<name>/{train.*.bin, val.*.bin, meta.json} and a tokenizer; writes a run directory (config.json,
+metrics.jsonl, loss.png, samples.txt, ckpt.pt). Where it departs from the paper: one or few epochs of a small corpus,
+and Muon as an option for the trunk's matrices.
 
     python pretrain.py configs/demo/pretrain.py --max_steps=1000
     torchrun --nproc_per_node=2 pretrain.py configs/demo/pretrain.py
@@ -20,7 +20,8 @@ from common.config import ConfigError, parse_config, run
 from common.metrics import source_losses
 from common.optim import build_optimizer, learning_rate, set_learning_rate
 from common.stage import Stage
-from dataset import TokenBin, load_meta
+from corpus import Corpus
+from dataset import load_meta
 from model import Llama, ModelConfig
 from tokenizer import Tokenizer, encode_opening
 
@@ -57,7 +58,7 @@ def main(argv=None):
     env, data = stage.env, Path(config["data"])
     meta, tokenizer = load_meta(data), Tokenizer.load(config["tokenizer"])
     check_data(tokenizer, config["tokenizer"], meta, data / "meta.json")
-    train, val = TokenBin(data / "train.bin"), TokenBin(data / "val.bin")
+    train, val = Corpus(data, "train", mixture=config["mixture"]), Corpus(data, "val")
 
     try:
         model_config = ModelConfig(vocab_size=tokenizer.vocab_size, **config["model"])
@@ -72,8 +73,9 @@ def main(argv=None):
     T, B, accumulation = config["seq_len"], config["batch_size"], config["grad_accumulation_steps"]
     tokens_per_step = T * B * accumulation * env.world_size
     if env.is_main:
-        epochs = config["max_steps"] * tokens_per_step / len(train)
-        print(f"{model.num_params():,} parameters; {tokens_per_step:,} tokens a step; {epochs:.2f} epochs")
+        print(f"{model.num_params():,} parameters; {tokens_per_step:,} tokens a step")
+        for name, epochs in train.epochs(config["max_steps"] * tokens_per_step // T, T).items():
+            print(f"{name}: {epochs:.2f} epochs")
 
     with stage.interrupt:
         for step in range(stage.first, config["max_steps"] + 1):

@@ -10,7 +10,7 @@ calibration text. Departs from it: the range of a group is chosen for the least 
     python quantize.py --init_from=out/demo/sft --data=data/demo --out=out/demo/quantize
     python quantize.py --init_from=out/demo/sft --data=data/demo --out=out/demo/int4 --method=int4
 
-in:  init_from/ckpt.pt of any stage, data/val.bin; for GPTQ data/train.bin or data/sft.pkl
+in:  init_from/ckpt.pt of any stage, data/val.*.bin; for GPTQ data/train.*.bin or data/sft.pkl
 out: out/{ckpt.pt, config.json, metrics.jsonl, samples.txt}
 """
 
@@ -27,7 +27,8 @@ from common.config import ConfigError, parse_config, run, save_config
 from common.distributed import cleanup, setup
 from common.gptq import gptq, quantize_int4
 from common.metrics import MetricLog, source_losses
-from dataset import Examples, TokenBin, load_pkl, pad_batch
+from corpus import Corpus
+from dataset import Examples, load_pkl, pad_batch
 from tokenizer import encode_opening, encode_prompt
 
 INT8 = {"method": "int8"}
@@ -158,30 +159,31 @@ def calibrate(model, weights, batches, quant, **options):
 
 
 def open_val(data_dir, ckpt, tok):
-    """val.bin of a data directory that was made with the checkpoint's tokenizer."""
-    tokens = TokenBin(Path(data_dir) / "val.bin")
+    """The validation text of a data directory that was made with the checkpoint's tokenizer."""
+    tokens = Corpus(data_dir, "val")
     checkpoint.check_data(tok, ckpt.path, tokens.meta, Path(data_dir) / "meta.json")
     if len(tokens) < 2:
         raise ConfigError(f"{tokens.path}: {len(tokens)} tokens are too few to measure on")
     return tokens
 
 
-def calibration_batches(path, n_tokens, max_len, batch_size, vocab_size):
-    """About n_tokens of train.bin or of sft.pkl's training examples, evenly spaced, as batches for calibrate.
+def calibration_batches(data_dir, calibration, n_tokens, max_len, batch_size, vocab_size):
+    """About n_tokens of the training text or of sft.pkl's training examples, evenly spaced, as batches for calibrate.
 
-    Made with the checkpoint's tokenizer if val.bin beside it is: one meta.json describes both.
+    Made with the checkpoint's tokenizer if the validation text is: one meta.json describes both.
     """
-    if path.suffix == ".bin":
-        source = TokenBin(path, vocab_size)
-        available, n_rows = len(source), -(-n_tokens // max_len)
+    if calibration == "train":
+        source = Corpus(data_dir, "train", vocab_size)
+        path, available, n_rows = source.path, len(source), -(-n_tokens // max_len)
     else:
+        path = Path(data_dir) / calibration
         arrays = load_pkl(path)
         source = Examples(arrays, vocab_size=vocab_size, path=path, max_len=max_len).select(~arrays["is_val"])
         available = int(source.lengths.sum())
         n_rows = -(-n_tokens * len(source) // max(available, 1))
     if available <= max(n_tokens, max_len):
         raise ConfigError(f"{path}: {available} tokens are too few for calibration_tokens={n_tokens}")
-    if path.suffix == ".bin":
+    if calibration == "train":
         starts = np.linspace(0, available - max_len - 1, n_rows, dtype=np.int64).tolist()
         rows = [source.windows(start, start + max_len + 1, max_len)[0][0] for start in starts]
     else:
@@ -208,7 +210,7 @@ def score_drift(model, other, x, batch_size, env):
 
 
 def evaluate(model, low_model, val, config, env):
-    """What quantization changed on val, a TokenBin, as metrics."""
+    """What quantization changed on val, a Corpus, as metrics."""
     max_tokens, batch_size = config["eval_tokens"] or len(val), config["eval_batch_size"]
     if model.config.scalar_head:
         T = min(model.config.max_seq_len, len(val))
@@ -238,7 +240,7 @@ def sample_pairs(model, label, tok, continues, prompts, max_new_tokens):
 
 def spec_of(config):
     """The quantization spec that a config asks for, its values checked."""
-    choices = dict(method=("int8", "int4"), algorithm=("gptq", "rtn"), calibration=("train.bin", "sft.pkl"))
+    choices = dict(method=("int8", "int4"), algorithm=("gptq", "rtn"), calibration=("train", "sft.pkl"))
     for key, known in (choices | dict(group_size=lowbit.GROUP_SIZES)).items():
         if config[key] not in known:
             raise ConfigError(f"{key}={config[key]}: known are {', '.join(map(str, known))}")
@@ -275,7 +277,7 @@ def main(argv=None):
     calibrated, batches = quant.get("algorithm") == "gptq", None
     if calibrated:
         sizes = config["calibration_tokens"], model.config.max_seq_len, config["eval_batch_size"]
-        batches = calibration_batches(data / config["calibration"], *sizes, tok.vocab_size)
+        batches = calibration_batches(data, config["calibration"], *sizes, tok.vocab_size)
     if checkpoint.begin(config, "quantize"):
         print(f"{out} is complete: nothing to do")
         return

@@ -7,7 +7,7 @@ of its weights, dequantized into our model; it also rounds activations to 8 bits
 
     python benchmarks/quantize.py --ckpt=out/demo/pretrain --data=data/demo --out=out/demo/benchmark
 
-in:  a float32 checkpoint, its val.bin and train.bin; xllamacpp (requirements-dev.txt)
+in:  a float32 checkpoint, its val.*.bin and train.*.bin; xllamacpp (requirements-dev.txt)
 out: out/{quantize.md, quantize.png}; the tables and, last, one line of JSON on standard output
 """
 
@@ -162,7 +162,7 @@ def dequantized(path, ckpt):
 
 @torch.no_grad()
 def compare(models, val, env):
-    """{format: perplexity on val.bin, its rise, mean KL(float32 || format) and top-1 agreement on 64 of its rows}."""
+    """{format: validation perplexity, its rise, mean KL(float32 || format) and top-1 agreement on 64 of its rows}."""
     reference, rows = models["float32"], {}
     x, _ = val.batch(0, min(64, max(1, len(val) // reference.config.max_seq_len)), reference.config.max_seq_len, seed=0)
     for name, model in models.items():
@@ -213,7 +213,7 @@ def table_rows(files, rates, float32_bytes):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--ckpt", default="out/demo/pretrain", help="float32 checkpoint, trained for minutes at least")
-    parser.add_argument("--data", default="data/demo", help="folder of its val.bin and train.bin")
+    parser.add_argument("--data", default="data/demo", help="folder of its val.*.bin and train.*.bin")
     parser.add_argument("--out", default="out/demo/benchmark", help="folder for the table and the picture")
     parser.add_argument(
         "--size", default="tiny-llama2-58m", choices=sizes, help="random model for the second speed table"
@@ -224,9 +224,7 @@ def main():
     val = quantize.open_val(data, ckpt, checkpoint.tokenizer_of(ckpt))
     context = ckpt.model_config["max_seq_len"]
     calibration = defaults["calibration_tokens"], context, defaults["eval_batch_size"]
-    batches = quantize.calibration_batches(
-        data / defaults["calibration"], *calibration, ckpt.model_config["vocab_size"]
-    )
+    batches = quantize.calibration_batches(data, defaults["calibration"], *calibration, ckpt.model_config["vocab_size"])
     with tempfile.TemporaryDirectory() as folder:
         files, models = write_formats(ckpt, Path(folder) / "trained", RECIPES, batches)
         quality = compare(models, val, env)

@@ -320,13 +320,17 @@ def check_data(tokenizer, source, meta: dict, meta_path) -> None:
             raise CheckpointError(f"{key} is {value} in {source} and {meta.get(key)} in {meta_path}")
 
 
-def parent_of(ckpt: Checkpoint) -> dict:
-    """What a child checkpoint records about the one it started from."""
+def file_sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(ckpt.path, "rb") as file:
+    with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    return dict(path=str(ckpt.path), stage=ckpt.stage, sha256=digest.hexdigest())
+    return digest.hexdigest()
+
+
+def parent_of(ckpt: Checkpoint) -> dict:
+    """What a child checkpoint records about the one it started from."""
+    return dict(path=str(ckpt.path), stage=ckpt.stage, sha256=file_sha256(ckpt.path))
 
 
 def same_file(ckpt: Checkpoint, before: dict | None, now: dict | None) -> None:

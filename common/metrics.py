@@ -176,8 +176,8 @@ def _draw(panels: list[tuple[str, dict]]) -> bytes:
 class Progress:
     """Speed and time left: a tqdm bar on a terminal, else a plain line on stderr at most every 10 seconds."""
 
-    def __init__(self, total: int, initial: int = 0, desc: str = ""):
-        self.total, self.step, self.desc = total, initial, desc
+    def __init__(self, total: int, initial: int = 0, desc: str = "", counted: str = "tokens"):
+        self.total, self.step, self.desc, self.counted = total, initial, desc, counted
         self.tokens = 0
         # Rates are taken over the last 100 updates, so that a pause for evaluation fades out.
         self.window = deque([(time.monotonic(), initial, 0)], maxlen=100)
@@ -187,13 +187,14 @@ class Progress:
             self.bar = tqdm(total=total, initial=initial, desc=desc, unit="step", dynamic_ncols=True)
 
     def update(self, step: int, tokens: int, **shown: float) -> None:
-        """`step` steps are done; `tokens` were processed since the last call; `shown` numbers go beside."""
+        """`step` steps are done; `tokens`, or what else is counted, were processed since the last call; `shown` numbers
+        go beside."""
         now = time.monotonic()
         self.tokens += tokens
         self.window.append((now, step, self.tokens))
         then, old_step, old_tokens = self.window[0]
         elapsed = max(now - then, 1e-9)
-        speed = f"{(self.tokens - old_tokens) / elapsed:,.0f} tokens/s"
+        speed = f"{(self.tokens - old_tokens) / elapsed:,.0f} {self.counted}/s"
         numbers = [f"{name} {value:.4g}" for name, value in shown.items()]
         if self.bar is not None:
             self.bar.set_postfix_str(", ".join([speed, *numbers]), refresh=False)
@@ -297,7 +298,7 @@ class TextLoss:
 
 @torch.no_grad()
 def source_losses(model, tokens, env, max_tokens=None, batch_size=16) -> tuple[TextLoss, dict[str, TextLoss]]:
-    """Loss on about max_tokens of a TokenBin (None: all of it) in rows of full context: over all, and by source.
+    """Loss on about max_tokens of a Corpus (None: all of it) in rows of full context: over all, and by source.
 
     The rows are evenly spaced, so that each source has its share; its characters are in proportion to its tokens.
     """
@@ -313,7 +314,7 @@ def source_losses(model, tokens, env, max_tokens=None, batch_size=16) -> tuple[T
         for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True):
             with env.autocast():
                 nats += model(xs.to(env.device), ys.to(env.device)).item() * int((ys != -100).sum())
-        counts = tokens.meta["sources"][name][tokens.path.stem]
+        counts = tokens.meta["sources"][name][tokens.split]
         losses[name] = TextLoss(nats, scored, counts["characters"] * scored / counts["tokens"])
     model.train(was_training)
     if not losses:

@@ -44,7 +44,8 @@ def provenance(ckpt: Checkpoint) -> dict:
     facts["metrics"] = {key: value for key, value in last.items() if "/" in key and not key.startswith("train/")}
     with suppress(DataError, OSError, KeyError):
         tally = load_meta(Path(ckpt.config["data"]))["tally"]
-        facts["data"] = {source: counts["kept"] for source, counts in tally.items() if "kept" in counts}
+        rows = ((part, source, counts) for part, sources in tally.items() for source, counts in sources.items())
+        facts["data"] = {f"{part}/{source}": counts["kept"] for part, source, counts in rows if part != "text"}
     return facts
 
 

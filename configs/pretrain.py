@@ -1,6 +1,7 @@
 config = dict(
-    data="data/zh",  # folder with train.bin, val.bin and meta.json from data_process.py
+    data="data/zh",  # folder with train.*.bin, val.*.bin and meta.json from data_process.py
     tokenizer="out/zh/tokenizer",  # SentencePiece file, its folder, or a Hugging Face id; the one data was made with
+    mixture=[],  # source=weight of training rows, as reviews=3; empty: all sources by size, each token once an epoch
     out="out/zh/pretrain",  # run directory: config.json, metrics.jsonl, loss.png, samples.txt, ckpt.pt
     model=dict(
         dim=512,  # width; configs/sizes.py has the five sizes of the project

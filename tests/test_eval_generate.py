@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from packing import pack, pack_examples
 
 import eval_generate
 from common import checkpoint
 from common.checkpoint import CheckpointError
 from common.config import ConfigError, UserError
 from common.rollout import rollout, snownlp_judge
-from dataset import BinWriter, DataError, pack, pack_examples, save_meta, save_pkl, token_dtype
+from dataset import BinWriter, DataError, save_meta, save_pkl, token_dtype
 from model import Llama, ModelConfig
 from tokenizer import Tokenizer, encode_example, encode_prompt
 
@@ -273,17 +274,16 @@ def test_reward_model_scores_and_does_not_write(tmp_path, tok, capsys):
 
 
 def save_data(directory, tok, sources, prompts=(), examples=()):
-    """A data directory: val.bin of {source: text}, prompts (text, is_val), examples (task, question, answer, label,
-    is_val)."""
+    """A data directory: validation text {source: text}, prompts (text, is_val), examples (task, question, answer,
+    label, is_val)."""
     directory.mkdir()
-    meta = dict(format_version=1, vocab_size=tok.vocab_size, tokenizer_sha256=tok.sha256, files={}, sources={})
+    meta = dict(format_version=2, vocab_size=tok.vocab_size, tokenizer_sha256=tok.sha256, files={}, sources={})
     meta |= dict(dtype=token_dtype(tok.vocab_size).name)
-    with BinWriter(directory / "val.bin", tok.vocab_size) as file:
-        for name, text in sources.items():
-            counts = dict(token_offset=file.tokens, characters=len(text))
+    for name, text in sources.items():
+        with BinWriter(directory / f"val.{name}.bin", tok.vocab_size) as file:
             file.write([*tok.encode(text), tok.eos_id])
-            meta["sources"][name] = {"val": counts | dict(tokens=file.tokens - counts["token_offset"])}
-    meta["files"]["val.bin"] = dict(tokens=file.tokens)
+        meta["sources"][name] = {"val": dict(tokens=file.tokens, characters=len(text))}
+        meta["files"][file.path.name] = dict(tokens=file.tokens)
     save_meta(directory, meta)
     if prompts:
         ids = [encode_prompt(tok, user(text)) for text, _ in prompts]

@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from packing import pack
 
 import quantize
 from common import checkpoint, lowbit
 from common.checkpoint import CheckpointError
 from common.config import ConfigError
 from common.gptq import SHRINK, gptq, quantize_int4
-from dataset import BinWriter, DataError, pack, save_meta, save_pkl, token_dtype
+from dataset import BinWriter, DataError, save_meta, save_pkl, token_dtype
 from model import Llama, ModelConfig
 
 
@@ -357,21 +358,21 @@ def test_inputs_that_are_not_finite_are_refused_by_the_layers_name(tmp_path):
 
 
 def write_data(folder, train, examples=(), is_val=()):
-    """train.bin of ids and sft.pkl of id lists, of a vocabulary of 320."""
+    """train.text.bin of ids and sft.pkl of id lists, of a vocabulary of 320."""
     folder.mkdir()
-    with BinWriter(folder / "train.bin", 320) as file:
+    with BinWriter(folder / "train.text.bin", 320) as file:
         file.write(train)
-    files = {"train.bin": {"tokens": len(train)}}
-    save_meta(folder, dict(format_version=1, vocab_size=320, dtype=token_dtype(320).name, sources={}, files=files))
+    meta = dict(format_version=2, vocab_size=320, dtype=token_dtype(320).name, sources={"text": {}})
+    save_meta(folder, meta | dict(files={"train.text.bin": {"tokens": len(train)}}))
     tokens, offsets = pack(list(examples), token_dtype(320))
-    mask = np.ones_like(tokens, dtype=np.uint8)
+    mask = np.packbits(np.ones_like(tokens, dtype=np.uint8))
     save_pkl(folder / "sft.pkl", dict(tokens=tokens, offsets=offsets, loss_mask=mask, is_val=np.array(is_val, bool)))
     return folder
 
 
-def test_rows_of_train_bin_are_evenly_spaced(tmp_path):
+def test_rows_of_the_training_text_are_evenly_spaced(tmp_path):
     data = write_data(tmp_path / "data", [i % 317 for i in range(1001)])
-    found = quantize.calibration_batches(data / "train.bin", 50, 10, 2, 320)
+    found = quantize.calibration_batches(data, "train", 50, 10, 2, 320)
     assert [ids.shape for ids, _ in found] == [(2, 10), (2, 10), (1, 10)] and all(real.all() for _, real in found)
     firsts = torch.cat([ids[:, 0] for ids, _ in found]).tolist()
     assert firsts == [start % 317 for start in (0, 247, 495, 742, 990)]  # the last has 990..999
@@ -381,7 +382,7 @@ def test_rows_of_train_bin_are_evenly_spaced(tmp_path):
 def test_examples_of_sft_pkl_are_those_to_train_on_and_evenly_spaced(tmp_path):
     examples = [[n + 1] * (1 + n // 2 % 4) for n in range(200)]  # 2.5 tokens each
     data = write_data(tmp_path / "data", [1, 2], examples, [n % 2 == 1 for n in range(200)])
-    found = quantize.calibration_batches(data / "sft.pkl", 50, 32, 8, 320)
+    found = quantize.calibration_batches(data, "sft.pkl", 50, 32, 8, 320)
     rows = [ids[keep].tolist() for batch in found for ids, keep in zip(*batch, strict=True)]
     assert sum(map(len, rows)) == pytest.approx(50, abs=8)
     assert all(row == examples[row[0] - 1] and row[0] % 2 == 1 for row in rows)
@@ -391,17 +392,17 @@ def test_examples_of_sft_pkl_are_those_to_train_on_and_evenly_spaced(tmp_path):
     assert {b - a for a, b in zip(numbers, numbers[1:], strict=False)} == {10, 12}
 
 
-@pytest.mark.parametrize("name", ["train.bin", "sft.pkl"])
-def test_too_little_text_is_refused(tmp_path, name):
+@pytest.mark.parametrize("name, file", [("train", r"train\.\*\.bin"), ("sft.pkl", r"sft\.pkl")])
+def test_too_little_text_is_refused(tmp_path, name, file):
     data = write_data(tmp_path / "data", [5] * 100, [[5] * 10] * 10, [False] * 10)
-    assert quantize.calibration_batches(data / name, 99, 32, 4, 320)
-    with pytest.raises(ConfigError, match=rf"{name}: 100 tokens are too few for calibration_tokens=100"):
-        quantize.calibration_batches(data / name, 100, 32, 4, 320)
+    assert quantize.calibration_batches(data, name, 99, 32, 4, 320)
+    with pytest.raises(ConfigError, match=rf"{file}: 100 tokens are too few for calibration_tokens=100"):
+        quantize.calibration_batches(data, name, 100, 32, 4, 320)
 
 
 def test_rows_longer_than_the_text_or_the_context_are_refused(tmp_path):
     data = write_data(tmp_path / "data", [5] * 100, [[5] * 10] * 10, [False] * 10)
-    with pytest.raises(ConfigError, match=r"train\.bin: 100 tokens are too few"):
-        quantize.calibration_batches(data / "train.bin", 5, 200, 4, 320)
+    with pytest.raises(ConfigError, match=r"train\.\*\.bin: 100 tokens are too few"):
+        quantize.calibration_batches(data, "train", 5, 200, 4, 320)
     with pytest.raises(DataError, match=r"sft\.pkl: an example of 10 tokens, the model's context has 9"):
-        quantize.calibration_batches(data / "sft.pkl", 5, 9, 4, 320)
+        quantize.calibration_batches(data, "sft.pkl", 5, 9, 4, 320)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from packing import pack_examples
 
 import dpo_train
 import ppo_train
@@ -14,7 +15,7 @@ import rm_train
 import sft
 from common.distributed import Env
 from common.rollout import Rollout, in_batches, masked_mean, masked_whiten, rollout, sequence_kl, sequence_scores
-from dataset import Examples, pack_examples, pad_batch
+from dataset import Examples, pad_batch
 from model import Llama, ModelConfig
 from tokenizer import Example
 

@@ -24,7 +24,8 @@ from common.metrics import (
     source_losses,
     wilson_interval,
 )
-from dataset import BinWriter, DataError, TokenBin, save_meta
+from corpus import Corpus
+from dataset import BinWriter, DataError, save_meta
 from model import Llama, ModelConfig
 
 ENV = Env(0, 1, torch.device("cpu"))
@@ -173,23 +174,23 @@ def test_format_table_and_share():
     assert table.split("\n")[2:] == ["| a | 50.0% |", "| b | nan% |"]
 
 
-def text_bin(directory, counts, ids):
-    """A val.bin whose sources are {name: (tokens, characters)}."""
-    with BinWriter(directory / "val.bin", 50) as file:
-        file.write(ids)
-    sources, offset = {}, 0
+def val_text(directory, counts, ids):
+    """Validation text, ids, whose sources are {name: (tokens, characters)}."""
+    sources, files, start = {}, {}, 0
     for name, (tokens, characters) in counts.items():
-        sources[name] = {"val": dict(tokens=tokens, characters=characters, token_offset=offset)}
-        offset += tokens
-    meta = dict(format_version=1, vocab_size=50, dtype="uint16", sources=sources)
-    save_meta(directory, meta | dict(files={"val.bin": {"tokens": len(ids)}}))
-    return TokenBin(directory / "val.bin")
+        with BinWriter(directory / f"val.{name}.bin", 50) as file:
+            file.write(ids[start : start + tokens])
+        start += tokens
+        files[file.path.name] = dict(tokens=tokens)
+        sources[name] = {"val": dict(tokens=tokens, characters=characters)}
+    save_meta(directory, dict(format_version=2, vocab_size=50, dtype="uint16", sources=sources, files=files))
+    return Corpus(directory, "val")
 
 
 def test_source_losses_of_a_uniform_model(tmp_path):
     model = tiny_llama().train()
     model.tok_embeddings.weight.data.zero_()  # all logits are 0: each of 50 tokens is equally likely
-    val = text_bin(tmp_path, {"a": (21, 42), "one": (1, 1), "b": (30, 15)}, [7] * 52)
+    val = val_text(tmp_path, {"a": (21, 42), "one": (1, 1), "b": (30, 15)}, [7] * 52)
     total, sources = source_losses(model, val, ENV)
     # the first token of a source is not predicted: 20 and 29 are, of 2 and 0.5 characters; none in "one"
     assert list(sources) == ["a", "b"] and (sources["a"].tokens, sources["b"].tokens) == (20, 29)
@@ -214,7 +215,7 @@ def nats(model, ids):
 def test_source_losses_are_the_models_own_in_windows_of_its_context(tmp_path):
     model = tiny_llama()  # context 8
     ids = torch.randint(50, (30,), generator=torch.Generator().manual_seed(0)).tolist()
-    val = text_bin(tmp_path, {"a": (12, 12), "b": (18, 18)}, ids)
+    val = val_text(tmp_path, {"a": (12, 12), "b": (18, 18)}, ids)
     a, b = nats(model, ids[:12]), nats(model, ids[12:])
     for batch_size in (1, 16):
         total, sources = source_losses(model, val, ENV, batch_size=batch_size)
@@ -226,8 +227,8 @@ def test_source_losses_are_the_models_own_in_windows_of_its_context(tmp_path):
 
 
 def test_source_losses_without_text(tmp_path):
-    with pytest.raises(DataError, match=r"val\.bin: no source"):
-        source_losses(tiny_llama(), text_bin(tmp_path, {"a": (1, 1)}, [3]), ENV)
+    with pytest.raises(DataError, match=r"val\.\*\.bin: no source"):
+        source_losses(tiny_llama(), val_text(tmp_path, {"a": (1, 1)}, [3]), ENV)
 
 
 def test_wilson_interval_known_values():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from packing import pack
 
 import eval_generate
 import quantize
@@ -14,7 +15,8 @@ from common import checkpoint, lowbit
 from common.checkpoint import CheckpointError
 from common.config import ConfigError
 from common.distributed import Env
-from dataset import BinWriter, TokenBin, pack, save_meta, save_pkl, token_dtype
+from corpus import Corpus
+from dataset import BinWriter, save_meta, save_pkl, token_dtype
 from model import Llama, ModelConfig
 from tokenizer import StreamDecoder, Tokenizer
 
@@ -65,16 +67,16 @@ def tokenizer_bytes():
 
 
 def write_val(directory, ids, characters, tokenizer_sha256=None):
-    """val.bin and its meta.json, of one source and a vocabulary of 320."""
+    """val.text.bin and its meta.json, of one source and a vocabulary of 320."""
     directory.mkdir(parents=True, exist_ok=True)
-    with BinWriter(directory / "val.bin", 320) as file:
+    with BinWriter(directory / "val.text.bin", 320) as file:
         file.write(ids)
-    counts = dict(tokens=len(ids), characters=characters, token_offset=0)
+    counts = dict(tokens=len(ids), characters=characters)
     save_meta(
         directory,
         dict(
-            format_version=1, vocab_size=320, tokenizer_sha256=tokenizer_sha256, sources={"text": {"val": counts}},
-            dtype=token_dtype(320).name, files={"val.bin": {"tokens": len(ids)}},
+            format_version=2, vocab_size=320, tokenizer_sha256=tokenizer_sha256, sources={"text": {"val": counts}},
+            dtype=token_dtype(320).name, files={"val.text.bin": {"tokens": len(ids)}},
         ),
     )  # fmt: skip
     return directory
@@ -85,14 +87,14 @@ def data_dir(tmp_path, tokenizer_bytes):
     tok = Tokenizer(tokenizer_bytes)
     ids = (tok.encode(TEXT) + [tok.eos_id]) * 6
     data = write_val(tmp_path / "data", ids, 6 * len(TEXT), tok.sha256)
-    with BinWriter(data / "train.bin", 320) as file:
+    with BinWriter(data / "train.text.bin", 320) as file:
         file.write(ids * 3)
     examples = [ids[n : n + 5 + n % 50] for n in range(100)]
     tokens, offsets = pack(examples, token_dtype(320))
-    arrays = dict(tokens=tokens, offsets=offsets, loss_mask=np.ones(len(tokens), np.uint8))
+    arrays = dict(tokens=tokens, offsets=offsets, loss_mask=np.packbits(np.ones(len(tokens), np.uint8)))
     save_pkl(data / "sft.pkl", arrays | dict(is_val=np.arange(100) % 5 == 0))
     meta = json.loads((data / "meta.json").read_text())
-    meta["files"]["train.bin"] = {"tokens": 3 * len(ids)}
+    meta["files"]["train.text.bin"] = {"tokens": 3 * len(ids)}
     save_meta(data, meta)
     return data
 
@@ -200,7 +202,7 @@ def test_perplexity_within_half_a_percent(tmp_path, shape):
     # text that the model itself finds likely, as validation text is to a trained model
     tokens = model.generate([[i + 3] for i in range(16)], 63, temperature=0.7, seed=0, eos_id=-1).tokens
     ids = [i + 3 if t == 0 else token for i, row in enumerate(tokens) for t, token in enumerate([None, *row])]
-    val = TokenBin(write_val(tmp_path / "data", ids, 1) / "val.bin")
+    val = Corpus(write_val(tmp_path / "data", ids, 1), "val")
     metrics = quantize.evaluate(model, int8_model, val, dict(eval_tokens=0, eval_batch_size=8), ENV)
     assert metrics["quantize/perplexity_float32"] < 200
     assert abs(metrics["quantize/perplexity_ratio"] - 1) < 0.005
@@ -375,7 +377,7 @@ def test_every_recipe_through_the_stage(tmp_path, data_dir, tokenizer_bytes, cap
 
 def test_gptq_loses_less_than_rounding_to_nearest_and_the_spec_says_which(tmp_path, data_dir, tokenizer_bytes):
     save_model(tiny_model(), tmp_path / "sft", tokenizer_bytes, "sft")
-    tok, ids = Tokenizer(tokenizer_bytes), TokenBin(data_dir / "val.bin").tokens[:64].astype(np.int64)
+    tok, ids = Tokenizer(tokenizer_bytes), Corpus(data_dir, "val").read(0, 64)
     with torch.no_grad():
         exact = tiny_model()(torch.from_numpy(ids)[None])
         errors = {}
@@ -404,7 +406,7 @@ def test_the_stage_never_replaces_its_own_input(tmp_path, data_dir, tokenizer_by
         ("--sample_tokens=0", "sample_tokens=0: 1 or more"),
         ("--algorithm=awq", "algorithm=awq: known are gptq, rtn"),
         ("--group_size=48", "group_size=48: known are 32, 64, 128"),
-        ("--calibration=val.bin", "calibration=val.bin: known are train.bin, sft.pkl"),
+        ("--calibration=val", "calibration=val: known are train, sft.pkl"),
         ("--calibration_tokens=0", "calibration_tokens=0: 1 or more"),
         ("--damping=-0.1", "damping=-0.1: 0 or more"),
     ],
@@ -425,7 +427,7 @@ def test_a_pattern_without_a_layer_is_refused(tmp_path, data_dir, tokenizer_byte
 
 def test_too_little_calibration_text_is_refused(tmp_path, data_dir, tokenizer_bytes):
     save_model(tiny_model(), tmp_path / "sft", tokenizer_bytes)
-    with pytest.raises(ConfigError, match=r"train\.bin: \d+ tokens are too few for calibration_tokens=65536"):
+    with pytest.raises(ConfigError, match=r"train\.\*\.bin: \d+ tokens are too few for calibration_tokens=65536"):
         quantize.main(arguments(tmp_path / "sft", data_dir, tmp_path / "out", "--method=int4"))
     assert not (tmp_path / "out").exists()
 
@@ -440,7 +442,7 @@ def test_data_of_another_tokenizer_is_refused(tmp_path, data_dir):
 def test_too_little_data_is_refused(tmp_path, tokenizer_bytes):
     save_model(tiny_model(), tmp_path / "sft", tokenizer_bytes)
     data = write_val(tmp_path / "data", [5], 1, Tokenizer(tokenizer_bytes).sha256)
-    with pytest.raises(ConfigError, match=r"val\.bin: 1 tokens are too few"):
+    with pytest.raises(ConfigError, match=r"val\.\*\.bin: 1 tokens are too few"):
         quantize.main(arguments(tmp_path / "sft", data, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 

@@ -15,7 +15,7 @@ from tokenizer import (
     StreamDecoder,
     Tokenizer,
     TokenizerError,
-    encode_document,
+    encode_documents,
     encode_example,
     encode_opening,
     encode_prompt,
@@ -255,7 +255,7 @@ def chat(*texts, system=None):
 
 
 def test_document_and_opening(tok):
-    assert encode_document(tok, "好") == [*tok.encode("好"), 2]
+    assert encode_documents(tok, ["好", ""]) == [[*tok.encode("好"), 2], [2]]
     assert encode_opening(tok, "好") == [2, *tok.encode("好")]
 
 

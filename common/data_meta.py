@@ -1,0 +1,178 @@
+"""What a data directory says of itself: meta.json for programs, report.md and lengths.png for people, dropped.jsonl to
+look at what was left out; and the check that the files are still what meta.json says."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import dataset
+from common.checkpoint import file_sha256
+from common.config import read_json, write_atomic
+from common.metrics import markdown_table
+from corpus import Corpus
+from dataset import DataError, Examples
+
+PARTS = ("text", "pretrain", "sft", "rm", "prompts")  # in the order that they are shown
+
+
+def start_meta(out, parts, val_share, tokenizer):
+    """The meta.json to add `parts` to, without what it said of them before, and the names of their old files.
+
+    Parts that stay must have been made with the same split and tokenizer: else validation text could stand in
+    another part's training data, or the parts' ids could mean different things.
+    """
+    path = Path(out) / "meta.json"
+    meta = dataset.load_meta(out) if path.exists() and not outdated(path) else {}
+    if "pretrain" in parts:
+        meta.pop("sources", None)
+    files = {name: entry for name, entry in meta.get("files", {}).items() if entry["part"] not in parts}
+    facts = dict(val_share=val_share)
+    if tokenizer:
+        facts |= dict(vocab_size=tokenizer.vocab_size, tokenizer_sha256=tokenizer.sha256)
+    for key, value in facts.items():
+        stay = dict.fromkeys(entry["part"] for entry in files.values() if key == "val_share" or entry["part"] != "text")
+        if stay and meta.get(key) != value:
+            raise DataError(
+                f"{path}: {', '.join(stay)} has {key} {meta.get(key)}, not {value}; "
+                "make those parts in this run too, or remove the file to start over"
+            )
+    if tokenizer:
+        facts["dtype"] = dataset.token_dtype(tokenizer.vocab_size).name
+    replaced = meta.get("files", {}).keys() - files.keys()
+    return meta | dict(format_version=dataset.FORMAT_VERSION, files=files) | facts, replaced
+
+
+def outdated(path):
+    """Whether an older version of this code wrote a meta.json: nothing that it describes can still be read."""
+    meta = read_json(path)
+    old = meta.get("format_version", dataset.FORMAT_VERSION) < dataset.FORMAT_VERSION
+    if old:
+        print(f"{path}: of an older format, starting anew", file=sys.stderr)
+    return old
+
+
+def add_part(out, meta, part, said, command):
+    """Add what is known of one part to meta and write it."""
+    for name, entry in said["files"].items():
+        path = Path(out) / name
+        entry |= dict(part=part, bytes=path.stat().st_size)
+        entry.setdefault("sha256", file_sha256(path))
+    for key, value in (said | dict(command={part: command})).items():
+        meta.setdefault(key, {}).update(value)
+    dataset.save_meta(out, meta)
+
+
+# for people
+
+
+def write_report(out, meta, part, outcomes):
+    """report.md and lengths.png of all parts; dropped.jsonl, in which `part`'s samples are replaced."""
+    sections = [f"# {out}\n"]
+    for name in sorted(meta["tally"], key=PARTS.index):
+        sections += [f"## {name}\n", part_table(meta["tally"][name]), ""]
+    if lengths := meta.get("lengths"):
+        histograms = {name: lengths[name] for name in sorted(lengths, key=PARTS.index)}
+        write_atomic(Path(out) / "lengths.png", draw_lengths(histograms))
+        sections.append("![documents by their length](lengths.png)\n")
+    sections.append("dropped.jsonl has up to 20 records of each source and reason.\n")
+    write_atomic(Path(out) / "report.md", "\n".join(sections).encode())
+
+    path, rows = Path(out) / "dropped.jsonl", []
+    if path.exists():
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [row for row in rows if row["part"] != part]
+    for source, found in outcomes.items():
+        for reason, samples in sorted(found.samples.items()):
+            rows += [dict(part=part, source=source, reason=reason, place=p, text=text) for _, p, text in samples]
+    rows.sort(key=lambda row: PARTS.index(row["part"]))
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def part_table(tally):
+    """The table of one part: a row a source, read = written + dropped in each."""
+    header = ["source", "read", "written", "train", "val", "characters", "tokens", "characters per token", "dropped"]
+    rows = []
+    for source, counts in tally.items():
+        train, val = counts["train"], counts["val"]
+        characters, tokens = (train[what] + val[what] for what in ("characters", "tokens"))
+        why = [f"{reason} {n:,}" for reason, n in counts["dropped"].items()]
+        remarks = [f"{what} {n:,}" for what, n in counts["remarks"].items()]
+        dropped = f"{sum(counts['dropped'].values()):,}" + (f" ({', '.join(why)})" if why else "")
+        dropped += f"; of the written: {', '.join(remarks)}" if remarks else ""
+        numbers = [counts["read"], counts["kept"], train["documents"], val["documents"], characters, tokens]
+        per_token = f"{characters / tokens:.2f}" if tokens else ""
+        rows.append([source, *(f"{n:,}" for n in numbers), per_token, dropped])
+    return markdown_table(header, rows)
+
+
+def draw_lengths(histograms):
+    """PNG: of each part, the share of documents by their length in tokens, a line a source."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only needed here
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.4, 3.2 * len(histograms)), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    for i, (part, sources) in enumerate(histograms.items()):
+        axes = figure.add_subplot(len(histograms), 1, i + 1)
+        for source, counts in sources.items():
+            octaves = np.arange(min(map(int, counts), default=0), max(map(int, counts), default=0) + 1)
+            share = np.array([counts.get(str(octave), 0) for octave in octaves]) / max(sum(counts.values()), 1)
+            axes.plot(2 ** ((octaves + 0.5) / 2), 100 * share, marker="o", markersize=4, linewidth=1.4, label=source)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+        axes.set_xlabel("length (tokens)")
+        axes.set_ylabel(f"{part} (% of documents)")
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False)
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    return png.getvalue()
+
+
+# the check
+
+
+def verify(out):
+    """Read every file of a data directory again; returns a line a file, or raises DataError at the first fault."""
+    out, lines = Path(out), []
+    meta = dataset.load_meta(out)
+    for name, entry in meta["files"].items():
+        path = out / name
+        if not path.exists():
+            raise DataError(f"{path} not found, though {out / 'meta.json'} describes it")
+        if path.stat().st_size != entry["bytes"]:
+            raise DataError(f"{path} has {path.stat().st_size} bytes, but meta.json says {entry['bytes']}")
+        if file_sha256(path) != entry["sha256"]:
+            raise DataError(f"{path}: its sha256 is not the one in meta.json: it was changed or damaged")
+        if path.suffix == ".pkl":
+            verify_pkl(path, entry, meta["vocab_size"])
+        lines.append(f"{path}  {entry['bytes']:,} bytes, sha256 {entry['sha256'][:16]}")
+    if any(name.endswith(".bin") for name in meta["files"]):
+        for split in ("train", "val"):
+            verify_bins(Corpus(out, split), meta)
+    for part, tally in meta["tally"].items():
+        for source, counts in tally.items():
+            if counts["read"] != counts["kept"] + sum(counts["dropped"].values()):
+                raise DataError(f"{out / 'meta.json'}: {part}/{source}: read is not kept + dropped")
+    return "\n".join([*lines, f"{out}: {len(lines)} files are what meta.json says"])
+
+
+def verify_bins(corpus, meta, at_once=1 << 22):
+    """Every id is in the vocabulary (Corpus.read sees to that), and each document ends in <eos>, id 2."""
+    for source, (start, stop) in corpus.segments.items():
+        ends = sum(int((corpus.read(i, min(i + at_once, stop)) == 2).sum()) for i in range(start, stop, at_once))
+        documents = meta["sources"][source][corpus.split]["documents"]
+        if ends != documents:
+            raise DataError(f"{corpus.path}: {source} has {ends} documents, but meta.json says {documents}")
+
+
+def verify_pkl(path, entry, vocab_size):
+    arrays = dataset.load_pkl(path)
+    sides = ["chosen_", "rejected_"] if "chosen_tokens" in arrays else [""]
+    for side in sides:
+        examples = Examples(arrays, side, vocab_size, path)
+        if len(examples) != (wanted := sum(entry[split]["examples"] for split in ("train", "val"))):
+            raise DataError(f"{path} has {len(examples)} examples, but meta.json says {wanted}")

@@ -1,0 +1,229 @@
+"""Documents between raw text and the artifacts: every unit of input becomes a folder, which a later pass merges.
+
+A folder holds a raw file per stream (tokens, loss_mask, ...), all documents end to end, and index.npz: the length of
+each document in each stream and columns such as its hash. It takes its name only once it is complete, so that a run
+that was killed goes on with the units that are missing.
+"""
+
+import hashlib
+import heapq
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from common.config import UserError
+from common.metrics import Progress
+from dataset import DataError
+
+SAMPLES = 20  # dropped records kept of each reason, to look at
+SHOWN = 500  # characters of a sample
+
+
+class Outcomes:
+    """What became of the records of a source: how many were kept, why others were dropped, with samples of those."""
+
+    def __init__(self, kept=0, dropped=(), remarks=(), samples=None):
+        self.kept, self.dropped, self.remarks = kept, Counter(dropped), Counter(remarks)
+        self.samples = {why: [tuple(sample) for sample in found] for why, found in (samples or {}).items()}
+
+    @property
+    def read(self):
+        return self.kept + self.dropped.total()
+
+    def remark(self, what):
+        if what:
+            self.remarks[what] += 1
+
+    def drop(self, why, rank, place, text=""):
+        """Count a dropped record and maybe keep it as a sample."""
+        self.dropped[why] += 1
+        self.sample(why, rank, place, text)
+
+    def move(self, why, n):
+        """Count n records as dropped that were counted as kept."""
+        self.kept -= n
+        self.dropped += Counter({why: n})
+
+    def sample(self, why, rank, place, text):
+        """Samples are the records of the lowest `rank`, a hash of them: a fair choice that no order changes."""
+        found, sample = self.samples.setdefault(why, []), (rank, place, text[:SHOWN])
+        if len(found) < SAMPLES or sample < max(found):
+            self.samples[why] = heapq.nsmallest(SAMPLES, [*found, sample])
+
+    def add(self, other):
+        self.kept += other.kept
+        self.dropped += other.dropped
+        self.remarks += other.remarks
+        for why, found in other.samples.items():
+            for sample in found:
+                self.sample(why, *sample)
+
+    def counts(self):
+        """{read, kept, dropped: {why: count}, remarks: {what: count}} for meta.json; read = kept + dropped."""
+        dropped, remarks = (dict(counter.most_common()) for counter in (self.dropped, self.remarks))
+        return dict(read=self.read, kept=self.kept, dropped=dropped, remarks=remarks)
+
+
+def unfinished(folder):
+    """The name of a shard folder that is being filled."""
+    return Path(folder).with_name(f"{Path(folder).name}.tmp")
+
+
+def discard(folder):
+    """Remove what there is of an unfinished shard, and the folders above it as far as they are empty."""
+    shutil.rmtree(unfinished(folder), ignore_errors=True)
+    with suppress(OSError):
+        os.removedirs(Path(folder).parent)
+
+
+class ShardWriter:
+    """Fill a shard folder with batches of documents; leaving the `with` block with an error leaves no folder."""
+
+    def __init__(self, folder, dtypes):
+        self.folder, self.dtypes = Path(folder), dtypes  # {stream: dtype}
+        self.temporary = unfinished(folder)
+        self.lengths = {stream: [] for stream in dtypes}
+        self.columns = {}
+
+    def __enter__(self):
+        shutil.rmtree(self.temporary, ignore_errors=True)  # left by one that was killed
+        self.temporary.mkdir(parents=True)
+        self.files = {stream: open(self.temporary / f"{stream}.bin", "wb") for stream in self.dtypes}
+        return self
+
+    def write(self, streams, columns):
+        """A batch: {stream: one array a document}, {column: one value a document}."""
+        for stream, rows in streams.items():
+            self.lengths[stream].append(np.fromiter(map(len, rows), np.uint32, len(rows)))
+            if rows:
+                self.files[stream].write(np.concatenate(rows).astype(self.dtypes[stream]).tobytes())
+        for name, values in columns.items():
+            self.columns.setdefault(name, []).append(values)
+
+    def finish(self, facts):
+        """Take the folder's name; facts become its done.json."""
+        for file in self.files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        columns = {name: np.concatenate(batches) for name, batches in self.columns.items()}
+        lengths = {f"{stream}_lengths": np.concatenate(batches) for stream, batches in self.lengths.items()}
+        with open(self.temporary / "index.npz", "wb") as file:
+            np.savez(file, **columns, **lengths)
+            os.fsync(file.fileno())
+        with open(self.temporary / "done.json", "w", encoding="utf-8") as file:
+            json.dump(facts, file, ensure_ascii=False)
+            file.flush()
+            os.fsync(file.fileno())
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os.rename(self.temporary, self.folder)
+
+    def __exit__(self, *error):
+        for file in self.files.values():
+            file.close()
+        if error[0]:
+            discard(self.folder)
+
+
+class Shard:
+    """A complete shard folder, opened for reading; `source` is the label of what it was made from."""
+
+    def __init__(self, folder, source, dtypes):
+        self.folder, self.source, self.dtypes = Path(folder), source, dtypes
+        self.outcomes = Outcomes(**read_done(folder)["outcomes"])
+
+    def columns(self):
+        """{column: array}, a value a document; read anew each time, as a corpus has more than memory should hold."""
+        with np.load(self.folder / "index.npz") as index:
+            return dict(index)
+
+    def tokens(self, columns):
+        """Tokens of each document (N,), both sides of a pair together."""
+        lengths = [columns[f"{s}_lengths"].astype(np.int64) for s in self.dtypes if s.endswith("tokens")]
+        return sum(lengths, np.zeros(len(columns["content"]), np.int64))
+
+    def read(self, stream, lengths, *masks, at_once=1 << 20):
+        """One stream in pieces of about `at_once` items: of each piece a list of what each mask (N,) leaves."""
+        path, ends = self.folder / f"{stream}.bin", np.cumsum(lengths, dtype=np.int64)
+        with open(path, "rb") as file:
+            first = done = 0
+            while first < len(ends):
+                last = max(first + 1, int(np.searchsorted(ends, done + at_once, "right")))
+                items = np.fromfile(file, self.dtypes[stream], int(ends[last - 1]) - done)
+                if len(items) != ends[last - 1] - done:
+                    raise DataError(f"{path} is shorter than its index says: remove {self.folder} and run again")
+                yield [items[np.repeat(mask[first:last], lengths[first:last])] for mask in masks]
+                first, done = last, int(ends[last - 1])
+
+    def document(self, stream, lengths, i):
+        """One document's part of a stream."""
+        dtype = np.dtype(self.dtypes[stream])
+        start = int(lengths[:i].sum(dtype=np.int64)) * dtype.itemsize
+        return np.fromfile(self.folder / f"{stream}.bin", dtype, int(lengths[i]), offset=start)
+
+
+def read_done(folder):
+    """The done.json of a shard folder; None where there is no complete one."""
+    try:
+        return json.loads((Path(folder) / "done.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def content_mark(path, start=0, stop=0, size=1 << 16):
+    """What tells a changed input file: its size, and a hash of the first and last bytes of the range."""
+    path = Path(path)
+    if not path.is_file():
+        return [0, ""]  # a hub data set: its rows are only known once they are read
+    total, digest = path.stat().st_size, hashlib.sha256()
+    with open(path, "rb") as file:
+        for position in (start, max(start, (stop or total) - size)):
+            file.seek(position)
+            digest.update(file.read(size))
+    return [total, digest.hexdigest()]
+
+
+def unmade(jobs):
+    """The jobs whose shard is missing or was made from something else."""
+    return [job for job in jobs if (read_done(job.folder) or {}).get("fingerprint") != job.fingerprint]
+
+
+def make_missing(jobs, make, workers, desc, counted):
+    """Call make(job) for the unmade jobs on `workers` processes; it returns how many tokens (`counted`) it wrote."""
+    missing = unmade(jobs)
+    if len(missing) < len(jobs):
+        print(f"{desc}: {len(jobs) - len(missing)} of {len(jobs)} are done already")
+    progress = Progress(len(missing), desc=desc, counted=counted)
+    if min(workers, len(missing)) <= 1:
+        for done, job in enumerate(missing, 1):
+            progress.update(done, make(job))
+    else:
+        make_in_parallel(missing, make, workers, progress)
+    progress.close()
+
+
+def make_in_parallel(jobs, make, workers, progress):
+    # Ctrl-C is the parent's to handle: it stops the workers, whose half-made folders the next run replaces.
+    quiet = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    with ProcessPoolExecutor(min(workers, len(jobs)), **quiet) as pool:
+        try:
+            for done, future in enumerate(as_completed([pool.submit(make, job) for job in jobs]), 1):
+                progress.update(done, future.result())
+        except BrokenProcessPool:
+            raise UserError("a worker was killed, perhaps for want of memory: run again with fewer --workers") from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+                worker.join()
+            for job in jobs:
+                discard(job.folder)
+            raise
