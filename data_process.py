@@ -129,23 +129,30 @@ def encode_conversation(part, record, tokenizer, max_len):
     return streams, None
 
 
+def compares(part, config):
+    """Whether near-duplicates are looked for; not among pairs, as those of one question are alike by nature."""
+    return config["dedup"] == "near" and part != "rm"
+
+
 def shard_dtypes(part, config, vocab_size):
     """{stream: dtype} of a part's shards."""
     dtypes = {name: token_dtype(vocab_size) if name.endswith("tokens") else np.uint8 for name in STREAMS[part]}
-    return dtypes | (dict(signature=np.uint16) if config["dedup"] == "near" else {})
+    return dtypes | (dict(signature=np.uint16) if compares(part, config) else {})
 
 
-def read_unit(job, tokenizer):
-    """The cleaned records of a unit as (place, record or None, note)."""
+def read_unit(job, tokenizer, outcomes):
+    """(place, cleaned record, remark or None) of a unit; what is dropped is counted."""
     source, config = SOURCES[job.unit.layout], job.config
     if source.generate:  # these clean their own text and drop its duplicates
-        yield from source.generate(config, tokenizer)
-        return
+        records = source.generate(config, tokenizer)
+    else:
+        records = data_sources.read_records(job.unit)
     decontaminator = load_decontaminator(*config["decontaminate"])
-    for place, record, note in data_sources.read_records(job.unit):
-        if record is not None:
+    for place, record, note in records:
+        before = record
+        if record is not None and not source.generate:
             if job.part == "prompts":
-                record = dict(messages=record["messages"])
+                record = before = dict(messages=record["messages"])
             record, why = clean_record(record, config["clean"])
             text = "\n".join(texts_of(record)) if record else ""
             if not is_clean(text):  # as JSON can escape them; the repair of the text would have removed them
@@ -153,7 +160,10 @@ def read_unit(job, tokenizer):
             elif decontaminator.contaminated(text):
                 record, why = None, "in a benchmark"
             note = why or note
-        yield place, record, note
+        if record is None:
+            outcomes.drop(note, text_hash(place), place, "\n".join(texts_of(before)) if before else "")
+        else:
+            yield place, record, note
 
 
 @functools.lru_cache(maxsize=1)
@@ -174,7 +184,7 @@ def batches(records):
     batch, characters = [], 0
     for item in records:
         batch.append(item)
-        characters += sum(map(len, texts_of(item[1]))) if item[1] else 0
+        characters += sum(map(len, texts_of(item[1])))
         if len(batch) == 256 or characters > 1_000_000:
             yield batch
             batch, characters = [], 0
@@ -182,22 +192,15 @@ def batches(records):
 
 
 def encode_batch(job, batch, tokenizer, outcomes):
-    """[(record, {stream: values}), ...] of what is kept; the rest is counted."""
-    kept = []
-    for place, record, note in batch:
-        if record is None:
-            outcomes.drop(note, text_hash(place), place)
-        else:
-            kept.append((place, record))
-            outcomes.remark(note)
-    max_len = job.config["prompts_max_len" if job.part == "prompts" else "max_seq_len"]
-    encoded = encode_records(job.part, [record for _, record in kept], tokenizer, max_len)
-    rows = []
-    for (place, record), (streams, note) in zip(kept, encoded, strict=True):
+    """[(record, {stream: values}), ...] of what is kept; all is counted."""
+    max_len, rows = job.config["prompts_max_len" if job.part == "prompts" else "max_seq_len"], []
+    encoded = encode_records(job.part, [record for _, record, _ in batch], tokenizer, max_len)
+    for (place, record, remark), (streams, note) in zip(batch, encoded, strict=True):
         if streams is None:
             outcomes.drop(note, text_hash(place), place, "\n".join(texts_of(record)))
         else:
             outcomes.kept += 1
+            outcomes.remark(remark)
             outcomes.remark(note)
             rows.append((record, streams))
     return rows
@@ -221,7 +224,7 @@ def make_shard(job):
     tokenizer, outcomes, items = load_tokenizer(job.tokenizer), Outcomes(), 0
     dtypes = shard_dtypes(job.part, job.config, tokenizer.vocab_size if tokenizer else 0)
     with ShardWriter(job.folder, dtypes) as shard:
-        for batch in batches(read_unit(job, tokenizer)):
+        for batch in batches(read_unit(job, tokenizer, outcomes)):
             rows = encode_batch(job, batch, tokenizer, outcomes)
             for record, streams in rows if "signature" in dtypes else ():
                 streams["signature"] = signature("\n".join(texts_of(record)))
@@ -249,7 +252,7 @@ def list_jobs(part, config, tokenizer):
         else:
             units = data_sources.list_units(label, layout, path, config["unit_bytes"])
             settings = {key: config[key] for key in ("clean", "decontaminate", "max_seq_len", "prompts_max_len")}
-            settings["signatures"] = config["dedup"] == "near"
+            settings["signatures"] = compares(part, config)
         for number, unit in enumerate(units):
             mark = [
                 layout,
@@ -283,7 +286,7 @@ def choose(part, jobs, shards, config):
         copies = np.ones(len(content), bool)
         copies[np.unique(content, return_index=True)[1]] = False
         why[copies] = REASONS.index("duplicate")
-    if config["dedup"] == "near":
+    if compares(part, config):
         mark_near_duplicates(Path(config["out"]) / "work" / part / "signatures.bin", shards, why, is_val)
     # The demo's sources dropped their own duplicates; two of their reviews may well differ in signs alone.
     own = [SOURCES[job.unit.layout].generate is not None for job in jobs]

@@ -72,7 +72,7 @@ def write_report(out, meta, part, outcomes):
     """report.md and lengths.png of all parts; dropped.jsonl, in which `part`'s samples are replaced."""
     sections = [f"# {out}\n"]
     for name in sorted(meta["tally"], key=PARTS.index):
-        sections += [f"## {name}\n", part_table(meta["tally"][name]), ""]
+        sections += [f"## {name}\n", part_table(name, meta["tally"][name]), ""]
     if lengths := meta.get("lengths"):
         histograms = {name: lengths[name] for name in sorted(lengths, key=PARTS.index)}
         write_atomic(Path(out) / "lengths.png", draw_lengths(histograms))
@@ -91,8 +91,12 @@ def write_report(out, meta, part, outcomes):
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
-def part_table(tally):
-    """The table of one part: a row a source, read = written + dropped in each."""
+def part_table(part, tally):
+    """The table of one part: a row a source, read = written + dropped in each.
+
+    Characters are those of the cleaned text; conversations may have been cut since, so that only documents have
+    characters per token.
+    """
     header = ["source", "read", "written", "train", "val", "characters", "tokens", "characters per token", "dropped"]
     rows = []
     for source, counts in tally.items():
@@ -103,7 +107,7 @@ def part_table(tally):
         dropped = f"{sum(counts['dropped'].values()):,}" + (f" ({', '.join(why)})" if why else "")
         dropped += f"; of the written: {', '.join(remarks)}" if remarks else ""
         numbers = [counts["read"], counts["kept"], train["documents"], val["documents"], characters, tokens]
-        per_token = f"{characters / tokens:.2f}" if tokens else ""
+        per_token = f"{characters / tokens:.2f}" if part == "pretrain" and tokens else ""
         rows.append([source, *(f"{n:,}" for n in numbers), per_token, dropped])
     return markdown_table(header, rows)
 
@@ -118,10 +122,12 @@ def draw_lengths(histograms):
     for i, (part, sources) in enumerate(histograms.items()):
         axes = figure.add_subplot(len(histograms), 1, i + 1)
         for source, counts in sources.items():
-            octaves = np.arange(min(map(int, counts), default=0), max(map(int, counts), default=0) + 1)
+            found = [int(octave) for octave in counts] or [0]
+            octaves = np.arange(min(found) - 1, max(found) + 2)  # down to zero on both sides
             share = np.array([counts.get(str(octave), 0) for octave in octaves]) / max(sum(counts.values()), 1)
             axes.plot(2 ** ((octaves + 0.5) / 2), 100 * share, marker="o", markersize=4, linewidth=1.4, label=source)
         axes.set_xscale("log", base=2)
+        axes.set_ylim(bottom=0)
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
         axes.set_xlabel("length (tokens)")
         axes.set_ylabel(f"{part} (% of documents)")

@@ -253,13 +253,19 @@ def strings(value):
     return [value] if isinstance(value, str) else [text for part in value for text in strings(part)]
 
 
+def texts_of(path):
+    """Every string in a sample file."""
+    text = path.read_bytes().decode()
+    if path.suffix == ".txt":
+        return [text]
+    return strings(json.loads(text) if path.suffix == ".json" else list(map(json.loads, text.splitlines())))
+
+
 @pytest.fixture(scope="module")
 def real_lines(shared_data):
-    texts = [(shared_data / "pretrain" / "三国演义.txt").read_text(encoding="utf-8")]
-    for path in [shared_data / "pretrain" / "readwiki_zh.jsonl", *sorted((shared_data / "sft").iterdir())]:
-        text = path.read_text(encoding="utf-8")
-        texts += strings(json.loads(text) if path.suffix == ".json" else list(map(json.loads, text.splitlines())))
-    return sorted({line for text in texts for line in text.split("\n")})
+    paths = [*sorted((shared_data / "pretrain").iterdir()), *sorted((shared_data / "sft").iterdir())]
+    lines = {line.rstrip("\r") for path in paths for text in texts_of(path) for line in text.split("\n")}
+    return sorted(lines)
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +279,17 @@ def trained_on_part(real_lines, tmp_path_factory):
 def test_real_lines_give_the_same_ids(tok, real_lines):
     assert len(real_lines) > 30_000
     assert mismatches(tok, real_lines) == []
+
+
+def test_a_vocabulary_trained_here_gives_all_real_text_back(trained_on_part, shared_data):
+    paths = [
+        path
+        for name in ("pretrain", "sft", "preference", "one_record_schemas")
+        for path in (shared_data / name).iterdir()
+    ]
+    texts = [text for path in paths for text in texts_of(path)]
+    assert sum(map(len, texts)) > 3_300_000
+    assert [text for text in texts if trained_on_part.decode(trained_on_part.encode(text)) != text] == []
 
 
 @pytest.mark.slow
