@@ -11,9 +11,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_sources import Source
-
 from data_clean import content_key, is_validation, normalise, text_hash
+from data_sources import Source
 from dataset import DataError
 
 WRITE_ASKED = {
