@@ -143,6 +143,8 @@ class Decontaminator:
 
     def contaminated(self, text):
         """Whether a run of n characters of a question, or a whole short question, stands in the text."""
+        if not self.questions:
+            return False
         key = content_key(text)
         if not self.hints.meets(key):  # as most texts; the rest of the work is for the others
             return False
