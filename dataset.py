@@ -252,6 +252,12 @@ def pad_batch(rows, pad_id=0):
     return {"ids": ids, "loss_mask": loss_mask, "lengths": lengths}
 
 
+def document_numbers(ids, eos_id):
+    """Which document of its row each token is of (B, T), counted from 0; an <eos> is the last of its document."""
+    ends = (ids == eos_id).long()
+    return ends.cumsum(1) - ends
+
+
 def to_device(batch, device):
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 

@@ -98,6 +98,7 @@ def main(argv=None):
 
     model, reference = (checkpoint.build_model(parent).to(env.device).eval() for _ in range(2))  # no dropout
     reference.requires_grad_(False)
+    forward = distributed.wrap(model, env, config)
     optimizer = build_optimizer(model, config)
     stage.start(model, optimizer, tokenizer, parent)
     ref_logps, val_ref_logps = (reference_logps(reference, *pairs, env) for pairs in (train, val))
@@ -111,7 +112,8 @@ def main(argv=None):
         for step in range(stage.first, config["max_steps"] + 1):
             lr = set_learning_rate(optimizer, learning_rate(step, config))
             if stage.due(step, "eval_interval"):
-                stage.report(step, *evaluate(model, reference, val, val_ref_logps, prompts, tokenizer, config, env))
+                policy = stage.whole
+                stage.report(step, *evaluate(policy, reference, val, val_ref_logps, prompts, tokenizer, config, env))
             if stage.due(step, "save_interval"):
                 stage.save(step)
             if stage.ends(step):
@@ -120,7 +122,8 @@ def main(argv=None):
             sums, tokens = torch.zeros(5, device=env.device), 0
             for micro in range(accumulation):
                 pairs = order[(step * accumulation + micro) * env.world_size + env.rank]
-                chosen, rejected, chosen_tokens = pair_logps(model, *train, pairs, env)
+                distributed.sync(forward, last=micro == accumulation - 1)
+                chosen, rejected, chosen_tokens = pair_logps(forward, *train, pairs, env)
                 loss, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, *ref_logps[pairs].unbind(1), beta)
                 loss = loss - config["sft_coef"] * chosen / chosen_tokens
                 (loss.mean() / accumulation).backward()
@@ -140,7 +143,7 @@ def main(argv=None):
                 "train/learning_rate": lr,
                 "train/grad_norm": grad_norm,
             }
-            stage.log(step + 1, tokens * env.world_size, metrics, shown=("train/loss", "dpo/accuracy"))
+            stage.log(step + 1, int(distributed.all_sum(tokens, env)), metrics, shown=("train/loss", "dpo/accuracy"))
     stage.close()
 
 

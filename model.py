@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -253,6 +254,7 @@ class Llama(nn.Module):
         needs_output = not (config.tied or config.scalar_head)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False) if needs_output else None
         self.scalar = nn.Linear(config.dim, 1, bias=False) if config.scalar_head else None
+        self.recompute = False  # activation checkpointing: backward computes each block's activations again
         cos, sin = rope_table(config)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
@@ -280,8 +282,12 @@ class Llama(nn.Module):
         """(..., D) -> logits (..., V)."""
         return self.tok_embeddings.linear(h) if self.output is None else self.output(h)
 
-    def hidden(self, ids, cache=None):
-        """The trunk: ids (B, T) -> final normalised states (B, T, D); with a cache, T tokens more for every row."""
+    def hidden(self, ids, cache=None, documents=None):
+        """The trunk: ids (B, T) -> final normalised states (B, T, D); with a cache, T tokens more for every row.
+
+        With documents (B, T), the number of the document each token is of, none attends to another document. Rotary
+        positions need no reset, as attention sees only their differences.
+        """
         B, T = ids.shape
         if T > self.config.max_seq_len:
             raise ValueError(f"{T} tokens are longer than max_seq_len={self.config.max_seq_len}")
@@ -289,19 +295,25 @@ class Llama(nn.Module):
         if not isinstance(positions, slice):
             keys = torch.arange(cache.longest, device=ids.device)
             mask = (keys <= positions[..., None]).unsqueeze(1)  # (B, 1, T, keys)
+        elif documents is not None:
+            mask = (documents[:, :, None] == documents[:, None, :]).tril().unsqueeze(1)  # (B, 1, T, T)
         cos, sin = self.rope_cos[positions], self.rope_sin[positions]
         h = self.dropout(self.tok_embeddings(ids))
         for i, layer in enumerate(self.layers):
-            h = layer(h, cos, sin, cache, i, mask)
+            if self.recompute and torch.is_grad_enabled():
+                h = checkpoint(layer, h, cos, sin, cache, i, mask, use_reentrant=False)
+            else:
+                h = layer(h, cos, sin, cache, i, mask)
         return self.norm(h)
 
-    def forward(self, ids, targets=None, weights=None):
+    def forward(self, ids, targets=None, weights=None, documents=None):
         """ids (B, T) -> logits (B, T, V), or with targets (B, T) the loss in nats.
 
         Targets of -100 are left out. The loss is the mean over the others, or with weights (B, T) the sum of
         weights * nll: pass mask / (number of counted tokens in the whole step) and micro-batches add up exactly.
+        `documents` as in `hidden`.
         """
-        h = self.hidden(ids)
+        h = self.hidden(ids, documents=documents)
         if targets is None:
             return self.head(h)
         keep = targets != -100

@@ -4,6 +4,7 @@ Reads data/<name>/{train.*.bin, val.*.bin, meta.json} and a tokenizer; writes a 
 metrics.jsonl, loss.png, samples.txt, ckpt.pt). Where it departs from the paper: one or few epochs of a small corpus,
 and Muon as an option for the trunk's matrices.
 
+    python pretrain.py --plan configs/demo/pretrain.py
     python pretrain.py configs/demo/pretrain.py --max_steps=1000
     torchrun --nproc_per_node=2 pretrain.py configs/demo/pretrain.py
 """
@@ -11,18 +12,17 @@ and Muon as an option for the trunk's matrices.
 import math
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-from common import distributed
+from common import distributed, plan
 from common.checkpoint import check_data
-from common.config import ConfigError, parse_config, run
+from common.config import parse_config, run
 from common.metrics import source_losses
 from common.optim import build_optimizer, learning_rate, set_learning_rate
 from common.stage import Stage
 from corpus import Corpus
-from dataset import load_meta
-from model import Llama, ModelConfig
+from dataset import document_numbers, load_meta
+from model import Llama
 from tokenizer import Tokenizer, encode_opening
 
 PANELS = [
@@ -52,6 +52,9 @@ def continue_prompts(model, tokenizer, config):
 
 def main(argv=None):
     config = parse_config("pretrain", argv, __doc__)
+    if config["plan"]:
+        print(plan.report(config))
+        return
     stage = Stage("pretrain", config, PANELS)
     if stage.finished:
         return
@@ -60,14 +63,10 @@ def main(argv=None):
     check_data(tokenizer, config["tokenizer"], meta, data / "meta.json")
     train, val = Corpus(data, "train", mixture=config["mixture"]), Corpus(data, "val")
 
-    try:
-        model_config = ModelConfig(vocab_size=tokenizer.vocab_size, **config["model"])
-    except ValueError as error:
-        raise ConfigError(f"model: {error}") from None
-    if config["seq_len"] > model_config.max_seq_len:
-        raise ConfigError(f"seq_len={config['seq_len']} exceeds model.max_seq_len={model_config.max_seq_len}")
-    model = Llama(model_config).to(env.device)
-    forward = torch.compile(model) if config["compile"] else model
+    model = Llama(plan.shape_of(config, tokenizer.vocab_size)).to(env.device)
+    model.recompute = config["recompute"]
+    forward = distributed.wrap(model, env, config)
+    forward = distributed.compiled(forward, env) if config["compile"] else forward
     optimizer = build_optimizer(model, config)
     stage.start(model, optimizer, tokenizer)
     T, B, accumulation = config["seq_len"], config["batch_size"], config["grad_accumulation_steps"]
@@ -82,8 +81,8 @@ def main(argv=None):
             lr = set_learning_rate(optimizer, learning_rate(step, config))
             if stage.due(step, "eval_interval"):
                 full = step == config["max_steps"]
-                metrics = evaluate(model, val, env, None if full else config["eval_tokens"])
-                stage.report(step, metrics, continue_prompts(model, tokenizer, config))
+                metrics = evaluate(stage.whole, val, env, None if full else config["eval_tokens"])
+                stage.report(step, metrics, continue_prompts(stage.whole, tokenizer, config))
                 expected = math.log(tokenizer.vocab_size)
                 if step == 0 and abs(metrics["val/loss"] / expected - 1) > 0.02:
                     tqdm.write(f"warning: first loss {metrics['val/loss']:.3f} is not ln(vocab) = {expected:.3f}")
@@ -95,9 +94,11 @@ def main(argv=None):
             loss = 0.0
             for micro in range(accumulation):
                 row = ((step * accumulation + micro) * env.world_size + env.rank) * B
+                distributed.sync(forward, last=micro == accumulation - 1)
                 x, y = (t.to(env.device, non_blocking=True) for t in train.batch(row, B, T, config["seed"]))
-                with env.autocast():
-                    micro_loss = forward(x, y) / accumulation  # each row counts T targets: the mean of means is exact
+                documents = document_numbers(x, tokenizer.eos_id) if config["mask_documents"] else None
+                with env.autocast():  # each row counts T targets: the mean of means is exact
+                    micro_loss = forward(x, y, documents=documents) / accumulation
                 micro_loss.backward()
                 loss += micro_loss.item()
             loss = distributed.mean(loss, env)

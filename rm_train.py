@@ -75,6 +75,7 @@ def main(argv=None):
 
     model = checkpoint.build_model(parent, scalar_head=True).to(env.device)
     torch.nn.init.normal_(model.scalar.weight, std=1 / math.sqrt(model.config.dim + 1))
+    forward = distributed.wrap(model, env, config)
     optimizer = build_optimizer(model, config)
     stage.start(model, optimizer, tokenizer, parent)
     accumulation = config["grad_accumulation_steps"]
@@ -89,7 +90,7 @@ def main(argv=None):
             if stage.due(step, "eval_interval"):
                 full = step == config["max_steps"]
                 n_pairs = len(val[0]) if full else min(len(val[0]), config["eval_pairs"])
-                stage.report(step, evaluate(model, *val, env, n_pairs))
+                stage.report(step, evaluate(stage.whole, *val, env, n_pairs))
             if stage.due(step, "save_interval"):
                 stage.save(step)
             if stage.ends(step):
@@ -98,7 +99,8 @@ def main(argv=None):
             loss, right, tokens = 0.0, 0.0, 0
             for micro in range(accumulation):
                 pairs = order[(step * accumulation + micro) * env.world_size + env.rank]
-                chosen_scores, rejected_scores = pair_scores(model, *train, pairs, env)
+                distributed.sync(forward, last=micro == accumulation - 1)
+                chosen_scores, rejected_scores = pair_scores(forward, *train, pairs, env)
                 micro_loss = reward_loss(chosen_scores, rejected_scores).mean() / accumulation
                 micro_loss.backward()
                 loss += micro_loss.item()
@@ -108,7 +110,7 @@ def main(argv=None):
             grad_norm = stage.update(step, loss)
             metrics = {"train/loss": loss, "rm/accuracy": right}
             metrics |= {"train/learning_rate": lr, "train/grad_norm": grad_norm}
-            stage.log(step + 1, tokens * env.world_size, metrics, shown=("train/loss", "rm/accuracy"))
+            stage.log(step + 1, int(distributed.all_sum(tokens, env)), metrics, shown=("train/loss", "rm/accuracy"))
     stage.close()
 
 

@@ -88,6 +88,7 @@ def main(argv=None):
     val = val.select(epoch_order(len(val), config["seed"], 0))
 
     model = checkpoint.build_model(parent).to(env.device)
+    forward = distributed.wrap(model, env, config)
     optimizer = build_optimizer(model, config)
     stage.start(model, optimizer, tokenizer, parent)
     accumulation = config["grad_accumulation_steps"]
@@ -101,7 +102,7 @@ def main(argv=None):
             lr = set_learning_rate(optimizer, learning_rate(step, config))
             if stage.due(step, "eval_interval"):
                 n_prompts = config["eval_prompts"] if step == config["max_steps"] else config["eval_prompts"] // 4
-                stage.report(step, *evaluate(model, val, tokenizer, config, env, n_prompts))
+                stage.report(step, *evaluate(stage.whole, val, tokenizer, config, env, n_prompts))
             if stage.due(step, "save_interval"):
                 stage.save(step)
             if stage.ends(step):
@@ -110,12 +111,13 @@ def main(argv=None):
             rows = (step * accumulation * env.world_size + env.rank) + env.world_size * np.arange(accumulation)
             batches = [to_device(pad_batch([train[j] for j in order[i]]), env.device) for i in rows]
             weights = [loss_weights(batch["loss_mask"], config["example_weight"]) for batch in batches]
-            # one normaliser for the whole step; average_gradients divides by world_size, hence the mean
+            # one normaliser for the whole step; gradients are averaged over the processes, hence the mean
             total = distributed.mean(sum(w[:, 1:].sum().item() for w in weights), env)
             loss = 0.0
-            for batch, w in zip(batches, weights, strict=True):
+            for micro, (batch, w) in enumerate(zip(batches, weights, strict=True)):
+                distributed.sync(forward, last=micro == accumulation - 1)
                 with env.autocast():
-                    micro_loss = answer_loss(model, batch, w / total)
+                    micro_loss = answer_loss(forward, batch, w / total)
                 micro_loss.backward()
                 loss += micro_loss.item()
             loss = distributed.mean(loss, env)

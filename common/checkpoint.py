@@ -1,17 +1,13 @@
 """ckpt.pt: one file that says what model it holds, where it came from and how to go on training it.
 
 It is a plain dict of tensors and builtin values, read with `weights_only=True`: loading runs no code from it.
-It is written to a temporary file and moved into place: a full disk or a kill leaves the previous one intact.
+How it is written and read is in checkpoint_file.py: a full disk or a kill leaves the previous one intact.
 """
 
 import hashlib
-import io
 import os
-import pickle
-import re
 import subprocess
-import zipfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
@@ -19,80 +15,30 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from common import lowbit
-from common.config import UserError
+from common import distributed, lowbit
+from common.checkpoint_file import (
+    FILE_NAME,
+    FORMAT_VERSION,
+    Checkpoint,
+    CheckpointError,
+    find,  # noqa: F401 - for those who use checkpoints
+    first_line,
+    load,  # noqa: F401
+    load_newest,
+    make_newest,
+    older,
+    write,
+)
 from model import Llama, ModelConfig
 from tokenizer import DOCUMENT_IDS, Tokenizer
 
-FORMAT_VERSION = 1
-FILE_NAME = "ckpt.pt"
 RUN_FILES = (FILE_NAME, FILE_NAME + ".tmp", "metrics.jsonl", "samples.txt", "loss.png")
 # config keys that may change on --resume: where and how fast it runs, when it stops and what it reports
 SAFE_ON_RESUME = """
-    out device dtype compile resume overwrite max_steps *_interval eval_* sample_prompts sample_tokens
+    out device dtype compile parallel resume overwrite keep_last max_steps *_interval eval_*
+    sample_prompts sample_tokens decay_share logger plan recompute
 """.split()
-
-
-class CheckpointError(UserError):
-    """A checkpoint that is absent, damaged, or does not belong to what it is used with."""
-
-
-@dataclass
-class Checkpoint:
-    path: Path
-    stage: str
-    step: int
-    tokens_seen: int
-    model_config: dict
-    weights: dict  # tensor by parameter name; float32 unless quantized
-    tokenizer: bytes  # the SentencePiece model, so that a checkpoint generates alone
-    document_ids: list[int]  # what a document of pretraining opens and closes with
-    config: dict  # the resolved config of the stage
-    parent: dict | None  # path, stage, sha256 of the checkpoint that it started from
-    git_commit: str | None
-    quant: dict | None  # how the layers were quantized
-    training: dict | None  # optimizer, rng, extra: what --resume needs
-
-
-def find(path) -> Path:
-    """The checkpoint file behind a run directory or a file name."""
-    path = Path(path)
-    file = path / FILE_NAME if path.is_dir() else path
-    if file.is_file():
-        return file
-    message = f"no checkpoint at {path}: looked for {file}"
-    stages = sorted(str(other.parent) for other in path.glob(f"*/{FILE_NAME}")) if path.is_dir() else []
-    raise CheckpointError(message + (f"; there is one in {', '.join(stages)}" if stages else ""))
-
-
-def load(path) -> Checkpoint:
-    """Read a checkpoint (run directory or file) to the CPU, after checking each record's CRC."""
-    path = find(path)
-    with open(path, "rb") as file:
-        try:
-            damaged = zipfile.ZipFile(file).testzip()  # torch.load itself does not compare the CRCs
-        except Exception:  # a malformed archive can raise anything
-            raise CheckpointError(f"{path}: cut short or not a checkpoint") from None
-        if damaged:
-            raise CheckpointError(f"{path}: damaged, the CRC of {damaged} does not match its bytes")
-        file.seek(0)
-        try:
-            payload = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # a malformed pickle too
-            raise CheckpointError(f"{path}: not loaded: {_reason(error)}") from None
-    version = payload.pop("format_version", None) if isinstance(payload, dict) else None
-    if version is None:
-        raise CheckpointError(f"{path}: not a checkpoint of this project, it has no format_version")
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: format version {version}, this code reads version {FORMAT_VERSION}")
-    payload = {"document_ids": list(DOCUMENT_IDS)} | payload  # older files: ours, not imported
-    names = {field.name for field in fields(Checkpoint)} - {"path"}
-    if payload.keys() != names:
-        raise CheckpointError(
-            f"{path}: fields missing or unknown: {', '.join(sorted(payload.keys() ^ names, key=str))}"
-        )
-    payload["tokenizer"] = payload["tokenizer"].numpy().tobytes()
-    return Checkpoint(path=path, **payload)
+UNWRITTEN = dict(schedule="cosine", mask_documents=False)  # what runs did before these keys were in their config
 
 
 def save(
@@ -109,17 +55,19 @@ def save(
     quant: dict | None = None,
     optimizer=None,
     extra: dict | None = None,
+    keep_last: int = 1,
 ) -> None:
     """Write a checkpoint to a run directory or file, all of it or nothing.
 
-    With `optimizer` (one, or a list of them) or `extra` it can be resumed; the random states are kept too.
+    With `optimizer` (one or its state_dict, or a list) or `extra` it can be resumed; the random states are kept too.
+    keep_last counts the checkpoints that stay, this one and those before it.
     """
     path = Path(path)
     if path.is_dir():
         path = path / FILE_NAME
     training = None
     if optimizer is not None or extra is not None:
-        states = [each.state_dict() for each in _as_list(optimizer)]
+        states = [each if isinstance(each, dict) else each.state_dict() for each in _as_list(optimizer)]
         training = dict(optimizer=states, rng=_rng_states(), extra=extra)
     payload = dict(
         format_version=FORMAT_VERSION,
@@ -136,54 +84,7 @@ def save(
         quant=quant,
         training=training,
     )
-    _write(path, payload, deflate=quant is not None)
-
-
-def _save_deflated(payload: dict, file) -> None:
-    """torch.save with every record compressed; torch.load reads that too, but not with mmap.
-
-    Weights of few bits do not fill them: int8 loses a tenth, the padding of int4 nearly all. Float32 would gain little.
-    """
-    plain = io.BytesIO()
-    torch.save(payload, plain)
-    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as target:
-        for record in source.infolist():
-            info = zipfile.ZipInfo(record.filename)  # of a fixed date: the same checkpoint gives the same bytes
-            target.writestr(info, source.read(record), zipfile.ZIP_DEFLATED)
-
-
-def _write(path: Path, payload: dict, deflate: bool = False) -> None:
-    tmp = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(tmp, "wb") as file:
-            (_save_deflated if deflate else torch.save)(payload, file)
-            file.flush()
-            os.fsync(file.fileno())
-        # what cannot be read back must not replace what can; mmap reads no tensor data
-        torch.load(tmp, map_location="cpu", weights_only=True, mmap=not deflate)
-        os.replace(tmp, path)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        kept = f"the previous checkpoint {path} is intact" if path.is_file() else "nothing was left behind"
-        raise CheckpointError(f"cannot save {path}: {_reason(error)}; {kept}") from error
-    finally:
-        if tmp.exists():
-            tmp.unlink()
-
-
-def _reason(error: BaseException) -> str:
-    """Why torch.save or torch.load failed, in one line."""
-    if isinstance(error, pickle.UnpicklingError):
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        return f"it holds {refused.group(1) if refused else 'an object'}, not only tensors and plain values"
-    cause = error  # torch turns the OSError of the file below it into a RuntimeError about positions
-    while cause and not isinstance(cause, OSError):
-        cause = cause.__cause__ or cause.__context__
-    return (cause and cause.strerror) or _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    write(path, payload, deflate=quant is not None, keep_last=keep_last)
 
 
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:
@@ -246,7 +147,7 @@ def build_model(ckpt: Checkpoint, scalar_head: bool | None = None) -> Llama:
         if ckpt.quant is not None:
             lowbit.build(model, ckpt.quant)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{ckpt.path}: cannot build its model: {_first_line(error)}") from None
+        raise CheckpointError(f"{ckpt.path}: cannot build its model: {first_line(error)}") from None
     weights = ckpt.weights
     if config.scalar_head and not had_head:
         weights = {name: tensor for name, tensor in weights.items() if name != "output.weight"}
@@ -266,7 +167,7 @@ def _load_weights(model: torch.nn.Module, weights: dict, path: Path) -> None:
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(f"{path} does not fit the model: {'; '.join(sorted(problems)[:5])}{more}")
-    model.load_state_dict({own[name][0]: tensor for name, tensor in weights.items()}, strict=True)
+    model.load_state_dict({own[n][0]: distributed.shard_like(tensor, own[n][1]) for n, tensor in weights.items()})
 
 
 def refuse_quantized(ckpt: Checkpoint) -> None:
@@ -290,9 +191,9 @@ def restore(ckpt: Checkpoint, model: torch.nn.Module, optimizer) -> None:
     _load_weights(model, ckpt.weights, ckpt.path)
     try:
         for each, state in zip(_as_list(optimizer), ckpt.training["optimizer"], strict=True):
-            each.load_state_dict(state)
+            each.load_state_dict(distributed.shard_state(state, each))
     except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{ckpt.path}: its optimizer does not fit: {_first_line(error)}") from None
+        raise CheckpointError(f"{ckpt.path}: its optimizer does not fit: {first_line(error)}") from None
     _set_rng_states(ckpt.training["rng"])
 
 
@@ -347,12 +248,16 @@ def begin(config: dict, stage: str) -> Checkpoint | None:
     ckpt = _begin(config, stage)
     if dist.is_initialized():
         dist.barrier()  # rank 0 must not save before every rank has looked
+    newest = Path(config["out"]) / FILE_NAME
+    if ckpt is not None and ckpt.path != newest:
+        if _is_main():
+            make_newest(ckpt, newest)
+        ckpt.path = newest
     return ckpt
 
 
 def _begin(config: dict, stage: str) -> Checkpoint | None:
-    out = Path(config["out"])
-    is_main = int(os.environ.get("RANK", 0)) == 0
+    out, is_main = Path(config["out"]), _is_main()
     if config["resume"] and config["overwrite"]:
         raise CheckpointError("--resume and --overwrite exclude each other: give one of them")
     try:
@@ -362,26 +267,36 @@ def _begin(config: dict, stage: str) -> Checkpoint | None:
     file = out / FILE_NAME
     if config["overwrite"]:
         if is_main:
-            for name in RUN_FILES:
-                (out / name).unlink(missing_ok=True)
+            for each in (*(out / name for name in RUN_FILES), *older(file)):
+                each.unlink(missing_ok=True)
         return None
-    if not file.is_file():
+    there = [each for each in (file, *older(file)) if each.is_file()]
+    if not there:
         if config["resume"] and is_main:
             print(f"nothing to resume in {out}, starting at step 0")
         return None
     if not config["resume"]:
-        raise CheckpointError(f"{file} exists: give --resume to continue it or --overwrite to remove it")
-    ckpt = load(file)
+        raise CheckpointError(f"{there[0]} exists: give --resume to continue it or --overwrite to remove it")
+    ckpt = load_newest(file, verbose=is_main)
     if ckpt.stage != stage:
-        raise CheckpointError(f"{file} is from stage {ckpt.stage}, this is {stage}: choose another --out")
+        raise CheckpointError(f"{ckpt.path} is from stage {ckpt.stage}, this is {stage}: choose another --out")
     _refuse_changes(ckpt, config)
     if is_main:
         print(f"resuming {out} at step {ckpt.step}")
     return ckpt
 
 
+def _is_main() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def _refuse_changes(ckpt: Checkpoint, config: dict) -> None:
-    there, here = _flat(ckpt.config), _flat(config)
+    there, here = (UNWRITTEN | _flat(each) for each in (ckpt.config, config))
+    processes = here.pop("processes", 1)
+    before = there.pop("processes", processes)  # older files do not say
+    if processes != before:  # then what they share, the batch of a step, must be the same
+        for values, n in ((there, before), (here, processes)):
+            values["grad_accumulation_steps * processes"] = values.pop("grad_accumulation_steps", 1) * n
     for key in sorted(there.keys() | here.keys()):
         safe = any(fnmatch(key, pattern) for pattern in SAFE_ON_RESUME)
         old, new = there.get(key, "absent"), here.get(key, "absent")

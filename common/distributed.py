@@ -1,13 +1,21 @@
-"""Device, precision and process group; the same stage script runs on a laptop and under torchrun."""
+"""Device, precision and process group; the same stage script runs on a laptop and under torchrun.
 
+Several processes train one model, replicated (DDP) or sharded (FSDP2); both average the gradients over the ranks, so
+that the result is that of one process on the joint batch when each rank's loss is a mean over as many items.
+"""
+
+import importlib.util
 import os
+import shutil
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from common.config import UserError
+from common.config import ConfigError, UserError
+from model import Llama
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -41,10 +49,22 @@ def setup(device: str = "auto", dtype: str = "auto", seed: int = 0) -> Env:
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if under_torchrun and not dist.is_initialized():
-        # long enough for the other ranks to wait while rank 0 evaluates and saves
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        _join("nccl" if chosen.type == "cuda" else "gloo")
     torch.manual_seed(seed)
     return Env(rank, world_size, chosen, chosen_dtype)
+
+
+def _join(backend: str) -> None:
+    """Join torchrun's process group.
+
+    On one machine torchrun keeps its store over a restart, and with it the addresses of processes that are gone; under
+    a name of its own each attempt finds none of those. Several machines count their restarts apart and share no name.
+    """
+    timeout = timedelta(hours=2)  # long enough for the other ranks to wait while rank 0 evaluates and saves
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def _pick_device(name: str, under_torchrun: bool) -> torch.device:
@@ -76,24 +96,135 @@ def _pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-@torch.no_grad()
-def average_gradients(model: torch.nn.Module, env: Env) -> None:
-    """Replace each gradient by its mean over the ranks, in one all_reduce.
+class _Methods(torch.nn.Module):
+    """A model whose forward runs the method that is named first: DDP watches forward and nothing else."""
 
-    A gradient that is None on this rank counts as zeros, so every rank reduces the same bucket. The result is
-    that of one process on the joint batch when the ranks' losses are means over equally many items.
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, method, *args, **kwargs):
+        return (self.model if method == "forward" else getattr(self.model, method))(*args, **kwargs)
+
+
+class Replicated(torch.nn.parallel.DistributedDataParallel):
+    """A model in DistributedDataParallel, called as the model itself is."""
+
+    def __init__(self, model):
+        super().__init__(_Methods(model), forward_sync_buffers=False, gradient_as_bucket_view=True)
+
+    def forward(self, *args, **kwargs):
+        return super().forward("forward", *args, **kwargs)
+
+    def token_logps(self, *args, **kwargs):
+        return super().forward("token_logps", *args, **kwargs)
+
+    def values(self, *args, **kwargs):
+        return super().forward("values", *args, **kwargs)
+
+
+def wrap(model: Llama, env: Env, config: dict) -> torch.nn.Module:
+    """What the loop calls instead of the model, whose gradients then are means over the ranks: config["parallel"].
+
+    "ddp" wraps the model, "fsdp" shards it in place: make the optimizer afterwards. One process gets the model back.
     """
+    if config["parallel"] not in ("ddp", "fsdp"):
+        raise ConfigError(f"parallel={config['parallel']}: ddp or fsdp is needed")
     if env.world_size == 1:
-        return
-    params = [p for p in model.parameters() if p.requires_grad]
-    for p in params:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    bucket = torch.cat([p.grad.flatten() for p in params])
-    dist.all_reduce(bucket)
-    bucket /= env.world_size
-    for p, grad in zip(params, bucket.split([p.numel() for p in params]), strict=True):
-        p.grad.copy_(grad.view_as(p))
+        return model
+    if config["parallel"] == "ddp":
+        return Replicated(model)
+    if config["optimizer"] == "muon":
+        raise ConfigError("optimizer=muon with parallel=fsdp: Muon needs whole matrices, fsdp shards them; use ddp")
+    return _shard(model, env)
+
+
+def compiled(model: torch.nn.Module, env: Env) -> torch.nn.Module:
+    """torch.compile of the model, or itself, with one line of warning, where what generates the code is missing."""
+    if env.device.type == "cuda":
+        missing = None if importlib.util.find_spec("triton") else "the package triton"
+    else:
+        compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++", "cl")), None)
+        missing = None if compiler else "a C++ compiler"
+    if missing:
+        print(f"compile=True: {missing} is not here, training goes on without torch.compile", file=sys.stderr)
+        return model
+    return torch.compile(model)
+
+
+def _shard(model, env):
+    from torch.distributed.device_mesh import init_device_mesh  # FSDP takes a second to import
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    low = None if env.dtype == torch.float32 else env.dtype
+    # cast_forward_inputs would round the rotary cosines, which a block gets as arguments
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh = init_device_mesh(env.device.type, (env.world_size,))
+    for module in (*model.layers, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    for method in ("token_logps", "values"):
+        register_fsdp_forward_method(model, method)
+    return model
+
+
+def sync(model: torch.nn.Module, last: bool) -> None:
+    """Before a micro-batch: gradients are exchanged in the backward of the step's last one only."""
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, Replicated):
+        model.require_backward_grad_sync = last  # what no_sync() sets
+    elif is_sharded(model):
+        model.set_requires_gradient_sync(last)
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    return hasattr(model, "set_requires_gradient_sync")  # FSDPModule's
+
+
+def whole(tensor):
+    """A sharded tensor (DTensor) in one piece, on every rank, which all must call this; others as they are."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def shard_like(tensor, param):
+    """A tensor in one piece as `param` is: this rank's part of it if param is sharded and of this shape."""
+    if not hasattr(param, "full_tensor") or getattr(tensor, "shape", None) != param.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    tensor = tensor.to(param.device, param.dtype)
+    return distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None)  # no rank sends: all know
+
+
+def shard_state(state: dict, optimizer) -> dict:
+    """An optimizer's state_dict in one piece as this optimizer, whose parameters may be sharded, holds it."""
+    params = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    parts = {
+        i: {name: shard_like(value, params.get(i)) for name, value in values.items()}
+        for i, values in state["state"].items()
+    }
+    return state | {"state": parts}
+
+
+def gather(model, optimizer, env: Env):
+    """(a plain copy of a sharded model, its optimizer's state in one piece) on rank 0, (None, None) on the others.
+
+    All ranks must call it. Rank 0 needs the memory of all weights; without an optimizer no state is gathered.
+    """
+    weights = {name: whole(tensor).cpu() for name, tensor in model.state_dict().items()}
+    state = optimizer.state_dict() if optimizer else dict(state={})
+    parts = state["state"].items()  # the optimizer's own dicts: not to be changed
+    state["state"] = {i: {name: whole(value).cpu() for name, value in values.items()} for i, values in parts}
+    if not env.is_main:
+        return None, None
+    with torch.random.fork_rng(devices=[]):  # initial weights are drawn, in vain
+        copy = Llama(model.config)
+    copy.load_state_dict(weights)
+    return copy.to(env.device).train(model.training), state
+
+
+def clip_gradients(params, largest: float) -> float:
+    """Scale the gradients to a norm, over all parts of sharded ones, of at most `largest`; returns the norm before."""
+    return whole(torch.nn.utils.clip_grad_norm_(params, largest)).item()
 
 
 def all_sum(value: float, env: Env) -> float:
@@ -108,6 +239,11 @@ def all_sum(value: float, env: Env) -> float:
 def mean(value: float, env: Env) -> float:
     """The mean of a number over the ranks, known to each of them."""
     return all_sum(value, env) / env.world_size
+
+
+def restarted(env: Env) -> bool:
+    """Whether torchrun's --max-restarts started this run again, on any of its machines."""
+    return all_sum(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), env) > 0
 
 
 def cleanup(env: Env) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.config import UserError, write_atomic
+from common.config import UserError, run, write_atomic
 from dataset import DataError
 
 # what Markdown takes for markup; an underscore within a word is none
@@ -42,10 +42,13 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 class MetricLog:
-    """metrics.jsonl, samples.txt, loss.png of one run directory; without `resume_step` they start anew."""
+    """metrics.jsonl, samples.txt, loss.png of one run directory; without `resume_step` they start anew.
 
-    def __init__(self, out_dir: str | Path, resume_step: int | None = None):
-        self.out_dir = Path(out_dir)
+    `logger`, of common/loggers.py, gets each row too.
+    """
+
+    def __init__(self, out_dir: str | Path, resume_step: int | None = None, logger=None):
+        self.out_dir, self.logger = Path(out_dir), logger
         self.out_dir.mkdir(parents=True, exist_ok=True)
         self.metrics_path = self.out_dir / "metrics.jsonl"
         self.samples_path = self.out_dir / "samples.txt"
@@ -66,6 +69,12 @@ class MetricLog:
         row |= {name: plain(value) for name, value in metrics.items()}
         with open(self.metrics_path, "a", encoding="utf-8") as f:
             f.write(json.dumps(row, ensure_ascii=False) + "\n")
+        if self.logger:
+            self.logger.log(row)
+
+    def close(self) -> None:
+        if self.logger:
+            self.logger.close()
 
     def samples(self, step: int, pairs: list[tuple[str, str]]) -> None:
         """Append (prompt, reply) pairs; texts are indented, so that none can look like a `step N` line."""
@@ -91,12 +100,10 @@ class MetricLog:
         drawn = []
         for label, patterns in panels:
             names = dict.fromkeys(name for pattern in patterns for name in known if fnmatch(name, pattern))
-            series = {name: _points(rows, name) for name in names}
-            series = {name: points for name, points in series.items() if len(points[0])}
-            if series:
-                drawn.append((label, series))
-        if drawn:
-            write_atomic(self.out_dir / "loss.png", _draw(drawn))
+            lines = [Line(name, name, *points(rows, name)) for name in names]
+            drawn.append(("step", label, [line for line in lines if len(line.x)]))
+        if any(lines for *_, lines in drawn):
+            write_atomic(self.out_dir / "loss.png", draw(drawn))
 
     def _samples_until(self, step: int) -> list[str]:
         """Lines of samples.txt up to and including the block of `step`."""
@@ -128,10 +135,10 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _points(rows: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
+def points(rows: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
     """(steps, values) of one metric, without the rows that lack it."""
-    points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-    steps, values = zip(*points, strict=True) if points else ((), ())
+    found = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    steps, values = zip(*found, strict=True) if found else ((), ())
     return np.array(steps), np.array(values, dtype=float)
 
 
@@ -144,28 +151,40 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     return total / count
 
 
-def _draw(panels: list[tuple[str, dict]]) -> bytes:
-    """PNG of the panels, two a row; 8.4 inches at 150 dpi stay legible at the 800 pixels of a README."""
+@dataclass(frozen=True)
+class Line:
+    """One metric of one run, as it is drawn."""
+
+    name: str  # of the metric, which decides the style
+    label: str  # in the legend
+    x: np.ndarray
+    y: np.ndarray
+
+
+def draw(panels: list[tuple[str, str, list[Line]]]) -> bytes:
+    """PNG of the panels (x label, y label, lines) that have lines, two a row; 8.4 inches at 150 dpi stay legible at the
+    800 pixels of a README."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only needed here
     from matplotlib.figure import Figure
 
+    panels = [panel for panel in panels if panel[2]]
     columns = min(2, len(panels))
     n_rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(8.4, (3.2 if columns == 2 else 4.0) * n_rows), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    for i, (label, series) in enumerate(panels):
+    for i, (x_label, y_label, lines) in enumerate(panels):
         axes = figure.add_subplot(n_rows, columns, i + 1)
-        for color, (name, (steps, values)) in enumerate(series.items()):
-            style = dict(color=f"C{color}", label=name)
-            if name == "train/learning_rate":
-                axes.plot(steps, values, linewidth=1.6, **style)
-            elif name.startswith("val/") or len(values) < 20:
-                axes.plot(steps, values, marker="o", markersize=4, linewidth=1.2, zorder=3, **style)
+        for color, line in enumerate(lines):
+            style = dict(color=f"C{color}", label=line.label)
+            if line.name == "train/learning_rate":
+                axes.plot(line.x, line.y, linewidth=1.6, **style)
+            elif line.name.startswith("val/") or len(line.y) < 20:
+                axes.plot(line.x, line.y, marker="o", markersize=4, linewidth=1.2, zorder=3, **style)
             else:
-                axes.plot(steps, values, color=f"C{color}", linewidth=0.6, alpha=0.35)
-                axes.plot(steps, smooth(values, len(values) // 20 | 1), linewidth=1.6, **style)
-        axes.set_xlabel("step")
-        axes.set_ylabel(label)
+                axes.plot(line.x, line.y, color=f"C{color}", linewidth=0.6, alpha=0.35)
+                axes.plot(line.x, smooth(line.y, len(line.y) // 20 | 1), linewidth=1.6, **style)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
     png = io.BytesIO()
@@ -353,3 +372,9 @@ def distinct_2(texts: list[str], n_chars: int) -> float:
         left -= len(text)
         bigrams.update(text[i : i + 2] for i in range(len(text) - 1))
     return len(bigrams) / n_chars
+
+
+if __name__ == "__main__":
+    from common.compare import main
+
+    run(main)

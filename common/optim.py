@@ -11,12 +11,24 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def learning_rate(step, config):
-    """Linear warm-up over warmup_steps, then cosine from learning_rate down to min_learning_rate at max_steps."""
-    peak, low = config["learning_rate"], config["min_learning_rate"]
-    if step < config["warmup_steps"]:
-        return peak * (step + 1) / config["warmup_steps"]
-    progress = (step - config["warmup_steps"]) / max(1, config["max_steps"] - config["warmup_steps"])
-    return low + 0.5 * (peak - low) * (1 + math.cos(math.pi * min(1.0, progress)))
+    """Linear warm-up over warmup_steps, then from learning_rate down to min_learning_rate at max_steps.
+
+    cosine: half a cosine over all of it. wsd (warm-up, stable, decay; arXiv:2404.06395): constant, then by 1 - sqrt
+    over the last decay_share of max_steps (arXiv:2405.18392), so that a run can be prolonged until the decay begins.
+    """
+    peak, low, warmup = config["learning_rate"], config["min_learning_rate"], config["warmup_steps"]
+    schedule, share = config["schedule"], config["decay_share"]
+    if schedule not in ("cosine", "wsd"):
+        raise ConfigError(f"schedule={schedule}: cosine or wsd is needed")
+    if not 0 <= share <= 1:
+        raise ConfigError(f"decay_share={share}: a share of max_steps is needed, 0 to 1")
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    first = warmup if schedule == "cosine" else max(warmup, round((1 - share) * config["max_steps"]))
+    progress = min(1.0, max(0, step - first) / max(1, config["max_steps"] - first))
+    if schedule == "wsd":
+        return low + (peak - low) * (1 - math.sqrt(progress))
+    return low + 0.5 * (peak - low) * (1 + math.cos(math.pi * progress))
 
 
 def set_learning_rate(optimizer, lr):

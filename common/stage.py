@@ -5,16 +5,18 @@ import signal
 import time
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from common import checkpoint, distributed
 from common.config import ConfigError, UserError, save_config
+from common.loggers import open_logger
 from common.metrics import FiniteGuard, MetricLog, Progress, peak_memory_gb
 from dataset import load_meta
 
 # config keys, by their ending, that only make sense from 1 on
-NEVER_ZERO = ("_interval", "_size", "accumulation_steps", "eval_prompts", "eval_pairs", "eval_examples", "norm_prompts")
+NEVER_ZERO = """
+    _interval _size accumulation_steps eval_prompts eval_pairs eval_examples norm_prompts keep_last
+""".split()
 
 
 class Interrupt:
@@ -71,9 +73,12 @@ class Stage:
         self.started = time.perf_counter()
         self.name, self.config, self.panels = name, config, panels
         for key, value in config.items():
-            if key.endswith(NEVER_ZERO) and value < 1:
+            if key.endswith(tuple(NEVER_ZERO)) and value < 1:
                 raise ConfigError(f"{key}={value}: at least 1 is needed")
         self.env = distributed.setup(config["device"], config["dtype"], config["seed"])
+        config["processes"] = self.env.world_size
+        if distributed.restarted(self.env):
+            config.update(resume=True, overwrite=False)
         self.resumed = checkpoint.begin(config, name)
         self.finished = self.resumed is not None and self.resumed.step >= config["max_steps"]
         self.out = Path(config["out"])
@@ -105,6 +110,8 @@ class Stage:
         is more than the model of the checkpoint (PPO's value model).
         """
         self.model, self.optimizer, self.tokenizer = model, optimizer, tokenizer
+        # what rank 0 evaluates and saves: with FSDP a copy in one piece, made when due
+        self.whole, self.whole_optimizer = model, optimizer
         self.trained = model if trained is None else trained
         self.parent = checkpoint.parent_of(parent) if parent else None
         if self.resumed:
@@ -112,29 +119,31 @@ class Stage:
             checkpoint.restore(self.resumed, model, optimizer)
         if self.env.is_main:
             save_config(self.config, self.out)
-            self.metric_log = MetricLog(self.out, self.first if self.resumed else None)
+            resume_step = self.first if self.resumed else None
+            self.metric_log = MetricLog(self.out, resume_step, open_logger(self.config, resume_step))
             self.progress = Progress(self.config["max_steps"], self.first, self.name)
         self.tick = time.perf_counter()
 
     def due(self, step, interval):
         """Whether this process evaluates or saves at this step; a resumed run does not repeat its first."""
-        if interval == "save_interval":
-            self.stopping = self.interrupt.requested  # a signal after this stops the next step, else it went unsaved
-        if not self.env.is_main or (self.resumed and step == self.first):
+        saves = interval == "save_interval"
+        if saves:  # a signal after this, to whichever process, stops the next step, else it went unsaved
+            self.stopping = distributed.all_sum(self.interrupt.requested, self.env) > 0
+        if self.resumed and step == self.first:
             return False
-        wanted = interval == "save_interval" and self.stopping
-        return wanted or step == self.config["max_steps"] or step % self.config[interval] == 0
+        due = (saves and self.stopping) or step == self.config["max_steps"] or step % self.config[interval] == 0
+        if due and distributed.is_sharded(self.model):
+            optimizer = self.optimizer if saves else None
+            self.whole, self.whole_optimizer = distributed.gather(self.model, optimizer, self.env)
+        return due and self.env.is_main
 
     def ends(self, step):
         """Whether the loop is over: the last step, or a stop asked for by a signal to any process."""
         self.finished = step == self.config["max_steps"]
-        if self.finished:
-            return True
-        stop = distributed.all_sum(self.stopping, self.env) > 0
-        if stop and self.env.is_main and not self.stopping:
-            self.save(step)  # the signal reached another process first
+        if distributed.is_sharded(self.model):
+            self.whole = self.whole_optimizer = None  # its memory is needed again
         self.tick = time.perf_counter()
-        return stop
+        return self.finished or self.stopping
 
     def report(self, step, metrics, samples=()):
         """Validation metrics and samples [(prompt, reply)] to the log, the plot and the terminal."""
@@ -151,18 +160,18 @@ class Stage:
             stage=self.name,
             step=step,
             tokens_seen=self.tokens_seen,
-            model=self.model,
+            model=self.whole,
             tokenizer=self.tokenizer.model_bytes,
             config=self.config,
             parent=self.parent,
-            optimizer=self.optimizer,
+            optimizer=self.whole_optimizer,
             extra=self.extra,
+            keep_last=self.config["keep_last"],
         )
 
     def update(self, step, loss):
-        """Average gradients over processes, clip, step unless something is not finite. Returns the gradient norm."""
-        distributed.average_gradients(self.trained, self.env)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.trained.parameters(), self.config["grad_clip"]).item()
+        """Clip the gradients, step unless something is not finite. Returns the gradient norm."""
+        grad_norm = distributed.clip_gradients(self.trained.parameters(), self.config["grad_clip"])
         if self.guard.ok(step, loss, grad_norm):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -181,6 +190,7 @@ class Stage:
         """Close the progress line and say what came out; exit code 130 where a signal stopped the run."""
         if self.env.is_main:
             self.progress.close()
+            self.metric_log.close()
             total = time.perf_counter() - self.started
             share = f"{self.loop_seconds:.0f} s of {total:.0f} s ({self.loop_seconds / total:.1%})"
             print(f"training steps took {share}; peak memory {peak_memory_gb():.2f} GB")

@@ -1,10 +1,17 @@
 """Checkpoints: what is refused, what survives a failed save, and that a round trip is exact."""
 
+import contextlib
+import errno
+import functools
 import hashlib
+import json
 import os
 import pickle
 import re
+import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +24,7 @@ from common.checkpoint import CheckpointError, begin, build_model, find, load, r
 from common.stage import Interrupt
 from model import Llama, ModelConfig
 
+ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = bytes(range(256))
 CONFIG = dict(out="", lr=1e-3, max_steps=10, betas=(0.9, 0.95), model=dict(dim=16), resume=False, overwrite=False)
 
@@ -384,6 +392,210 @@ def test_begin_resume_refuses_a_changed_key(tmp_path, changes, key, old, new):
     with pytest.raises(CheckpointError) as caught:
         begin(run_config(tmp_path, resume=True, **changes), "sft")
     assert f"{key} is {old} in {tmp_path / 'ckpt.pt'} and {new} in this run's config" in str(caught.value)
+
+
+def steps(out: Path) -> dict[str, int]:
+    """{file name: step} of all checkpoints in a run directory."""
+    return {file.name: load(file).step for file in sorted(out.glob("*.pt"))}
+
+
+def save_steps(out: Path, *numbers: int, keep_last: int = 2) -> None:
+    for step in numbers:
+        write(out, step=step, keep_last=keep_last)
+
+
+def cut_short(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def test_the_last_checkpoints_are_kept(tmp_path):
+    save_steps(tmp_path, 0, 5, 90, 100, 1000, keep_last=3)
+    assert steps(tmp_path) == {"ckpt.pt": 1000, "ckpt-100.pt": 100, "ckpt-90.pt": 90}
+    (tmp_path / "ckpt-mine.pt").write_bytes((tmp_path / "ckpt.pt").read_bytes())
+    save_steps(tmp_path, 1001, keep_last=1)
+    assert steps(tmp_path) == {"ckpt.pt": 1001, "ckpt-mine.pt": 1000}
+
+
+def test_keeping_one_copies_nothing(tmp_path):
+    save_steps(tmp_path, 1)
+    before = (tmp_path / "ckpt.pt").stat()
+    save_steps(tmp_path, 2)
+    kept = (tmp_path / "ckpt-1.pt").stat()
+    assert (kept.st_ino, kept.st_nlink) == (before.st_ino, 1)
+
+
+def refuse_links(*_):
+    raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+
+def test_without_hard_links_the_previous_one_is_copied(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", refuse_links)
+    save_steps(tmp_path, 1, 2, 3)
+    assert steps(tmp_path) == {"ckpt.pt": 3, "ckpt-2.pt": 2}
+
+
+def test_a_disk_that_fills_up_while_the_previous_one_is_copied_leaves_it(tmp_path, monkeypatch):
+    def fill(_, target):
+        Path(target).write_bytes(b"half of")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    save_steps(tmp_path, 1, 2)
+    monkeypatch.setattr(os, "link", refuse_links)
+    monkeypatch.setattr(shutil, "copyfile", fill)
+    with pytest.raises(CheckpointError, match=r"No space left on device; the previous checkpoint .*ckpt.pt is intact"):
+        save_steps(tmp_path, 3)
+    assert steps(tmp_path) == {"ckpt.pt": 2, "ckpt-1.pt": 1}
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_save_over_a_damaged_checkpoint_keeps_the_whole_ones(tmp_path):
+    save_steps(tmp_path, 1, 2)
+    cut_short(tmp_path / "ckpt.pt")
+    save_steps(tmp_path, 3)
+    assert steps(tmp_path) == {"ckpt.pt": 3, "ckpt-1.pt": 1}
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[data.index(load(path).weights["norm.weight"].numpy().tobytes())] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (cut_short, "cut short or not a checkpoint; "),
+        (lambda path: os.truncate(path, 0), "cut short or not a checkpoint; "),
+        (lambda path: path.write_bytes(bytes(path.stat().st_size)), "cut short or not a checkpoint; "),
+        (flip_a_bit, "damaged, the CRC of archive/data/"),
+    ],
+    ids=["half", "empty", "zeros", "bit"],
+)
+def test_resuming_falls_back_to_the_checkpoint_before(tmp_path, capsys, damage, reason):
+    path, kept = tmp_path / "ckpt.pt", tmp_path / "ckpt-20.pt"
+    save_steps(tmp_path, 10, 20, 30)
+    damage(path)
+    with pytest.raises(CheckpointError) as caught:
+        load(tmp_path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: {reason}") and message.endswith(f"; {kept} (step 20) is whole")
+    ckpt = begin(run_config(tmp_path, resume=True), "sft")
+    assert (ckpt.step, ckpt.path) == (20, path)
+    out, err = capsys.readouterr()
+    assert out == f"resuming {tmp_path} at step 20\n"
+    assert err == message.replace(f"{kept} (step 20) is whole", f"going on from {kept} (step 20)\n")
+    assert steps(tmp_path) == {"ckpt.pt": 20}
+    save_steps(tmp_path, 30)
+    assert steps(tmp_path) == {"ckpt.pt": 30, "ckpt-20.pt": 20}
+
+
+def test_resuming_passes_over_all_that_is_damaged(tmp_path, capsys):
+    save_steps(tmp_path, 1, 2, 3, 4, keep_last=4)
+    for name in ("ckpt.pt", "ckpt-3.pt"):
+        cut_short(tmp_path / name)
+    assert begin(run_config(tmp_path, resume=True), "sft").step == 2
+    assert steps(tmp_path) == {"ckpt.pt": 2, "ckpt-1.pt": 1}
+    for file in tmp_path.iterdir():
+        cut_short(file)
+    with pytest.raises(CheckpointError, match=re.escape(f"{tmp_path / 'ckpt.pt'}: cut short or not a checkpoint")):
+        begin(run_config(tmp_path, resume=True), "sft")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_run_directory_without_its_newest_checkpoint_is_still_one(tmp_path):
+    save_steps(tmp_path, 1, 2)
+    (tmp_path / "ckpt.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"ckpt-1.pt exists: give --resume"):
+        begin(run_config(tmp_path), "sft")
+    assert begin(run_config(tmp_path, resume=True), "sft").step == 1
+    save_steps(tmp_path, 2)
+    assert begin(run_config(tmp_path, overwrite=True), "sft") is None and not list(tmp_path.iterdir())
+
+
+def test_only_damage_is_a_reason_to_fall_back(tmp_path):
+    save_steps(tmp_path, 1, 2)
+    path = tmp_path / "ckpt.pt"
+    torch.save(torch.load(path, weights_only=True) | dict(format_version=2), path)
+    with pytest.raises(CheckpointError, match="format version 2, this code reads version 1"):
+        begin(run_config(tmp_path, resume=True), "sft")
+    write(tmp_path, step=2)
+    save_steps(tmp_path, 3)
+    cut_short(path)
+    with pytest.raises(CheckpointError, match=r"lr is 0.001 in .*ckpt-2.pt and 0.5 in this run's config"):
+        begin(run_config(tmp_path, resume=True, lr=0.5), "sft")
+    assert {file.name for file in tmp_path.iterdir()} == {"ckpt.pt", "ckpt-2.pt"}
+
+
+def test_a_run_from_before_keep_last_is_resumed(tmp_path):
+    write(tmp_path, keep_last=1)
+    assert begin(run_config(tmp_path, resume=True, keep_last=2), "sft").step == 7
+
+
+FILE_EVENTS = {"open", "os.rename", "os.link", "os.remove"}
+
+
+def killed_before(event: int, action) -> bool:
+    """Run action() in a process that kills itself before its file operation number `event`; whether it came to that."""
+    if (child := os.fork()) == 0:
+        count = 0
+
+        def kill(name, args):
+            nonlocal count
+            if name in FILE_EVENTS and ".pt" in str(args[0]):
+                if count == event:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                count += 1
+
+        sys.addaudithook(kill)  # called before the operation is done
+        try:
+            action()
+        finally:
+            os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL)
+    return status == signal.SIGKILL
+
+
+def whole_steps(out: Path) -> set[int]:
+    found = set()
+    for file in out.glob("*.pt"):
+        with contextlib.suppress(CheckpointError):
+            found.add(load(file).step)
+    return found
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+@pytest.mark.parametrize("damaged", [False, True], ids=["whole", "damaged"])
+def test_a_kill_between_any_two_file_operations_leaves_a_run_to_resume(tmp_path, links, damaged, monkeypatch):
+    if not links:
+        monkeypatch.setattr(os, "link", refuse_links)
+    killed, states = True, []
+    while killed:
+        out = tmp_path / str(len(states))
+        save_steps(out / "ckpt.pt", 1, 2)
+        killed = killed_before(len(states), functools.partial(save_steps, out, 3))
+        states.append({file.name for file in out.iterdir()})
+        if damaged:  # and with it what is another name of the same file
+            cut_short(out / "ckpt.pt")
+        newest = max(whole_steps(out))
+        assert newest in ({1, 2} if damaged else {2, 3})
+        assert begin(run_config(out, resume=True), "sft").step == newest
+        save_steps(out, 4)
+        assert steps(out) == {"ckpt.pt": 4, f"ckpt-{newest}.pt": newest}
+        assert len(list(out.iterdir())) == 2
+    before, after = {"ckpt.pt", "ckpt-1.pt"}, {"ckpt.pt", "ckpt-2.pt"}
+    reached = [before, before | {"ckpt.pt.tmp"}, before | after | {"ckpt.pt.tmp"}, before | after, after]
+    assert [state for i, state in enumerate(states) if state not in states[:i]] == reached
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_training_equals_uninterrupted_training():
+    command = [sys.executable, str(ROOT / "benchmarks" / "kill_resume.py"), "--tries=2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["survived"] == figures["tried"] == 2 and figures["kills"] >= 2
 
 
 def test_interrupt_asks_first_and_raises_on_the_second_ctrl_c():

@@ -1,4 +1,4 @@
-"""Device choice, and two gloo processes against one process on the joint batch."""
+"""Device choice, and several gloo processes, replicated or sharded, against one process on the joint batch."""
 
 import json
 import os
@@ -8,68 +8,194 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_chain import argv, data_options, options_of, train, train_rows, write_corpora
 
-from common.config import UserError
-from common.distributed import Env, all_sum, average_gradients, cleanup, setup
+import data_process
+import tokenizer.train
+from common import checkpoint
+from common.config import ConfigError, UserError
+from common.distributed import Env, all_sum, cleanup, clip_gradients, compiled, restarted, setup, sync, wrap
 from model import Llama, ModelConfig
 
 ROOT = Path(__file__).parents[1]
+SCRIPTS = dict(pretrain="pretrain.py", sft="sft.py", rm="rm_train.py", dpo="dpo_train.py")
+TINY = dict(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=32, max_seq_len=8, scalar_head=True)
 
+# rank r of 2 gets rows r and 2 + r of the batch below, one a micro-batch
 WORKER = """
 import json, sys, torch
-from common.distributed import all_sum, average_gradients, cleanup, mean, setup
+from common import distributed
+from common.distributed import all_sum, cleanup, mean, setup
 from model import Llama, ModelConfig
 
+folder, parallel, tiny = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 env = setup(device="cpu", seed=5)
-model = Llama(ModelConfig(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=32, max_seq_len=8))
-ids = torch.randint(0, 32, (4, 9))[env.rank * 2 : env.rank * 2 + 2]
-model(ids[:, :-1], ids[:, 1:]).backward()
-if env.rank == 1:
-    model.norm.weight.grad = None
-average_gradients(model, env)
-grads = {name: p.grad for name, p in model.named_parameters()}
-torch.save(grads, f"{sys.argv[1]}/{env.rank}.pt")
+model = Llama(ModelConfig(**tiny))
+forward = distributed.wrap(model, env, dict(parallel=parallel, optimizer="adamw"))
+ids = torch.randint(0, 32, (4, 8))
+for micro in range(2):
+    distributed.sync(forward, last=micro == 1)
+    row = ids[2 * micro + env.rank, None]
+    loss = forward(row[:, :-1], row[:, 1:]) + forward.token_logps(row).mean() + forward.values(row).mean()
+    (loss / 2).backward()
+grads = {name: distributed.whole(p.grad) for name, p in model.named_parameters()}
+torch.save(grads, f"{folder}/{env.rank}.pt")
+norms = [distributed.clip_gradients(model.parameters(), 0.5) for _ in range(2)]
 facts = dict(rank=env.rank, world=env.world_size, main=env.is_main, sum=all_sum(0.1 + env.rank, env),
-             mean=mean(env.rank, env))
-open(f"{sys.argv[1]}/{env.rank}.json", "w").write(json.dumps(facts))
+             mean=mean(env.rank, env), norms=norms)
+open(f"{folder}/{env.rank}.json", "w").write(json.dumps(facts))
 cleanup(env)
 """
 
+# the stage, whose second process is killed once
+KILLED = """
+import os, signal, sys
+import pretrain
+from common.stage import Stage
 
-def test_two_processes_average_to_the_gradient_of_the_joint_batch(tmp_path):
-    (tmp_path / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+log = Stage.log
+
+def log_and_die(self, step, *args, **kwargs):
+    log(self, step, *args, **kwargs)
+    if step == 3 and self.env.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Stage.log = log_and_die
+pretrain.main(sys.argv[1:])
+"""
+
+
+def torchrun(processes, *command, restarts=0):
+    """Standard output of a script in so many gloo processes of one thread each."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [*command, tmp_path / "worker.py", tmp_path], env=env, capture_output=True, text=True, timeout=300
-    )
+    command = [*launcher, f"--max-restarts={restarts}", *map(str, command)]
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_average_to_the_gradient_of_the_joint_batch(tmp_path, parallel):
+    (tmp_path / "worker.py").write_text(WORKER)
+    torchrun(2, tmp_path / "worker.py", tmp_path, parallel, json.dumps(TINY))
 
     torch.manual_seed(5)
-    model = Llama(ModelConfig(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=32, max_seq_len=8))
-    ids = torch.randint(0, 32, (4, 9))
-    model(ids[:2, :-1], ids[:2, 1:]).backward()
-    norm_of_rank_0 = model.norm.weight.grad.clone()
-    model.zero_grad()
-    model(ids[:, :-1], ids[:, 1:]).backward()
-    model.norm.weight.grad = norm_of_rank_0 / 2  # rank 1 had None there
-
+    model = Llama(ModelConfig(**TINY))
+    ids = torch.randint(0, 32, (4, 8))
+    (model(ids[:, :-1], ids[:, 1:]) + model.token_logps(ids).mean() + model.values(ids).mean()).backward()
+    norm = torch.stack([p.grad.square().sum() for p in model.parameters()]).sum().sqrt().item()
+    assert norm > 0.5
     for rank in (0, 1):
         grads = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert grads.keys() == dict(model.named_parameters()).keys()
         for name, p in model.named_parameters():
-            torch.testing.assert_close(grads[name], p.grad, atol=1e-7, rtol=1e-5)
+            torch.testing.assert_close(grads[name], p.grad, atol=1e-6, rtol=1e-5, msg=name)
         facts = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert facts == dict(rank=rank, world=2, main=rank == 0, sum=pytest.approx(1.2), mean=0.5)
+        norms = pytest.approx([norm, 0.5], rel=1e-5)
+        assert facts == dict(rank=rank, world=2, main=rank == 0, sum=pytest.approx(1.2), mean=0.5, norms=norms)
 
 
 def test_one_process_is_left_as_it_is():
     env = setup(device="cpu", seed=1)
     assert env == Env(0, 1, torch.device("cpu"), torch.float32) and env.is_main
-    layer = torch.nn.Linear(2, 2)
-    average_gradients(layer, env)
-    assert layer.weight.grad is None
+    model = Llama(ModelConfig(**TINY))
+    for parallel in ("ddp", "fsdp"):
+        assert wrap(model, env, dict(parallel=parallel, optimizer="muon")) is model
+    sync(model, last=False)
+    model.scalar.weight.grad = torch.full((1, 16), 3.0)
+    assert clip_gradients(model.parameters(), 1.0) == 12.0
+    torch.testing.assert_close(model.scalar.weight.grad, torch.full((1, 16), 0.25))
     assert all_sum(3, env) == 3.0
     cleanup(env)
+
+
+def test_what_cannot_be_parallel_is_refused():
+    two, model = Env(0, 2, torch.device("cpu")), Llama(ModelConfig(**TINY))
+    with pytest.raises(ConfigError, match="parallel=zero: ddp or fsdp"):
+        wrap(model, two, dict(parallel="zero", optimizer="adamw"))
+    with pytest.raises(ConfigError, match="optimizer=muon with parallel=fsdp"):
+        wrap(model, two, dict(parallel="fsdp", optimizer="muon"))
+
+
+def test_a_restart_by_torchrun_is_seen(monkeypatch):
+    env = Env(0, 1, torch.device("cpu"))
+    assert not restarted(env)
+    for count in (0, 2):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
+        assert restarted(env) == (count > 0)
+
+
+# whole stages: four micro-batches a step in one process against two in each of two, and so on
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Data of a small chain and one-process runs of its stages, each step four micro-batches."""
+    folder = tmp_path_factory.mktemp("parallel")
+    write_corpora(folder)
+    data = data_options(folder, folder / "data", folder / "tokenizer")
+    data_process.main(argv(**data, parts="text"))
+    tokenizer.train.main(argv(input=folder / "data" / "corpus.txt", vocab_size=440, out=folder / "tokenizer"))
+    data_process.main(argv(**data, parts="pretrain,sft,rm,prompts"))
+    for stage in SCRIPTS:
+        train(folder, stage, folder / stage, batch_size=4, grad_accumulation_steps=4)
+    return folder
+
+
+def assert_same_training(found_dir, expected_dir):
+    """Losses to 1e-5, the rest to what AdamW makes of that."""
+    found, expected = train_rows(found_dir), train_rows(expected_dir)
+    assert [row["train/tokens"] for row in found] == [row["train/tokens"] for row in expected]
+    for name, rel in (("train/loss", 1e-5), ("train/grad_norm", 1e-4)):  # the log has 6 significant digits
+        assert [row[name] for row in found] == pytest.approx([row[name] for row in expected], abs=1.5e-5, rel=rel)
+    found, expected = checkpoint.load(found_dir), checkpoint.load(expected_dir)
+    assert found.weights.keys() == expected.weights.keys()
+    for name, tensor in expected.weights.items():
+        torch.testing.assert_close(found.weights[name], tensor, atol=1e-4, rtol=0, msg=name)
+    (state,), (expected_state,) = (each.training["optimizer"] for each in (found, expected))
+    torch.testing.assert_close(state, expected_state, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "stage, parallel",  # test_chain.py has sft with ddp
+    [("pretrain", "ddp"), ("pretrain", "fsdp"), ("sft", "fsdp"), ("rm", "ddp"), ("dpo", "ddp"), ("dpo", "fsdp")],
+)
+def test_two_processes_equal_one_that_accumulates(folder, tmp_path, stage, parallel):
+    changes = dict(batch_size=4, grad_accumulation_steps=2, parallel=parallel, save_interval=2)
+    torchrun(2, SCRIPTS[stage], *options_of(folder, stage, tmp_path, changes))
+    assert_same_training(tmp_path, folder / stage)
+    samples = [run / "samples.txt" for run in (tmp_path, folder / stage) if (run / "samples.txt").exists()]
+    assert len({path.read_text(encoding="utf-8") for path in samples}) <= 1
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_processes(folder, tmp_path, capsys):
+    steady = {"batch_size": 4, "min_learning_rate": 0.01, "max_steps": 8}  # a schedule that knows no max_steps
+    train(folder, "pretrain", tmp_path / "one", **steady, grad_accumulation_steps=4)
+    sittings = [(4, "fsdp"), (2, "ddp"), (2, "fsdp")]
+    for i, (processes, parallel) in enumerate(sittings, 1):
+        changes = steady | dict(max_steps=2 * i, grad_accumulation_steps=4 // processes, parallel=parallel)
+        out = torchrun(
+            processes, "pretrain.py", *options_of(folder, "pretrain", tmp_path / "many", changes | dict(resume=True))
+        )
+        assert i == 1 or f"at step {2 * i - 2}\n" in out
+    with pytest.raises(UserError, match=r"grad_accumulation_steps \* processes is 4 in .* and 8 in"):
+        train(folder, "pretrain", tmp_path / "many", **steady, grad_accumulation_steps=8, resume=True)
+    train(folder, "pretrain", tmp_path / "many", **steady, grad_accumulation_steps=4, resume=True)
+    assert_same_training(tmp_path / "many", tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_after_a_kill_torchrun_restarts_and_the_run_resumes_by_itself(folder, tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    changes = dict(batch_size=4, grad_accumulation_steps=2, save_interval=2)
+    options = options_of(folder, "pretrain", tmp_path / "run", changes)
+    out = torchrun(2, tmp_path / "killed.py", *options, restarts=1)
+    assert f"resuming {tmp_path / 'run'} at step 2\n" in out
+    assert_same_training(tmp_path / "run", folder / "pretrain")
 
 
 def test_the_seed_decides_the_draws():
@@ -103,3 +229,15 @@ def test_autocast_follows_the_dtype():
 def test_a_device_or_dtype_that_is_not_there_is_named(arguments, message):
     with pytest.raises(UserError, match=message):
         setup(**arguments)
+
+
+def test_without_a_compiler_training_goes_on(monkeypatch, tmp_path, capsys):
+    model, env = Llama(ModelConfig(dim=8, n_layers=1, n_heads=2, n_kv_heads=2, vocab_size=10)), setup("cpu")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert compiled(model, env) is model
+    assert capsys.readouterr().err == (
+        "compile=True: a C++ compiler is not here, training goes on without torch.compile\n"
+    )
+    monkeypatch.setenv("CXX", "c++")
+    assert compiled(model, env) is not model

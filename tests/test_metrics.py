@@ -3,14 +3,18 @@
 import io
 import json
 import math
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from common.config import UserError
+from common import compare
+from common.config import ConfigError, UserError
 from common.distributed import Env
+from common.loggers import open_logger, run_id
 from common.metrics import (
     FiniteGuard,
     MetricLog,
@@ -24,10 +28,14 @@ from common.metrics import (
     source_losses,
     wilson_interval,
 )
+from common.optim import build_optimizer
+from common.stage import Stage
+from configs.pretrain import config as pretraining
 from corpus import Corpus
 from dataset import BinWriter, DataError, save_meta
 from model import Llama, ModelConfig
 
+ROOT = Path(__file__).resolve().parents[1]
 ENV = Env(0, 1, torch.device("cpu"))
 
 
@@ -255,3 +263,120 @@ def test_distinct_2_counts_bigrams_within_replies():
 def test_distinct_2_needs_enough_text():
     assert math.isnan(distinct_2(["ab"], 3))
     assert math.isnan(distinct_2([], 0))
+
+
+def tensorboard_rows(folder):
+    """{(name, step): value} of the event files, what a resumed run took back left out."""
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = event_accumulator.EventAccumulator(str(folder), size_guidance=dict(scalars=0)).Reload()
+    return {(tag, e.step): e.value for tag in events.Tags()["scalars"] for e in events.Scalars(tag)}
+
+
+def json_rows(folder):
+    """The same of metrics.jsonl."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    values = {(name, row["step"]): value for row in rows for name, value in row.items()}
+    return {key: value for key, value in values.items() if key[0] != "step" and value is not None}
+
+
+def test_tensorboard_holds_what_metrics_jsonl_does(tmp_path):
+    pytest.importorskip("tensorboard")
+    config = dict(logger="tensorboard", out=str(tmp_path))
+
+    def write(resume_step, steps, factor):
+        log = MetricLog(tmp_path, resume_step, open_logger(config, resume_step))
+        for step in steps:
+            log.write(step, {"train/loss": factor / step, "train/grad_norm": math.nan if step == 2 else 1})
+            log.write(step, {"val/loss": factor * step})
+        log.close()
+
+    for resume_step, steps, factor in ((None, (1, 2, 3, 4), 1.0), (2, (3, 4, 5), 10.0), (None, (1, 2), 7.0)):
+        write(resume_step, steps, factor)
+        expected = json_rows(tmp_path)
+        # a new run removes the files of the old one, a resumed one adds to them
+        assert tensorboard_rows(tmp_path / "tensorboard") == pytest.approx(expected, rel=1e-6)
+        assert ("train/grad_norm", 2) not in expected and expected["train/loss", steps[-1]] == pytest.approx(
+            factor / steps[-1], rel=1e-5
+        )
+
+
+def test_a_stage_writes_to_its_logger(tmp_path, capsys):
+    pytest.importorskip("tensorboard")
+    config = pretraining | dict(out=str(tmp_path), logger="tensorboard", max_steps=1, log_interval=1, device="cpu")
+    stage, model = Stage("pretrain", config, []), tiny_llama()
+    stage.start(model, build_optimizer(model, config), None)
+    stage.log(1, 8, {"train/loss": 2.0})
+    stage.report(1, {"val/loss": 3.0})
+    assert stage.ends(1)
+    stage.close()
+    written = tensorboard_rows(tmp_path / "tensorboard")
+    assert written == pytest.approx(json_rows(tmp_path), rel=1e-6)
+    assert (written["train/loss", 1], written["train/tokens", 1], written["val/loss", 1]) == (2.0, 8.0, 3.0)
+
+
+@pytest.mark.parametrize("name", ["swanlab", "wandb"])
+def test_a_logger_that_is_not_installed_is_named(name, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)  # as if it were not
+    with pytest.raises(ConfigError, match=f"logger={name}: its package is not installed: pip install {name}"):
+        open_logger(dict(logger=name, out=str(tmp_path)))
+    with pytest.raises(ConfigError, match="logger=mlflow: none, tensorboard, swanlab, wandb are known"):
+        open_logger(dict(logger="mlflow", out=str(tmp_path)))
+    assert open_logger(dict(logger="none")) is None and list(tmp_path.iterdir()) == []
+
+
+def test_a_resumed_run_keeps_its_id(tmp_path):
+    first = run_id(tmp_path, None)
+    assert run_id(tmp_path, 3) == first and len(first) == 21
+    assert run_id(tmp_path, None) != first
+
+
+def write_run(folder, rows):
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def test_compare_draws_runs_and_tells_what_they_reached(tmp_path, capsys):
+    # 100 tokens a second, but for a pause of 98 seconds; the metric is best at step 20
+    rows = [{"step": 0, "seconds": 0, "val/loss": 9.0}]
+    for step in range(10, 60, 10):
+        seconds = step / 5 + (98 if step == 50 else 0)
+        rows.append({"step": step, "seconds": seconds, "train/loss": 8 - step / 10, "train/tokens": step * 20})
+    rows += [{"step": 20, "seconds": 5, "val/loss": 3.0, "val/accuracy": 0.5}]
+    rows += [{"step": 45, "seconds": 9, "val/loss": 3.25, "val/accuracy": 0.25}]
+    a = write_run(tmp_path / "a", rows)
+    b = write_run(tmp_path / "b", [{"step": 7, "seconds": 1, "val/loss": 4.0, "val/accuracy": 0.125}])
+    out = tmp_path / "new" / "plot.png"
+    compare.main(["compare", a, b, f"--out={out}"])
+    table = capsys.readouterr().out.splitlines()
+    assert table[0] == "| run | steps | tokens | final val/loss | best val/loss (step) | tokens/s |"
+    assert [line.replace("\\_", "_") for line in table[2:4]] == [
+        f"| {a} | 50 | 1,000 | 3.25 | 3 (20) | 100 |",
+        f"| {b} | 7 | nan | 4 | 4 (7) | nan |",
+    ]
+    assert png_size(out) == (1260, 960)  # training and validation, against steps and tokens
+
+    run = compare.read_run(a, "val/loss")
+    assert run.tokens_at([0, 5, 20, 45]).tolist() == [0, 100, 400, 900]
+    lines = {(x, y): drawn for x, y, drawn in compare.panels([run, compare.read_run(b, "val/loss")], "val/loss")}
+    assert [line.label for line in lines["step", "val/loss"]] == [a, b]
+    (only,) = lines["tokens", "val/loss"]  # b does not say how many tokens it saw
+    assert (only.x.tolist(), only.y.tolist()) == ([0, 400, 900], [9.0, 3.0, 3.25])
+
+    compare.main(["compare", a, f"--out={out}", "--metric=val/accuracy"])
+    assert "| 0.25 | 0.5 (20) |" in capsys.readouterr().out  # of accuracies the largest is the best
+
+
+def test_compare_says_what_is_wrong_with_its_input(tmp_path):
+    a = write_run(tmp_path / "a", [{"step": 1, "seconds": 1, "val/loss": 1.0}])
+    for arguments, message in (
+        ([str(tmp_path)], f"{tmp_path}/metrics.jsonl: not there or empty"),
+        ([a, "--metric=val/los"], r"no value of val/los in it; it has val/loss"),
+        ([a, "--out=plot.pdf"], r"--out=plot.pdf: the picture is a PNG"),
+        ([a, a], "a run is given twice"),
+    ):
+        with pytest.raises(UserError, match=message):
+            compare.main(["compare", *arguments])
+    command = [sys.executable, "-m", "common.metrics", "compare", str(tmp_path / "none")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1

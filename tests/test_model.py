@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from configs.sizes import count_parameters, sizes
+from dataset import document_numbers
 from model import KVCache, Llama, ModelConfig, sample
 
 SHAPES = {"MHA": dict(), "GQA": dict(n_kv_heads=2), "untied": dict(tied=False), "MQA": dict(n_kv_heads=1, tied=False)}
@@ -398,3 +399,46 @@ def test_llama2c_stories_260k_tells_its_story(shared_data):
     assert [1, *ids][:40] == expected["greedy_ids_first"]
     text = sentencepiece.SentencePieceProcessor(str(folder / "tok512.model")).decode(ids)
     assert text == expected["expected_stdout"]
+
+
+@pytest.mark.parametrize("n_kv_heads", [4, 2])
+def test_with_documents_a_row_is_as_its_documents_alone(n_kv_heads):
+    torch.manual_seed(0)
+    model = Llama(ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=n_kv_heads, vocab_size=50, max_seq_len=32))
+    rows = [[[5, 6, 7, 2], [8, 9, 2], [10, 11, 12, 13]], [[14, 2], [2], [15, 16, 17, 18, 19, 20, 2], [22]]]
+    ids = torch.tensor([sum(row, []) for row in rows])
+    documents = document_numbers(ids, 2)
+    assert documents.tolist() == [[0] * 4 + [1] * 3 + [2] * 4, [0] * 2 + [1] + [2] * 7 + [3]]
+    logits = model(ids, documents=documents)
+    for row, parts in zip(logits, rows, strict=True):
+        alone = torch.cat([model(torch.tensor([part]))[0] for part in parts])
+        torch.testing.assert_close(row, alone, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(logits, model(ids), atol=1e-3)  # without it, earlier documents are seen
+    targets = ids.roll(-1, 1)
+    loss = model(ids, targets, documents=documents)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    model = Llama(ModelConfig(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=50, max_seq_len=32, dropout=0.2))
+    ids = torch.randint(0, 50, (3, 17), generator=torch.Generator().manual_seed(0))
+    saved, gradients = [], []
+    for recompute in (False, True):
+        model.recompute, kept = recompute, 0
+
+        def count(tensor):
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        model.zero_grad()
+        torch.manual_seed(1)  # of dropout, which has to fall alike twice
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = model(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        saved.append(kept)
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for plain, again in zip(*gradients, strict=True):
+        assert torch.equal(plain, again)
+    assert saved[1] < saved[0] / 2

@@ -1,14 +1,22 @@
 """The schedule, Muon against what it claims, and which optimizer gets which parameter."""
 
+import copy
+import importlib
 import io
+import math
 
 import pytest
 import torch
 
+from common.checkpoint import CheckpointError, begin, save
+from common.config import ConfigError
 from common.optim import Muon, build_optimizer, learning_rate, orthogonalize, set_learning_rate
+from configs.pretrain import config as pretraining
 from model import Llama, ModelConfig
 
 CONFIG = dict(optimizer="muon", learning_rate=0.01, weight_decay=0.1, beta1=0.9, beta2=0.95)
+COSINE = dict(schedule="cosine", decay_share=0.2)
+WSD = dict(schedule="wsd", decay_share=0.2, learning_rate=1.0, min_learning_rate=0.1, warmup_steps=10, max_steps=100)
 OPTIMIZERS = pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 
 
@@ -32,14 +40,73 @@ def train(model, optimizer, steps, first=0):
 
 
 def test_learning_rate_warms_up_and_falls_along_a_cosine():
-    config = dict(learning_rate=1.0, min_learning_rate=0.1, warmup_steps=4, max_steps=12)
+    config = dict(learning_rate=1.0, min_learning_rate=0.1, warmup_steps=4, max_steps=12) | COSINE
     points = {0: 0.25, 1: 0.5, 3: 1.0, 4: 1.0, 6: 0.55 + 0.45 * 0.5**0.5, 8: 0.55, 12: 0.1, 99: 0.1}
     assert {step: learning_rate(step, config) for step in points} == pytest.approx(points)
 
 
+@pytest.mark.parametrize("share, first", [(0.2, 80), (0.5, 50), (0.0, 100), (1.0, 10)])
+def test_wsd_is_constant_then_falls_by_the_root(share, first):
+    config = WSD | dict(decay_share=share)
+    assert [learning_rate(step, config) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert {learning_rate(step, config) for step in range(10, first + 1)} <= {1.0}
+    if first < 100:  # 1 - sqrt(1/4) and 1 - sqrt(16/25) of the way from 0.1 to 1
+        assert learning_rate(first + (100 - first) / 4, config) == pytest.approx(0.1 + 0.9 * 0.5)
+        assert learning_rate(first + (100 - first) * 0.64, config) == pytest.approx(0.1 + 0.9 * 0.2)
+        assert learning_rate(100, config) == learning_rate(150, config) == pytest.approx(0.1)
+
+
+def test_a_wsd_run_prolonged_before_its_decay_goes_on_as_if_planned_so():
+    short, long = WSD | dict(max_steps=100), WSD | dict(max_steps=1000)
+    rates = [[learning_rate(step, config) for step in range(81)] for config in (short, long)]
+    assert rates[0] == rates[1]  # bit for bit: a checkpoint up to step 80 serves both
+    assert learning_rate(81, short) < learning_rate(81, long) == 1.0
+    cosine = [learning_rate(20, config | COSINE) for config in (short, long)]
+    assert cosine[0] < cosine[1]  # a cosine has no such step
+
+
+def test_a_warm_up_longer_than_wsds_stable_part_delays_the_decay():
+    config = WSD | dict(warmup_steps=90)
+    assert learning_rate(89, config) == learning_rate(90, config) == 1.0
+    assert learning_rate(95, config) == pytest.approx(0.1 + 0.9 * (1 - 0.5**0.5))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(schedule="linear"), "schedule=linear: cosine or wsd is needed"),
+        (dict(decay_share=20.0), "decay_share=20.0: a share of max_steps is needed, 0 to 1"),
+        (dict(decay_share=-0.1), "decay_share=-0.1: a share"),
+    ],
+)
+def test_unknown_schedules_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        learning_rate(0, WSD | changes)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "rm_train", "dpo_train", "ppo_train"])
+def test_every_stage_keeps_the_cosine_unless_told_otherwise(stage):
+    config = importlib.import_module(f"configs.{stage}").config
+    assert config["schedule"] == "cosine"
+    step, warmup = config["max_steps"] // 3, config["warmup_steps"]
+    peak, low = config["learning_rate"], config["min_learning_rate"]
+    progress = (step - warmup) / (config["max_steps"] - warmup)
+    assert learning_rate(step, config) == low + 0.5 * (peak - low) * (1 + math.cos(math.pi * progress))
+
+
+def test_a_run_from_before_schedules_goes_on_with_its_cosine_only(tmp_path):
+    config = copy.deepcopy(pretraining) | dict(out=str(tmp_path))
+    old = {key: value for key, value in config.items() if key not in ("schedule", "decay_share", "logger", "plan")}
+    save(tmp_path, stage="pretrain", step=3, tokens_seen=1, model=tiny(), tokenizer=b"x", config=old, extra={})
+    assert begin(config | dict(resume=True, decay_share=0.1, logger="wandb"), "pretrain").step == 3
+    with pytest.raises(CheckpointError, match="schedule is cosine in .* and wsd in this run's config"):
+        begin(config | dict(resume=True, schedule="wsd"), "pretrain")
+
+
 @pytest.mark.parametrize("warmup_steps, max_steps", [(0, 10), (10, 10), (20, 10)])
-def test_learning_rate_without_warmup_or_without_decay(warmup_steps, max_steps):
-    config = dict(learning_rate=1.0, min_learning_rate=0.1, warmup_steps=warmup_steps, max_steps=max_steps)
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_learning_rate_without_warmup_or_without_decay(warmup_steps, max_steps, schedule):
+    config = WSD | dict(schedule=schedule, warmup_steps=warmup_steps, max_steps=max_steps)
     rates = [learning_rate(step, config) for step in range(max_steps + 1)]
     assert max(rates) <= 1 and min(rates) > 0
     assert rates[0] == pytest.approx(1 / max(1, warmup_steps))

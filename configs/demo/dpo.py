@@ -16,5 +16,6 @@ config = base | dict(
     eval_prompts=64,
     eval_new_tokens=80,
     save_interval=50,
+    keep_last=1,  # minutes to train again
     log_interval=5,
 )

@@ -16,4 +16,5 @@ config = base | dict(
     eval_interval=10,
     eval_prompts=64,
     save_interval=20,
+    keep_last=1,  # minutes to train again
 )

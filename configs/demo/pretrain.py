@@ -17,6 +17,7 @@ config = base | dict(
     eval_interval=450,
     eval_tokens=16384,
     save_interval=450,
+    keep_last=1,  # minutes to train again
     log_interval=5,
     sample_prompts=["", "这本书", "酒店的", "笔记本"],
     sample_tokens=60,

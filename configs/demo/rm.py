@@ -12,5 +12,6 @@ config = base | dict(
     eval_interval=60,
     eval_pairs=200,
     save_interval=120,
+    keep_last=1,  # minutes to train again
     log_interval=5,
 )

@@ -15,5 +15,6 @@ config = base | dict(
     eval_interval=800,
     eval_examples=128,
     save_interval=400,
+    keep_last=1,  # minutes to train again
     log_interval=5,
 )
