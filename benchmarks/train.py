@@ -1,0 +1,171 @@
+"""A training step beside a plain Hugging Face loop: tokens a second, memory, and what share of the machine's matrix
+product speed the step reaches.
+
+Both train the same shape on the same random tokens with AdamW, each in a process of its own, in turns; of the speeds
+the best round counts. A step's floating-point operations are those of its matrix products, forward and backward (twice
+the forward): 6 a weight and token, the embedding counted once as the output, and causal attention.
+
+    python benchmarks/train.py
+
+in:  transformers (requirements-dev.txt)
+out: a table and, last, one line of JSON on standard output
+"""
+
+import argparse
+import json
+import re
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.metrics import format_table
+from configs.demo.pretrain import config as demo
+from configs.pretrain import config as defaults
+from configs.sizes import sizes
+from model import Llama, ModelConfig
+
+SHAPES = {
+    "tiny-llama2-24m": (sizes["tiny-llama2-24m"], 4, 512),
+    "demo": (demo["model"] | dict(vocab_size=6144), demo["batch_size"], demo["seq_len"]),
+}
+SECONDS = 12  # of steps in one round, after two that warm up
+
+
+def flops_per_token(config, T):
+    """6 a weight of the trunk and the output, and of causal attention 2 products of T/2 keys on average, thrice."""
+    block = config.dim * (2 * config.n_heads + 2 * config.n_kv_heads) * config.head_dim
+    block += 3 * config.dim * config.hidden_dim
+    attention = 2 * 2 * config.dim * T / 2
+    return 6 * (config.n_layers * block + config.dim * config.vocab_size) + 3 * config.n_layers * attention
+
+
+def make_ours(config, T):
+    """A step function of our model, with the optimizer that pretrain.py would build."""
+    from common.optim import build_optimizer
+
+    model = Llama(config)
+    optimizer = build_optimizer(model, defaults | dict(optimizer="adamw"))
+
+    def step(ids):
+        model(ids[:, :-1], ids[:, 1:]).backward()
+        finish(model, optimizer)
+
+    return step
+
+
+def make_hf(config, T):
+    """The loop one finds in tutorials: LlamaForCausalLM computes its own loss, torch's AdamW as it comes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=config.dim,
+            num_hidden_layers=config.n_layers,
+            num_attention_heads=config.n_heads,
+            num_key_value_heads=config.n_kv_heads,
+            vocab_size=config.vocab_size,
+            max_position_embeddings=config.max_seq_len,
+            intermediate_size=config.hidden_dim,
+            tie_word_embeddings=config.tied,
+            use_cache=False,
+        )
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+
+    def step(ids):
+        model(input_ids=ids[:, :-1], labels=ids[:, :-1]).loss.backward()
+        finish(model, optimizer)
+
+    return step
+
+
+def finish(model, optimizer):
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def worker(kind, shape):
+    """One line of JSON: tokens a second and the peak memory of this process."""
+    if kind == "peak":
+        return dict(flops=matmul_peak())
+    arguments, B, T = SHAPES[shape]
+    config = ModelConfig(**arguments)
+    step = (make_ours if kind == "ours" else make_hf)(config, T)
+    ids = torch.randint(3, config.vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        step(ids)
+    start, steps = time.perf_counter(), 0
+    while time.perf_counter() - start < SECONDS:
+        step(ids)
+        steps += 1
+    rate = steps * B * T / (time.perf_counter() - start)
+    return dict(rate=rate, flops=rate * flops_per_token(config, T), megabytes=peak_memory() / 2**20)
+
+
+def matmul_peak(n=2048, repeats=12):
+    """Floating-point operations a second of a square float32 product, the best of some."""
+    a, b = torch.randn(n, n), torch.randn(n, n)
+    best = 0.0
+    for _ in range(repeats):
+        start = time.perf_counter()
+        a @ b
+        best = max(best, 2 * n**3 / (time.perf_counter() - start))
+    return best
+
+
+def peak_memory():
+    """Bytes; on Linux without what the parent had, which getrusage counts as ours."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def measure(*arguments):
+    command = [sys.executable, __file__, "--worker", *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args(argv)
+    best, peak = {}, 0.0
+    for _ in range(options.rounds):
+        for shape in SHAPES:
+            for kind in ("hf", "ours"):
+                run = measure(kind, shape)
+                if run["rate"] > best.get((kind, shape), dict(rate=0))["rate"]:
+                    best[kind, shape] = run
+            peak = max(peak, measure("peak", shape)["flops"])
+    names = dict(hf="Hugging Face", ours="ours")
+    rows = [dict(shape=shape, name=names[kind], share=run["flops"] / peak) | run for (kind, shape), run in best.items()]
+    columns = {
+        "shape": "{shape}",
+        "": "{name}",
+        "tokens/s": "{rate:,.0f}",
+        "peak memory (MB)": "{megabytes:,.0f}",
+        "of the matrix product peak": "{share:.1%}",
+    }
+    print(f"{torch.get_num_threads()} threads; matrix product peak {peak / 1e9:,.0f} GFLOP/s")
+    print(format_table(columns, rows))
+    ours, hf = (best[kind, "tiny-llama2-24m"] for kind in ("ours", "hf"))
+    figures = dict(
+        tokens_per_s_ratio_hf=ours["rate"] / hf["rate"],
+        peak_memory_ratio_hf=ours["megabytes"] / hf["megabytes"],
+        fraction_of_matmul_peak=ours["flops"] / peak,
+        demo_tokens_per_s_ratio_hf=best["ours", "demo"]["rate"] / best["hf", "demo"]["rate"],
+    )
+    print(json.dumps({key: round(value, 4) for key, value in figures.items()}))
+
+
+if __name__ == "__main__":
+    print(json.dumps(worker(*sys.argv[2:]))) if sys.argv[1:2] == ["--worker"] else main()
