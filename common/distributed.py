@@ -4,6 +4,8 @@ Several processes train one model, replicated (DDP) or sharded (FSDP2); both ave
 that the result is that of one process on the joint batch when each rank's loss is a mean over as many items.
 """
 
+import atexit
+import gc
 import importlib.util
 import os
 import shutil
@@ -65,6 +67,9 @@ def _join(backend: str) -> None:
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    # A wrapped model may be kept by a cycle, and with it gloo's threads: one that wants to drop a tensor when the
+    # interpreter is already ending aborts the process.
+    atexit.register(gc.collect)
 
 
 def _pick_device(name: str, under_torchrun: bool) -> torch.device:

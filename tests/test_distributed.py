@@ -28,23 +28,27 @@ from common import distributed
 from common.distributed import all_sum, cleanup, mean, setup
 from model import Llama, ModelConfig
 
-folder, parallel, tiny = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-env = setup(device="cpu", seed=5)
-model = Llama(ModelConfig(**tiny))
-forward = distributed.wrap(model, env, dict(parallel=parallel, optimizer="adamw"))
-ids = torch.randint(0, 32, (4, 8))
-for micro in range(2):
-    distributed.sync(forward, last=micro == 1)
-    row = ids[2 * micro + env.rank, None]
-    loss = forward(row[:, :-1], row[:, 1:]) + forward.token_logps(row).mean() + forward.values(row).mean()
-    (loss / 2).backward()
-grads = {name: distributed.whole(p.grad) for name, p in model.named_parameters()}
-torch.save(grads, f"{folder}/{env.rank}.pt")
-norms = [distributed.clip_gradients(model.parameters(), 0.5) for _ in range(2)]
-facts = dict(rank=env.rank, world=env.world_size, main=env.is_main, sum=all_sum(0.1 + env.rank, env),
-             mean=mean(env.rank, env), norms=norms)
-open(f"{folder}/{env.rank}.json", "w").write(json.dumps(facts))
-cleanup(env)
+
+def main(folder, parallel, tiny):
+    env = setup(device="cpu", seed=5)
+    model = Llama(ModelConfig(**json.loads(tiny)))
+    forward = distributed.wrap(model, env, dict(parallel=parallel, optimizer="adamw"))
+    ids = torch.randint(0, 32, (4, 8))
+    for micro in range(2):
+        distributed.sync(forward, last=micro == 1)
+        row = ids[2 * micro + env.rank, None]
+        loss = forward(row[:, :-1], row[:, 1:]) + forward.token_logps(row).mean() + forward.values(row).mean()
+        (loss / 2).backward()
+    grads = {name: distributed.whole(p.grad) for name, p in model.named_parameters()}
+    torch.save(grads, f"{folder}/{env.rank}.pt")
+    norms = [distributed.clip_gradients(model.parameters(), 0.5) for _ in range(2)]
+    facts = dict(rank=env.rank, world=env.world_size, main=env.is_main, sum=all_sum(0.1 + env.rank, env),
+                 mean=mean(env.rank, env), norms=norms)
+    open(f"{folder}/{env.rank}.json", "w").write(json.dumps(facts))
+    cleanup(env)
+
+
+main(*sys.argv[1:])
 """
 
 # the stage, whose second process is killed once
