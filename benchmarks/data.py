@@ -28,7 +28,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data_dedup
-from common.metrics import format_table
+from common.metrics import format_table, peak_memory_gb
 from configs.data_process import config as defaults
 from data_clean import normalise
 from data_reviews import resolve, strip_tags
@@ -116,15 +116,7 @@ def worker_loop(path, tokenizer):
     with tempfile.TemporaryFile() as file:
         np.array(ids, np.uint16).tofile(file)
     seconds = time.perf_counter() - start
-    return dict(tokens=len(ids), seconds=seconds, megabytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-
-
-def peak_memory():
-    """Bytes; on Linux without what the parent had, which getrusage counts as ours."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return dict(tokens=len(ids), seconds=seconds, megabytes=peak_memory_gb() * 1e9 / 2**20)
 
 
 def worker_write(path, n=4_000_000, length=200):
@@ -136,10 +128,10 @@ def worker_write(path, n=4_000_000, length=200):
 
 def worker_load(path):
     """Read that file: seconds, and memory over the bytes of its tokens."""
-    start, before = time.perf_counter(), peak_memory()
+    start, before = time.perf_counter(), peak_memory_gb()
     examples = Examples(load_pkl(path), vocab_size=64793, path=path)
     seconds = time.perf_counter() - start
-    return dict(seconds=seconds, ratio=(peak_memory() - before) / examples.tokens.nbytes, n=len(examples))
+    return dict(seconds=seconds, ratio=(peak_memory_gb() - before) * 1e9 / examples.tokens.nbytes, n=len(examples))
 
 
 def measure(kind, *arguments):

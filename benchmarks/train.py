@@ -13,8 +13,6 @@ out: a table and, last, one line of JSON on standard output
 
 import argparse
 import json
-import re
-import resource
 import subprocess
 import sys
 import time
@@ -24,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.metrics import format_table
+from common.metrics import format_table, peak_memory_gb
 from configs.demo.pretrain import config as demo
 from configs.pretrain import config as defaults
 from configs.sizes import sizes
@@ -106,7 +104,7 @@ def worker(kind, shape):
         step(ids)
         steps += 1
     rate = steps * B * T / (time.perf_counter() - start)
-    return dict(rate=rate, flops=rate * flops_per_token(config, T), megabytes=peak_memory() / 2**20)
+    return dict(rate=rate, flops=rate * flops_per_token(config, T), megabytes=peak_memory_gb() * 1e9 / 2**20)
 
 
 def matmul_peak(n=2048, repeats=12):
@@ -118,14 +116,6 @@ def matmul_peak(n=2048, repeats=12):
         a @ b
         best = max(best, 2 * n**3 / (time.perf_counter() - start))
     return best
-
-
-def peak_memory():
-    """Bytes; on Linux without what the parent had, which getrusage counts as ours."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def measure(*arguments):

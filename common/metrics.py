@@ -241,11 +241,14 @@ class Progress:
 
 def peak_memory_gb() -> float:
     """Largest resident memory of this process so far; nan where the system does not tell (Windows)."""
+    status = Path("/proc/self/status")  # Linux; getrusage would count what the parent had before this began
+    if status.exists() and (peak := re.search(r"VmHWM:\s*(\d+)", status.read_text())):
+        return int(peak[1]) * 1024 / 1e9
     try:
         import resource
     except ImportError:
         return math.nan
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KB on Linux
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
