@@ -258,8 +258,14 @@ def document_numbers(ids, eos_id):
     return ends.cumsum(1) - ends
 
 
+def move(tensors, device):
+    """Tensors on their way to a device; from pinned memory CUDA copies while it computes."""
+    pinned = (t.pin_memory() if device.type == "cuda" else t for t in tensors)
+    return [t.to(device, non_blocking=True) for t in pinned]
+
+
 def to_device(batch, device):
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    return dict(zip(batch, move(batch.values(), device), strict=True))
 
 
 def epoch_order(n, seed, epoch, lengths=None, batch_size=None):

@@ -21,7 +21,7 @@ from common.metrics import source_losses
 from common.optim import build_optimizer, learning_rate, set_learning_rate
 from common.stage import Stage
 from corpus import Corpus
-from dataset import document_numbers, load_meta
+from dataset import document_numbers, load_meta, move
 from model import Llama
 from tokenizer import Tokenizer, encode_opening
 
@@ -69,6 +69,7 @@ def main(argv=None):
     forward = distributed.compiled(forward, env) if config["compile"] else forward
     optimizer = build_optimizer(model, config)
     stage.start(model, optimizer, tokenizer)
+    already_seen = stage.tokens_seen
     T, B, accumulation = config["seq_len"], config["batch_size"], config["grad_accumulation_steps"]
     tokens_per_step = T * B * accumulation * env.world_size
     if env.is_main:
@@ -76,6 +77,11 @@ def main(argv=None):
         for name, epochs in train.epochs(config["max_steps"] * tokens_per_step // T, T).items():
             print(f"{name}: {epochs:.2f} epochs")
 
+    def fetch(n):
+        """Micro-batch n of this process."""
+        return move(train.batch((n * env.world_size + env.rank) * B, B, T, config["seed"]), env.device)
+
+    x, y = fetch(stage.first * accumulation)
     with stage.interrupt:
         for step in range(stage.first, config["max_steps"] + 1):
             lr = set_learning_rate(optimizer, learning_rate(step, config))
@@ -91,20 +97,22 @@ def main(argv=None):
             if stage.ends(step):
                 break
 
-            loss = 0.0
+            losses = []
             for micro in range(accumulation):
-                row = ((step * accumulation + micro) * env.world_size + env.rank) * B
                 distributed.sync(forward, last=micro == accumulation - 1)
-                x, y = (t.to(env.device, non_blocking=True) for t in train.batch(row, B, T, config["seed"]))
                 documents = document_numbers(x, tokenizer.eos_id) if config["mask_documents"] else None
                 with env.autocast():  # each row counts T targets: the mean of means is exact
                     micro_loss = forward(x, y, documents=documents) / accumulation
                 micro_loss.backward()
-                loss += micro_loss.item()
-            loss = distributed.mean(loss, env)
+                losses.append(micro_loss.detach())
+                x, y = fetch(step * accumulation + micro + 1)  # while an accelerator still computes
+            loss = distributed.mean(sum(part.item() for part in losses), env)
             grad_norm = stage.update(step, loss)
             metrics = {"train/loss": loss, "train/learning_rate": lr, "train/grad_norm": grad_norm}
             stage.log(step + 1, tokens_per_step, metrics)
+    if env.is_main and stage.loop_seconds:
+        rate = (stage.tokens_seen - already_seen) / stage.loop_seconds / env.world_size
+        print(plan.utilisation(rate * plan.flops_per_token(model.config, T), env))
     stage.close()
 
 

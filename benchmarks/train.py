@@ -1,9 +1,8 @@
 """A training step beside a plain Hugging Face loop: tokens a second, memory, and what share of the machine's matrix
-product speed the step reaches.
+product speed the step reaches; then, by benchmarks/parallel.py, two processes beside one.
 
 Both train the same shape on the same random tokens with AdamW, each in a process of its own, in turns; of the speeds
-the best round counts. A step's floating-point operations are those of its matrix products, forward and backward (twice
-the forward): 6 a weight and token, the embedding counted once as the output, and causal attention.
+the best round counts. A step's floating-point operations are those of its matrix products (common/plan.py).
 
     python benchmarks/train.py
 
@@ -23,6 +22,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.metrics import format_table, peak_memory_gb
+from common.optim import build_optimizer
+from common.plan import flops_per_token, measured_peak
 from configs.demo.pretrain import config as demo
 from configs.pretrain import config as defaults
 from configs.sizes import sizes
@@ -32,21 +33,12 @@ SHAPES = {
     "tiny-llama2-24m": (sizes["tiny-llama2-24m"], 4, 512),
     "demo": (demo["model"] | dict(vocab_size=6144), demo["batch_size"], demo["seq_len"]),
 }
+PARALLEL = Path(__file__).with_name("parallel.py")
 SECONDS = 12  # of steps in one round, after two that warm up
-
-
-def flops_per_token(config, T):
-    """6 a weight of the trunk and the output, and of causal attention 2 products of T/2 keys on average, thrice."""
-    block = config.dim * (2 * config.n_heads + 2 * config.n_kv_heads) * config.head_dim
-    block += 3 * config.dim * config.hidden_dim
-    attention = 2 * 2 * config.dim * T / 2
-    return 6 * (config.n_layers * block + config.dim * config.vocab_size) + 3 * config.n_layers * attention
 
 
 def make_ours(config, T):
     """A step function of our model, with the optimizer that pretrain.py would build."""
-    from common.optim import build_optimizer
-
     model = Llama(config)
     optimizer = build_optimizer(model, defaults | dict(optimizer="adamw"))
 
@@ -92,7 +84,7 @@ def finish(model, optimizer):
 def worker(kind, shape):
     """One line of JSON: tokens a second and the peak memory of this process."""
     if kind == "peak":
-        return dict(flops=matmul_peak())
+        return dict(flops=measured_peak(2048, seconds=2))
     arguments, B, T = SHAPES[shape]
     config = ModelConfig(**arguments)
     step = (make_ours if kind == "ours" else make_hf)(config, T)
@@ -105,17 +97,6 @@ def worker(kind, shape):
         steps += 1
     rate = steps * B * T / (time.perf_counter() - start)
     return dict(rate=rate, flops=rate * flops_per_token(config, T), megabytes=peak_memory_gb() * 1e9 / 2**20)
-
-
-def matmul_peak(n=2048, repeats=12):
-    """Floating-point operations a second of a square float32 product, the best of some."""
-    a, b = torch.randn(n, n), torch.randn(n, n)
-    best = 0.0
-    for _ in range(repeats):
-        start = time.perf_counter()
-        a @ b
-        best = max(best, 2 * n**3 / (time.perf_counter() - start))
-    return best
 
 
 def measure(*arguments):
@@ -154,6 +135,9 @@ def main(argv=None):
         fraction_of_matmul_peak=ours["flops"] / peak,
         demo_tokens_per_s_ratio_hf=best["ours", "demo"]["rate"] / best["hf", "demo"]["rate"],
     )
+    done = subprocess.run([sys.executable, PARALLEL], check=True, stdout=subprocess.PIPE, text=True)
+    print(done.stdout)
+    figures |= json.loads(done.stdout.splitlines()[-1])
     print(json.dumps({key: round(value, 4) for key, value in figures.items()}))
 
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from common import distributed, lowbit
 from common.checkpoint_file import (
+    BEST_NAME,
     FILE_NAME,
     FORMAT_VERSION,
     Checkpoint,
@@ -32,10 +33,10 @@ from common.checkpoint_file import (
 from model import Llama, ModelConfig
 from tokenizer import DOCUMENT_IDS, Tokenizer
 
-RUN_FILES = (FILE_NAME, FILE_NAME + ".tmp", "metrics.jsonl", "samples.txt", "loss.png")
+RUN_FILES = (FILE_NAME, FILE_NAME + ".tmp", BEST_NAME, "metrics.jsonl", "samples.txt", "loss.png")
 # config keys that may change on --resume: where and how fast it runs, when it stops and what it reports
 SAFE_ON_RESUME = """
-    out device dtype compile parallel resume overwrite keep_last max_steps *_interval eval_*
+    out device dtype compile parallel resume overwrite keep_* max_steps *_interval eval_*
     sample_prompts sample_tokens decay_share logger plan recompute
 """.split()
 UNWRITTEN = dict(schedule="cosine", mask_documents=False)  # what runs did before these keys were in their config

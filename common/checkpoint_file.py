@@ -1,8 +1,9 @@
 """The file of a checkpoint and its older ones: written all or not at all, read with care, found again after a crash.
 
-out/ckpt.pt is the newest; out/ckpt-<step>.pt are those before it, as many as keep_last says. A save writes ckpt.pt.tmp,
-gives ckpt.pt its second name ckpt-<step>.pt, moves the new file over ckpt.pt and then removes what is too old. So at no
-moment is ckpt.pt absent or half written, and a kill leaves at worst a file too many, which the next save removes.
+out/ckpt.pt is the newest; out/ckpt-<step>.pt are those before it, as many as keep_last says; out/best.pt, if kept, has
+the lowest validation loss. A save writes ckpt.pt.tmp, gives ckpt.pt its second name ckpt-<step>.pt, moves the new file
+over ckpt.pt and then removes what is too old. So at no moment is ckpt.pt absent or half written, and a kill leaves at
+worst a file too many, which the next save removes.
 """
 
 import io
@@ -22,6 +23,7 @@ from tokenizer import DOCUMENT_IDS
 
 FORMAT_VERSION = 1
 FILE_NAME = "ckpt.pt"
+BEST_NAME = "best.pt"
 
 
 class CheckpointError(UserError):

@@ -80,7 +80,7 @@ def activation_bytes(shape: ModelConfig, batch_size: int, seq_len: int, size: in
     norm = 4 * (D + 1 + (0 if fused_norm else D))  # input, 1 / root mean square, and input times that
     inputs = (3 + 2 if size < 4 else 1 + 1) * D  # of wq, wk, wv and of w1, w3
     attention = size * (D + kv + kv + D) + 4 * H  # rotated q and k, v, output; log-sum-exp of each head
-    feed_forward = size * (inputs + 4 * F)  # w1's output, its silu, w3's output, their product
+    feed_forward = size * (inputs + 3 * F)  # w1's output, w3's output, the product of the gated
     cast = size * count_parameters(shape)["trunk"] if size < 4 else 0
     return batch_size * seq_len * (shape.n_layers * (2 * norm + attention + feed_forward) + norm) + cast
 
@@ -91,10 +91,10 @@ def loss_bytes(shape: ModelConfig, n_tokens: int, size: int, device: str, chunke
     if not chunked:  # log-softmax, its gradient and that of the logits; gradient of the projection
         return 3 * 4 * n_tokens * V + 4 * V * D
     rows = len(range(n_tokens)[row_chunks(torch.empty(n_tokens, 1, device=device), V)[0]])
-    projection, chunk = 4 * V * D, 2 * 4 * rows * V  # its gradient; logits and their exponentials
-    cast = size * V * D if size < 4 else 0
-    # the backward pass scales the gradients, which takes a copy; three of the states and their gradients
-    return cast + projection + max(projection, chunk) + 3 * 4 * n_tokens * D
+    projection, chunk = 4 * V * D, 4 * rows * V  # its gradient; the logits, which everything is written over
+    if size < 4:  # the weight in bfloat16; a chunk's logits before and their gradient after float32
+        projection, chunk = projection + size * V * D, chunk + 2 * size * rows * V
+    return projection + chunk + 3 * 4 * n_tokens * D  # three of the states and their gradients
 
 
 def optimizer_bytes(shape: ModelConfig, config: dict, size: int) -> tuple[int, int]:
@@ -146,6 +146,19 @@ def measured_peak(size: int = 1024, seconds: float = 0.5) -> float:
         a @ b
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+def utilisation(flops: float, env) -> str:
+    """A process's FLOP/s beside what its device has: a CPU's peak is measured, a known GPU's is the data sheet's."""
+    if env.device.type == "cpu":
+        peak, what = measured_peak(), "of matrix products measured here"
+    else:
+        name = torch.cuda.get_device_name(env.device) if env.device.type == "cuda" else env.device.type
+        known = [tflops for gpu, tflops in PEAKS.items() if gpu.split()[-1 if "RTX" in gpu else 0] in name]
+        if not known:
+            return f"{flops / 1e9:,.0f} GFLOP/s a process; the peak of {name} is not known here"
+        peak, what = known[0] * 1e12, f"of {name}'s data sheet"
+    return f"{flops / 1e9:,.0f} GFLOP/s a process, {flops / peak:.1%} of the {peak / 1e9:,.0f} {what}"
 
 
 def vocabulary(config: dict) -> tuple[int, str]:

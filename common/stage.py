@@ -1,5 +1,6 @@
 """What every training stage does around its loop: start or resume, save, report, stop cleanly, say how long it took."""
 
+import math
 import os
 import signal
 import time
@@ -121,6 +122,8 @@ class Stage:
             save_config(self.config, self.out)
             resume_step = self.first if self.resumed else None
             self.metric_log = MetricLog(self.out, resume_step, open_logger(self.config, resume_step))
+            losses = [row["val/loss"] for row in self.metric_log.read() if row.get("val/loss") is not None]
+            self.best = min(losses, default=math.inf)  # of all validations so far
             self.progress = Progress(self.config["max_steps"], self.first, self.name)
         self.tick = time.perf_counter()
 
@@ -147,6 +150,9 @@ class Stage:
 
     def report(self, step, metrics, samples=()):
         """Validation metrics and samples [(prompt, reply)] to the log, the plot and the terminal."""
+        if self.config.get("keep_best") and metrics["val/loss"] < self.best:
+            self.best = metrics["val/loss"]
+            self._write(checkpoint.BEST_NAME, step)
         self.metric_log.write(step, metrics)
         if samples:
             self.metric_log.samples(step, samples)
@@ -155,8 +161,13 @@ class Stage:
         tqdm.write(f"step {step}: {numbers}")
 
     def save(self, step):
+        """All that --resume needs."""
+        training = dict(optimizer=self.whole_optimizer, extra=self.extra)
+        self._write(checkpoint.FILE_NAME, step, **training, keep_last=self.config["keep_last"])
+
+    def _write(self, name, step, **training):
         checkpoint.save(
-            self.out / checkpoint.FILE_NAME,
+            self.out / name,
             stage=self.name,
             step=step,
             tokens_seen=self.tokens_seen,
@@ -164,9 +175,7 @@ class Stage:
             tokenizer=self.tokenizer.model_bytes,
             config=self.config,
             parent=self.parent,
-            optimizer=self.whole_optimizer,
-            extra=self.extra,
-            keep_last=self.config["keep_last"],
+            **training,
         )
 
     def update(self, step, loss):

@@ -23,6 +23,7 @@ config = dict(
     eval_new_tokens=128,  # longest reply in validation
     save_interval=100,  # steps between checkpoints
     keep_last=2,  # newest checkpoints kept: ckpt.pt and ckpt-<step>.pt before it, for when ckpt.pt is damaged
+    keep_best=False,  # also keep best.pt, the weights with the lowest val/loss so far
     log_interval=10,  # steps between lines of metrics.jsonl
     seed=1,  # order of the pairs
     device="auto",  # auto: cuda, else mps, else cpu

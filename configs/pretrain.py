@@ -31,6 +31,7 @@ config = dict(
     eval_tokens=200000,  # validation tokens at intervals, evenly spaced; the last validation uses all
     save_interval=500,  # steps between checkpoints
     keep_last=2,  # newest checkpoints kept: ckpt.pt and ckpt-<step>.pt before it, for when ckpt.pt is damaged
+    keep_best=False,  # also keep best.pt, the weights with the lowest val/loss so far
     log_interval=10,  # steps between lines of metrics.jsonl
     sample_prompts=["", "中国", "今天天气"],  # continued at every validation with a fixed seed
     sample_tokens=80,  # longest continuation

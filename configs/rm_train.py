@@ -19,6 +19,7 @@ config = dict(
     eval_pairs=1000,  # validation pairs at intervals; the last validation uses all
     save_interval=200,  # steps between checkpoints
     keep_last=2,  # newest checkpoints kept: ckpt.pt and ckpt-<step>.pt before it, for when ckpt.pt is damaged
+    keep_best=False,  # also keep best.pt, the weights with the lowest val/loss so far
     log_interval=10,  # steps between lines of metrics.jsonl
     seed=1,  # order of the pairs and the reward head's first weights
     device="auto",  # auto: cuda, else mps, else cpu

@@ -256,6 +256,19 @@ def act_after(patch, step, action):
     patch.setattr(Stage, "log", log_and_act)
 
 
+def test_best_weights_are_kept_over_a_resume(chain, tmp_path):
+    too_fast = dict(learning_rate=1.0, min_learning_rate=1.0)  # so that some steps get worse
+    watched = dict(keep_best=True, eval_interval=1) | too_fast
+    train(chain, "pretrain", tmp_path / "run", **watched, max_steps=HALF)
+    train(chain, "pretrain", tmp_path / "run", **watched, resume=True)
+    losses = {row["step"]: row["val/loss"] for row in metrics(tmp_path / "run") if "val/loss" in row}
+    best = checkpoint.load(tmp_path / "run" / "best.pt")
+    assert len(losses) == STEPS + 1 and best.step == min(losses, key=losses.get) != STEPS
+    assert best.training is None
+    train(chain, "pretrain", tmp_path / "run", max_steps=1, overwrite=True)
+    assert not (tmp_path / "run" / "best.pt").exists()
+
+
 def press_ctrl_c(_):
     signal.raise_signal(signal.SIGINT)
 

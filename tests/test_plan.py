@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import pretrain
 from common import plan
 from common.config import ConfigError
+from common.distributed import Env
 from configs.pretrain import config as base
 from configs.sizes import count_parameters, sizes
 from configs.tokenizer import config as train_defaults
@@ -218,3 +219,20 @@ def test_measured_peak_is_a_rate_of_this_machine():
 def test_what_cannot_be_trained_is_not_planned(changes, message):
     with pytest.raises(ConfigError, match=message):
         plan.report(config_of(**changes))
+
+
+def test_utilisation_is_beside_the_measured_peak(monkeypatch):
+    monkeypatch.setattr(plan, "measured_peak", lambda: 80e9)
+    line = plan.utilisation(20e9, Env(0, 1, torch.device("cpu")))
+    assert line == "20 GFLOP/s a process, 25.0% of the 80 of matrix products measured here"
+
+
+@pytest.mark.parametrize("name, share", [("NVIDIA H100 80GB HBM3", "10.1%"), ("NVIDIA GeForce RTX 4090", "60.5%")])
+def test_utilisation_of_a_known_gpu_is_beside_its_data_sheet(monkeypatch, name, share):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert share in plan.utilisation(100e12, Env(0, 1, torch.device("cuda")))
+
+
+def test_utilisation_of_an_unknown_gpu_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GeForce 256")
+    assert "the peak of GeForce 256 is not known" in plan.utilisation(1e12, Env(0, 1, torch.device("cuda")))
