@@ -26,7 +26,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-ADAMW = dict(optimizer="adamw", schedule="cosine", learning_rate=4e-3)
+ADAMW = dict(optimizer="adamw", schedule="cosine", learning_rate=2e-3)
 MUON = dict(optimizer="muon", schedule="wsd", learning_rate=5e-3)
 SWEEP = {"adamw": (1e-3, 2e-3, 4e-3, 8e-3), "muon": (2.5e-3, 5e-3, 1e-2, 2e-2)}
 LOWEST = {"cosine": 0.1, "wsd": 0.0}  # the last learning rate, as a share of the peak
@@ -88,7 +88,7 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=Path("out/benchmark_optimizers"))
     parser.add_argument("--steps", type=int, default=1200, help="of AdamW")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--fractions", type=float, nargs="*", default=[0.5, 0.6, 0.7], help="of those steps, for Muon")
+    parser.add_argument("--fractions", type=float, nargs="*", default=[0.4, 0.5, 0.6], help="of those steps, for Muon")
     parser.add_argument("--sweep", action="store_true", help="only compare learning rates")
     options = parser.parse_args(argv)
     if options.sweep:

@@ -5,6 +5,7 @@ Both train the same shape on the same random tokens with AdamW, each in a proces
 the best round counts. A step's floating-point operations are those of its matrix products (common/plan.py).
 
     python benchmarks/train.py
+    python benchmarks/train.py --losses
 
 in:  transformers (requirements-dev.txt)
 out: a table and, last, one line of JSON on standard output
@@ -12,12 +13,14 @@ out: a table and, last, one line of JSON on standard output
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -27,7 +30,7 @@ from common.plan import flops_per_token, measured_peak
 from configs.demo.pretrain import config as demo
 from configs.pretrain import config as defaults
 from configs.sizes import sizes
-from model import Llama, ModelConfig
+from model import LinearCrossEntropy, Llama, ModelConfig
 
 SHAPES = {
     "tiny-llama2-24m": (sizes["tiny-llama2-24m"], 4, 512),
@@ -75,6 +78,27 @@ def make_hf(config, T):
     return step
 
 
+def compare_losses(shape, repeats=3):
+    """Milliseconds of output projection and loss with their gradients: in one piece, torch's in chunks, ours."""
+    arguments, B, T = SHAPES[shape]
+    V, D = arguments["vocab_size"], arguments["dim"]
+    h, W = torch.randn(B * T, D).requires_grad_(), torch.randn(V, D).mul_(0.02).requires_grad_()
+    targets, weights = torch.randint(0, V, (B * T,)), torch.full((B * T,), 1 / (B * T))
+    chunked = torch.nn.LinearCrossEntropyOptions()
+    losses = {
+        "one piece": lambda: F.cross_entropy(h @ W.T, targets),
+        "torch's linear_cross_entropy": lambda: F.linear_cross_entropy(h, W, targets, options=chunked),
+        "ours": lambda: LinearCrossEntropy.apply(h, W, targets, weights),
+    }
+    best = dict.fromkeys(losses, math.inf)
+    for _ in range(repeats):
+        for name, loss in losses.items():
+            start = time.perf_counter()
+            loss().backward()
+            best[name] = min(best[name], time.perf_counter() - start)
+    return {name: round(1000 * seconds, 1) for name, seconds in best.items()}
+
+
 def finish(model, optimizer):
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
@@ -108,7 +132,11 @@ def measure(*arguments):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--losses", action="store_true", help="only the loss, beside torch's own")
     options = parser.parse_args(argv)
+    if options.losses:
+        print(json.dumps({shape: compare_losses(shape) for shape in SHAPES}))
+        return
     best, peak = {}, 0.0
     for _ in range(options.rounds):
         for shape in SHAPES:
