@@ -8,6 +8,8 @@ is judged by the snownlp package's classifier: not our reward model, but trained
     python eval_generate.py --ckpt=out/demo/sft
     python eval_generate.py --ckpt=out/demo/pretrain --ppl --data=data/demo
     python eval_generate.py --compare=out/demo/sft,out/demo/ppo --data=data/demo --report=out/demo/compare.md
+    python eval_generate.py --compare=out/demo/sft,out/demo/ppo --data=data/demo --best_of=2,4,8 \
+        --reward_model=out/demo/rm --picture=out/demo/compare.png
     python eval_generate.py --ckpt=out/demo/rm --prompt=写一条酒店评价。 --reply=房间很干净。
 """
 
@@ -25,7 +27,8 @@ from common.checkpoint import Checkpoint, CheckpointError
 from common.config import ConfigError, UserError, parse_config, run, write_atomic
 from common.distributed import setup
 from common.metrics import distinct_2, format_table, markdown_table, plain, share, source_losses, wilson_interval
-from common.rollout import rollout, sequence_kl, sequence_scores, snownlp_judge
+from common.rollout import in_batches, rollout, sequence_kl, sequence_scores, snownlp_judge
+from common.tradeoff import best_of, best_of_kl, draw, png
 from corpus import Corpus
 from dataset import DataError, load_meta, load_prompts, load_tasks
 from model import Llama
@@ -81,7 +84,7 @@ def load(path, env, data=None, scores=False):
     """The checkpoint at a path, made for `data` if given; a reward model only where `scores` asks for one."""
     ckpt = checkpoint.load(path)
     if ckpt.model_config.get("scalar_head", False) != scores:
-        what = "is no reward model: it scores no --reply" if scores else "is a reward model: it only scores a --reply"
+        what = "is no reward model: it scores no reply" if scores else "is a reward model: it only scores a --reply"
         raise CheckpointError(f"{ckpt.path} (stage {ckpt.stage}) {what}")
     tokenizer = checkpoint.tokenizer_of(ckpt)
     if data:
@@ -187,19 +190,49 @@ def answer(loaded, prompts, config, temperature, top_p=1.0):
     return batches, texts, [ended for batch in batches for ended in batch.ended.tolist()]
 
 
-def compare_replies(models, prompts, config, polarity):
-    """Each checkpoint's replies to the same prompts: [dict of figures], characters compared by distinct-2."""
-    rows, replies, reference = [], [], next(iter(models.values())).model
+def judged(name, stage, texts, ended, kl, polarity):
+    """The figures of one checkpoint's replies, all but distinct-2."""
+    positive = sum(polarity(text) == 1 for text in texts)
+    low, high = wilson_interval(positive, len(texts))
+    row = dict(checkpoint=name, stage=stage, positive=positive / len(texts), positive_low=low, positive_high=high)
+    return row | dict(kl=kl, characters=sum(map(len, texts)) / len(texts), eos_rate=share(ended))
+
+
+def best_of_replies(loaded, judge, prompts, config):
+    """{n: (texts, [eos came])}: of n replies of one checkpoint to each prompt, the one that a reward model likes best.
+
+    Fewer replies are the first of more, and the very first are those that `answer` gives anyway.
+    """
+
+    def score_rows(rows):
+        return sequence_scores(judge.model, rows.ids, rows.lengths)
+
+    drawn, scores = [], []
+    for i in range(max(config["best_of"])):
+        print(f"best of n: reply {i + 1} of {max(config['best_of'])} to each prompt", file=sys.stderr)
+        settings = config | dict(seed=config["seed"] + i * len(prompts))  # `answer` takes the numbers up to the next
+        batches, *replies = answer(loaded, prompts, settings, config["compare_temperature"], config["compare_top_p"])
+        drawn.append(list(zip(*replies, strict=True)))
+        scores.append(torch.cat([in_batches(score_rows, batch) for batch in batches]))
+    best = {n: best_of(torch.stack(scores), n).tolist() for n in config["best_of"]}
+    return {n: tuple(zip(*(drawn[i][k] for k, i in enumerate(which)), strict=True)) for n, which in best.items()}
+
+
+def compare_replies(models, prompts, config, polarity, judge=None):
+    """Each checkpoint's replies to the same prompts: [dict of figures], characters compared by distinct-2.
+
+    With a judge the best of n replies of the first follow, of which the KL is an upper bound.
+    """
+    rows, replies, first = [], [], next(iter(models.values()))
     for name, loaded in models.items():
         print(f"{name}: {len(prompts)} held-out prompts", file=sys.stderr)
         batches, texts, ended = answer(loaded, prompts, config, config["compare_temperature"], config["compare_top_p"])
-        positive = sum(polarity(text) == 1 for text in texts)
-        low, high = wilson_interval(positive, len(texts))
         temperature = config["compare_temperature"] or 1.0  # a greedy policy has no log-probabilities to compare
-        kl = torch.cat([sequence_kl(loaded.model, reference, batch, temperature) for batch in batches])  # (N,)
-        row = dict(checkpoint=name, stage=loaded.ckpt.stage, positive=positive / len(texts))
-        row |= dict(positive_low=low, positive_high=high, kl=kl.mean().item())
-        rows.append(row | dict(characters=sum(map(len, texts)) / len(texts), eos_rate=share(ended)))
+        kl = torch.cat([sequence_kl(loaded.model, first.model, batch, temperature) for batch in batches])  # (N,)
+        rows.append(judged(name, loaded.ckpt.stage, texts, ended, kl.mean().item(), polarity))
+        replies.append(texts)
+    for n, (texts, ended) in (best_of_replies(first, judge, prompts, config) if judge else {}).items():
+        rows.append(judged(f"best of {n}", first.ckpt.stage, texts, ended, best_of_kl(n), polarity))
         replies.append(texts)
     n_chars = min(sum(map(len, texts)) for texts in replies)
     rows = [row | dict(distinct_2=distinct_2(texts, n_chars)) for row, texts in zip(rows, replies, strict=True)]
@@ -228,24 +261,32 @@ def compare_tasks(models, tasks, config, polarity):
     return rows
 
 
-def compare(models, data, config):
-    """(Markdown, figures) of {name: Loaded} on held-out prompts and, where there is sft.pkl, on its tasks."""
+def compare(models, data, config, judge=None):
+    """(Markdown, figures) of {name: Loaded} on held-out prompts and, where there is sft.pkl, on its tasks.
+
+    The judge, a reward model, picks the best of n.
+    """
     polarity, first = snownlp_judge(), next(iter(models))
     tokenizer = models[first].tokenizer
-    context = min(loaded.model.config.max_seq_len for loaded in models.values())
+    context = min(loaded.model.config.max_seq_len for loaded in [*models.values(), *([judge] if judge else [])])
     _, prompts = load_prompts(data / "prompts.pkl", tokenizer.vocab_size)
     prompts = [prompt for prompt in prompts if len(prompt) < context][: config["compare_prompts"]]
     if not prompts:
         raise DataError(f"{data / 'prompts.pkl'}: no held-out prompt fits a context of {context} tokens")
     # a reply must fit the first checkpoint too, which says how likely it finds it
     config = config | dict(max_new_tokens=min(config["max_new_tokens"], context - max(map(len, prompts))))
-    rows, n_chars = compare_replies(models, prompts, config, polarity)
+    rows, n_chars = compare_replies(models, prompts, config, polarity, judge)
     parts = [
         f"{len(prompts)} held-out prompts, sampled at temperature {config['compare_temperature']}, top_p "
         f"{config['compare_top_p']}, at most {config['max_new_tokens']} new tokens, seed {config['seed']}; positive by "
         f"SnowNLP's classifier; KL to {first}; distinct-2 in the first {n_chars:,} characters of each.",
         format_table(REPLY_COLUMNS, rows),
     ]
+    if judge:
+        parts.append(
+            f"Best of n: of n replies of {first} the one that {judge.ckpt.path} scores highest; its KL is the upper "
+            "bound ln n - (n - 1) / n."
+        )
     sampling = config["temperature"], config["top_p"]
     in_use = f"temperature {sampling[0]}, top_p {sampling[1]}"
     if shown := prompts[: config["compare_samples"]]:
@@ -254,6 +295,8 @@ def compare(models, data, config):
         parts.append(f"Sampled as in use, at {in_use}:")
         parts.append(markdown_table(["prompt", *models], list(zip(*columns, strict=True))))
     settings = {key: config[key] for key in ("compare_temperature", "compare_top_p", "max_new_tokens", "seed")}
+    if judge:
+        settings |= dict(best_of=config["best_of"], reward_model=config["reward_model"])
     figures = settings | dict(prompts=len(prompts), distinct_2_characters=n_chars, replies=rows)
     tasks = load_tasks(data / "sft.pkl", tokenizer.vocab_size) if (data / "sft.pkl").exists() else {}
     if "write_asked" in tasks:  # the demo's reviews; other conversations have no label to compare with
@@ -267,11 +310,25 @@ def compare(models, data, config):
     return "\n\n".join(parts), figures
 
 
+def draw_replies(figures, n_checkpoints):
+    """PNG of the positive share against KL: the checkpoints, and the best of n as the yardstick."""
+    rows = figures["replies"]
+    title = f"{figures['prompts']} held-out prompts, temperature {figures['compare_temperature']}, judged by SnowNLP"
+    return png(draw(rows[:n_checkpoints], rows[n_checkpoints:], title)[0])
+
+
 def publish(markdown, figures, report):
     """The tables to standard output and to the file `report`, then the figures as one line of JSON."""
     print(f"{markdown}\n\n{json.dumps(plain(figures), ensure_ascii=False)}")
     if report:
         write_atomic(report, f"{markdown}\n".encode())
+
+
+def sizes_of(best_of):
+    """The values of best_of as whole numbers, in order."""
+    if not all(str(n).isdecimal() and int(n) >= 2 for n in best_of):
+        raise ConfigError(f"best_of={','.join(map(str, best_of))}: whole numbers from 2 on are needed, such as 2,4,8")
+    return sorted({int(n) for n in best_of})
 
 
 def check_config(config):
@@ -281,6 +338,13 @@ def check_config(config):
         raise ConfigError(f"--{wishes[0]} and --{wishes[1]} exclude each other")
     if config["reply"] is not None and config["prompt"] is None:
         raise ConfigError("--reply needs the --prompt that it replies to")
+    for key in ("best_of", "picture"):
+        if config[key] and not config["compare"]:
+            raise ConfigError(f"--{key} needs --compare")
+    if config["best_of"] and config["reward_model"] is None:
+        raise ConfigError("--best_of needs the --reward_model that picks the best")
+    if config["best_of"] and config["compare_temperature"] == 0:
+        raise ConfigError("--best_of needs a compare_temperature above 0: greedy replies are all the same")
     for keys, (low, high) in RANGES.items():
         for key in keys.split():
             if not low <= config[key] <= high:
@@ -289,6 +353,7 @@ def check_config(config):
 
 def main(argv=None):
     config = parse_config("eval_generate", argv, __doc__, file=sys.stderr)
+    config["best_of"] = sizes_of(config["best_of"])
     check_config(config)
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):
@@ -296,7 +361,11 @@ def main(argv=None):
     env, data = setup(config["device"], "float32", config["seed"]), Path(config["data"])
     if config["compare"]:
         models = {path: load(path, env, data) for path in config["compare"]}
-        return publish(*compare(models, data, config), config["report"])
+        judge = load(config["reward_model"], env, data, scores=True) if config["best_of"] else None
+        markdown, figures = compare(models, data, config, judge)
+        if config["picture"]:
+            write_atomic(config["picture"], draw_replies(figures, len(models)))
+        return publish(markdown, figures, config["report"])
     loaded = load(config["ckpt"], env, data if config["ppl"] else None, scores=config["reply"] is not None)
     if config["system"] is not None and loaded.continues:
         raise ConfigError(f"--system: {loaded.ckpt.path} only continues text, it was pretrained and no more")

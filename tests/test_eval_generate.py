@@ -18,6 +18,7 @@ import eval_generate
 from common import checkpoint
 from common.checkpoint import CheckpointError
 from common.config import ConfigError, UserError
+from common.metrics import distinct_2, wilson_interval
 from common.rollout import rollout, snownlp_judge
 from dataset import BinWriter, DataError, save_meta, save_pkl, token_dtype
 from model import Llama, ModelConfig
@@ -33,15 +34,19 @@ def user(text):
     return [dict(role="user", content=text)]
 
 
-@pytest.fixture(scope="module")
-def tok():
+def make_tokenizer(text):
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([TEXT] * 20), model_writer=model, vocab_size=VOCAB, model_type="bpe", byte_fallback=True,
+        sentence_iterator=iter([text] * 20), model_writer=model, vocab_size=VOCAB, model_type="bpe", byte_fallback=True,
         unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2, add_dummy_prefix=False, hard_vocab_limit=False,
         normalization_rule_name="identity",
     )  # fmt: skip
     return Tokenizer(model.getvalue())
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return make_tokenizer(TEXT)
 
 
 @pytest.fixture
@@ -416,6 +421,68 @@ def test_comparison_with_empty_replies(tmp_path, tok, capsys):
     assert (row["positive"], row["characters"], row["eos_rate"], row["distinct_2"]) == (0, 0, 1, None)
 
 
+def test_best_of_n_is_what_the_reward_model_scores_highest(tmp_path, tok, capsys, monkeypatch):
+    data = save_data(tmp_path / "data", tok, {}, PROMPTS)
+    policy = save(tmp_path / "sft", tok, random_model(tok.vocab_size))
+    judge = random_model(tok.vocab_size, seed=1, scalar_head=True)
+    rm = save(tmp_path / "rm", tok, judge, "rm")
+    answer, best_of_replies, drawn, best = eval_generate.answer, eval_generate.best_of_replies, [], {}
+
+    def record_answer(*arguments):
+        drawn.append(answer(*arguments))
+        return drawn[-1]
+
+    def record_best(*arguments):
+        drawn.clear()
+        best.update(best_of_replies(*arguments))
+        return best
+
+    monkeypatch.setattr(eval_generate, "answer", record_answer)
+    monkeypatch.setattr(eval_generate, "best_of_replies", record_best)
+    options = ["--max_new_tokens=6", "--batch_size=2", "--compare_samples=0"]
+    picture = tmp_path / "out" / "compare.png"
+    wishes = ["--best_of=4,2", f"--reward_model={rm}", f"--picture={picture}"]
+    markdown, figures = compare(capsys, [policy], data, *options, *wishes)
+    assert list(best) == [2, 4] and len(drawn) == 4  # only the larger n is drawn, the smaller is a part of it
+    assert len({tuple(texts) for _, texts, _ in drawn}) == 4
+    scores = []
+    for batches, _, _ in drawn:
+        rows = [ids[:length] for batch in batches for ids, length in zip(batch.ids, batch.lengths, strict=True)]
+        scores.append([judge.values(ids[None])[0, -1].item() for ids in rows])  # alone, without padding
+    for n, (texts, ended) in best.items():
+        for k in range(5):
+            i = max(range(n), key=lambda i: scores[i][k])
+            assert (texts[k], ended[k]) == (drawn[i][1][k], drawn[i][2][k])
+    assert best[2] != best[4]
+
+    first, two, four = figures["replies"]
+    assert [row["checkpoint"] for row in figures["replies"]] == [str(policy), "best of 2", "best of 4"]
+    assert (two["kl"], four["kl"]) == (pytest.approx(0.193147), pytest.approx(0.636294))  # ln n - (n - 1) / n
+    judged = snownlp_judge()
+    for row, (texts, ended) in zip((two, four), best.values(), strict=True):
+        right = sum(judged(text) == 1 for text in texts)
+        assert (row["positive"], row["eos_rate"]) == (right / 5, sum(ended) / 5)
+        assert [row["positive_low"], row["positive_high"]] == pytest.approx(wilson_interval(right, 5), abs=1e-5)
+        assert row["distinct_2"] == pytest.approx(distinct_2(texts, figures["distinct_2_characters"]), abs=1e-5)
+    assert figures["best_of"] == [2, 4] and "the upper bound ln n - (n - 1) / n" in markdown
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n")
+
+    assert first["characters"] == sum(map(len, drawn[0][1])) / 5  # best of 1 is what is compared anyway
+    (alone,) = compare(capsys, [policy], data, *options)[1]["replies"]
+    assert alone | dict(distinct_2=0) == first | dict(distinct_2=0)
+
+
+def test_best_of_n_needs_a_reward_model_that_reads_the_same_tokens(tmp_path, tok, capsys):
+    data = save_data(tmp_path / "data", tok, {}, PROMPTS)
+    policy = save(tmp_path / "sft", tok, random_model(tok.vocab_size))
+    with pytest.raises(CheckpointError, match=r"sft.*is no reward model"):
+        compare(capsys, [policy], data, "--best_of=2", f"--reward_model={policy}")
+    other = make_tokenizer("别的话，别的书")
+    rm = save(tmp_path / "rm", other, random_model(other.vocab_size, scalar_head=True), "rm")
+    with pytest.raises(CheckpointError, match=r"is .* in .*rm.*ckpt\.pt and .* in .*meta\.json"):
+        compare(capsys, [policy], data, "--best_of=2", f"--reward_model={rm}")
+
+
 def test_comparison_refuses_what_cannot_be_compared(tmp_path, tok, capsys):
     data = save_data(tmp_path / "data", tok, {})
     ckpt = save(tmp_path / "sft", tok, says(tok, "很好看"))
@@ -463,6 +530,12 @@ def test_rollout_within_a_small_nucleus_is_greedy(tok):
         (["--top_p=0"], "top_p=0.0"),
         (["--compare_top_p=1.5"], "compare_top_p=1.5: 0.001 to 1 is needed"),
         (["--repetition_penalty=0"], "repetition_penalty=0.0"),
+        (["--compare=a", "--best_of=2"], "--best_of needs the --reward_model that picks"),
+        (["--compare=a", "--best_of=1,2", "--reward_model=b"], "best_of=1,2: whole numbers from 2 on"),
+        (["--compare=a", "--best_of=few", "--reward_model=b"], "best_of=few: whole numbers"),
+        (["--compare=a", "--best_of=2", "--reward_model=b", "--compare_temperature=0"], "above 0: greedy"),
+        (["--best_of=2", "--reward_model=b"], "--best_of needs --compare"),
+        (["--prompt=a", "--picture=a.png"], "--picture needs --compare"),
         (["--max_new_tokens=0"], "max_new_tokens=0: 1 to inf"),
     ],
 )
