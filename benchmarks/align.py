@@ -1,0 +1,141 @@
+"""Alignment over several seeds: what DPO, PPO and GRPO gain and what it costs, beside best of 8; and how fast it runs.
+
+Quality: from one pretrained checkpoint, each seed fine-tunes, trains a reward model and aligns by the demo's configs;
+eval_generate.py then compares on the same held-out prompts. Speed: align_sft.py and align_rollout.py, beside Hugging
+Face and TRL. A finished run is not repeated, and an interrupted one goes on.
+
+    bash runs/demo.sh                     # or its first four commands: the data and the pretrained checkpoint
+    python benchmarks/align.py
+    python benchmarks/align.py --only=quality --seeds=1 --steps_scale=0.05 --out=out/smoke
+
+in:  data/demo, out/demo/pretrain; for the speed of fine-tuning, what align_sft.py reads
+out: out/seed-N with a run directory and a log of each stage, compare.md and compare.png; lines of text and, last, one
+     of JSON: lists have a value a seed
+"""
+
+import argparse
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# script, the demo's config, and the runs that it starts from, by key
+STAGES = {
+    "sft": ("sft", dict()),
+    "rm": ("rm_train", dict(init_from="sft")),
+    "dpo": ("dpo_train", dict(init_from="sft")),
+    "ppo": ("ppo_train", dict(init_from="sft", reward_model="rm")),
+    "grpo": ("grpo_train", dict(init_from="sft", reward_model="rm")),
+}
+COMPARED = ["sft", "dpo", "ppo", "grpo"]
+BEST_OF = "best of 8"
+FIGURES = {"positive": "positive_share", "kl": "kl", "distinct_2": "distinct_2", "eos_rate": "eos_rate"}
+
+
+def execute(arguments, log, may_refuse=False):
+    """Standard output of a script of this project; what it says goes to the file `log`.
+
+    None where it exits with 2, which says that its input is not there, and may.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w", encoding="utf-8") as file:
+        command = [sys.executable, *map(str, arguments)]
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=file, text=True, encoding="utf-8")
+    if may_refuse and done.returncode == 2:
+        return None
+    if done.returncode:
+        raise SystemExit(f"{arguments[0]} failed, see {log}: {log.read_text(encoding='utf-8').strip()[-300:]}")
+    return done.stdout
+
+
+def train(name, seed, options):
+    """A stage's run directory, trained unless it is there."""
+    script, parents = STAGES[name]
+    folder = options.out / f"seed-{seed}"
+    config = importlib.import_module(f"configs.demo.{name}").config
+    keys = dict(data=options.data, out=folder / name, seed=seed, device="cpu")
+    keys |= dict(init_from=options.pretrain) | {key: folder / parent for key, parent in parents.items()}
+    if options.steps_scale != 1:
+        keys["max_steps"] = max(1, round(config["max_steps"] * options.steps_scale))
+    print(f"seed {seed}: {name}", flush=True)
+    arguments = [f"{script}.py", f"configs/demo/{name}.py", "--resume"]
+    execute(arguments + [f"--{key}={value}" for key, value in keys.items()], folder / f"{name}.log")
+    return folder / name
+
+
+def last_value(run, name):
+    """The last value of a metric of a run directory."""
+    rows = [json.loads(line) for line in open(run / "metrics.jsonl", encoding="utf-8")]
+    return [row[name] for row in rows if name in row][-1]
+
+
+def one_seed(seed, options):
+    """{figure: value or {policy: value}} of one seed."""
+    runs = {name: train(name, seed, options) for name in STAGES}
+    folder = options.out / f"seed-{seed}"
+    print(f"seed {seed}: comparison", flush=True)
+    keys = dict(compare=",".join(str(runs[name]) for name in COMPARED), reward_model=runs["rm"], best_of="2,4,8")
+    keys |= dict(data=options.data, seed=seed, report=folder / "compare.md", picture=folder / "compare.png")
+    arguments = ["eval_generate.py", "--device=cpu", *(f"--{key}={value}" for key, value in keys.items())]
+    compared = json.loads(execute(arguments, folder / "compare.log").splitlines()[-1])
+    rows = dict(zip(COMPARED, compared["replies"], strict=False))
+    rows["best_of_8"] = next(row for row in compared["replies"] if row["checkpoint"] == BEST_OF)
+    figures = dict(rm_accuracy=last_value(runs["rm"], "val/accuracy"))
+    for key, name in FIGURES.items():
+        figures[name] = {policy: row[key] for policy, row in rows.items()}
+    del figures["kl"]["sft"]  # to itself
+    sft = compared["tasks"][0]
+    return figures | dict(asked_polarity=sft["asked_mean"], told_polarity=sft["polarity"])
+
+
+def quality(options):
+    """The figures of all seeds, each a list in their order."""
+    seeds = [one_seed(seed, options) for seed in options.seeds]
+    return {
+        name: {policy: [found[name][policy] for found in seeds] for policy in value}
+        if isinstance(value, dict)
+        else [found[name] for found in seeds]
+        for name, value in seeds[0].items()
+    }
+
+
+def speed(options):
+    """Ratios to Hugging Face and TRL, with the rates that they come from."""
+    figures = dict(sft_answer_tokens_ratio_hf=None)
+    print("speed: align_sft.py", flush=True)
+    arguments = ["benchmarks/align_sft.py", f"--data={options.sft_data}"]
+    if out := execute(arguments, options.out / "align_sft.log", may_refuse=True):
+        figures |= json.loads(out.splitlines()[-1])
+    else:
+        print(f"{options.sft_data} lacks what it reads: fine-tuning is not measured", flush=True)
+    sft = train("sft", options.seeds[0], options)
+    print("speed: align_rollout.py", flush=True)
+    arguments = ["benchmarks/align_rollout.py", f"--ckpt={sft}", f"--data={options.data}"]
+    return figures | json.loads(execute(arguments, options.out / "align_rollout.log").splitlines()[-1])
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("data/demo"))
+    parser.add_argument("--pretrain", type=Path, default=Path("out/demo/pretrain"))
+    parser.add_argument("--sft_data", type=Path, default=ROOT.parent / "shared/data/sft", help="of align_sft.py")
+    parser.add_argument("--out", type=Path, default=Path("out/benchmark_align"))
+    parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[1, 2, 3])
+    parser.add_argument("--only", choices=["speed", "quality"], help="one of the two parts")
+    parser.add_argument("--steps_scale", type=float, default=1.0, help="of the demo's steps, for a quick look")
+    options = parser.parse_args(argv)
+    for name in ("data", "pretrain", "sft_data", "out"):
+        setattr(options, name, getattr(options, name).resolve())  # the stages run in the repository's root
+    figures = {}
+    if options.only != "quality":
+        figures |= speed(options)
+    if options.only != "speed":
+        figures |= quality(options)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main()
