@@ -252,6 +252,22 @@ def pad_batch(rows, pad_id=0):
     return {"ids": ids, "loss_mask": loss_mask, "lengths": lengths}
 
 
+def pack_batch(rows):
+    """[[(ids, loss_mask), ...], ...], several examples a row, padded as by pad_batch.
+
+    documents (B, T) tells which example of its row each token is of; the padding is one more. Nothing predicts the
+    first token of an example, so its loss_mask is 0.
+    """
+    batch = pad_batch([tuple(map(np.concatenate, zip(*row, strict=True))) for row in rows])
+    documents = torch.zeros_like(batch["ids"])
+    for row, examples in zip(documents, rows, strict=True):
+        ends = np.cumsum([len(ids) for ids, _ in examples])
+        row[:] = torch.from_numpy(np.searchsorted(ends, np.arange(len(row)), side="right"))
+    batch["loss_mask"][:, 0] = 0
+    batch["loss_mask"][:, 1:] *= documents[:, 1:] == documents[:, :-1]
+    return batch | {"documents": documents}
+
+
 def document_numbers(ids, eos_id):
     """Which document of its row each token is of (B, T), counted from 0; an <eos> is the last of its document."""
     ends = (ids == eos_id).long()
@@ -305,3 +321,65 @@ class BatchOrder:
             self._epoch = epoch
             self._order = epoch_order(self.n, self.seed, epoch, self.lengths, self.batch_size)
         return self._order[i * self.batch_size : (i + 1) * self.batch_size]
+
+
+def pack_lengths(lengths, room):
+    """Which lengths share a row of `room` tokens: [(lengths in the row, how many such rows)], best fit, longest first.
+
+    It works on the histogram of the lengths, not on examples (Krell et al., arXiv:2107.02027), so that its time grows
+    with the number of different rows and not with the data.
+    """
+    rows = [[] for _ in range(room + 1)]  # by the space left in them
+    counts = np.bincount(lengths)
+    for length in np.flatnonzero(counts)[::-1].tolist():
+        left = int(counts[length])
+        while left:
+            space = next((s for s in range(length, room) if rows[s]), room)
+            row, there = rows[space].pop() if rows[space] else ((), left)  # else new ones
+            fit = min(space // length, left)
+            used = min(there, left // fit)
+            left -= used * fit
+            rows[space - fit * length].append((row + (length,) * fit, used))
+            if row and there > used:
+                rows[space].append((row, there - used))
+    return [each for some in rows for each in some]
+
+
+class PackedOrder:
+    """As BatchOrder, but with several examples a row: item i is a list of batch_size arrays of examples.
+
+    Which lengths share a row is the same in every epoch, which examples of these lengths, and in what order the rows
+    come, is shuffled. So an epoch has always as many rows, and a batch is found without those before it.
+    """
+
+    def __init__(self, lengths, room, batch_size, seed):
+        if (longest := np.max(lengths, initial=0)) > room:
+            raise DataError(f"an example of {longest} tokens does not fit into a row of {room}")
+        self.lengths, self.batch_size, self.seed = np.asarray(lengths), batch_size, seed
+        packed = pack_lengths(self.lengths, room)
+        sizes, times = np.array([(len(row), n) for row, n in packed], np.int64).reshape(-1, 2).T
+        sizes = np.repeat(sizes, times)  # examples of each row
+        if len(sizes) < batch_size:
+            raise DataError(f"{len(sizes)} packed rows do not fill one batch of {batch_size}")
+        row_lengths = np.concatenate([np.tile(row, n) for row, n in packed])
+        self.starts = np.cumsum(np.append(0, sizes))  # row r holds the slots starts[r] to starts[r + 1]
+        self.slots = np.argsort(row_lengths, kind="stable")  # by length
+        self.rows = len(sizes)
+        self.fill = self.lengths.sum() / (self.rows * room)  # share of tokens that are not padding
+        self.per_epoch = self.rows // batch_size
+        self._epoch = None
+
+    def _shuffle(self, epoch):
+        rng = np.random.default_rng((self.seed, epoch))
+        order = rng.permutation(len(self.lengths))
+        self._examples = np.empty_like(order)  # of each slot
+        self._examples[self.slots] = order[np.argsort(self.lengths[order], kind="stable")]
+        self._rows = rng.permutation(self.rows)
+        self._epoch = epoch
+
+    def __getitem__(self, i):
+        epoch, i = divmod(i, self.per_epoch)
+        if epoch != self._epoch:
+            self._shuffle(epoch)
+        rows = self._rows[i * self.batch_size : (i + 1) * self.batch_size]
+        return [self._examples[self.starts[r] : self.starts[r + 1]] for r in rows]

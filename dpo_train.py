@@ -1,82 +1,145 @@
 """Direct preference optimization: learn from pairs without a reward model (Rafailov et al., arXiv:2305.18290, eq. 7).
 
 The log-probability of an answer is the sum over its tokens, <eos> included. The reference is the checkpoint that the
-stage starts from; its log-probabilities are computed once, before the first step. Optionally adds the loss of the
-chosen answer (`sft_coef`), which keeps it from becoming less likely. Reads data/<name>/{rm.pkl, prompts.pkl}.
+stage starts from; its log-probabilities are computed once and kept in out/ref_logps.npz. `loss` picks DPO, IPO or
+cDPO. Optionally adds the loss of the chosen answer (`sft_coef`), which keeps it from becoming less likely. Reads
+data/<name>/{rm.pkl, prompts.pkl}.
 
     python dpo_train.py configs/demo/dpo.py --beta=0.3
 """
 
+import json
+import sys
+import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from common import checkpoint, distributed
-from common.config import parse_config, run
+from common.config import ConfigError, parse_config, run
 from common.optim import build_optimizer, learning_rate, set_learning_rate
 from common.rollout import rollout, sequence_kl
 from common.stage import Stage
-from dataset import BatchOrder, load_pairs, load_prompts, pad_batch, to_device
+from dataset import BatchOrder, atomic_write, load_pairs, load_prompts, pad_batch, to_device
 
 PANELS = [
-    ("loss (nats per pair)", ["train/loss", "val/loss"]),
+    ("loss of a pair", ["train/loss", "val/loss"]),
     ("preference accuracy", ["dpo/accuracy", "val/accuracy"]),
     ("reward margin (nats)", ["dpo/margin", "val/margin"]),
-    ("log pi/ref of an answer (nats)", ["dpo/chosen_logratio", "dpo/rejected_logratio"]),
+    ("log pi/ref of an answer (nats)", ["*/chosen_logratio", "*/rejected_logratio"]),
+    ("log pi of an answer (nats)", ["dpo/chosen_logps", "dpo/rejected_logps"]),
     ("KL to the reference (nats per reply)", ["val/kl"]),
     ("share of replies that end", ["val/eos_rate"]),
 ]
+LOSSES = ("sigmoid", "ipo", "cdpo")
+CACHE = "ref_logps.npz"
+FALLEN = -10  # nats: the answers that people preferred have lost a factor of e^10, 22,000, in probability
+MEASURES = "loss accuracy margin chosen_logratio rejected_logratio chosen_logps rejected_logps".split()
 
 
-def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
-    """-log sigmoid(beta * h) with h = (log pi/ref of chosen) - (log pi/ref of rejected), all inputs (B,).
+def check(config):
+    if config["loss"] not in LOSSES:
+        raise ConfigError(f"loss={config['loss']}: {', '.join(LOSSES[:-1])} or {LOSSES[-1]} is needed")
+    if not 0 <= config["label_smoothing"] < 0.5:
+        raise ConfigError(f"label_smoothing={config['label_smoothing']}: at least 0 and less than 0.5 is needed")
 
-    Returns (loss, chosen_rewards, rejected_rewards), each (B,); rewards are beta * log pi/ref. At pi = ref the loss is
-    log 2.
+
+def dpo_loss(logps, ref_logps, tokens, beta, kind="sigmoid", label_smoothing=0.0):
+    """The loss of each pair (B,) and its rewards beta * log pi/ref (2, B); all inputs (2, B), chosen and rejected.
+
+    With h = (log pi/ref of chosen) - (log pi/ref of rejected):
+    sigmoid  -log sigmoid(beta * h), log 2 at pi = ref
+    cdpo     the same where a share label_smoothing of the pairs is the wrong way round (Mitchell 2023, eq. 3)
+    ipo      (h - 1 / (2 * beta))^2 (Azar et al., arXiv:2310.12036, eq. 17), h from means over the `tokens` of an answer
     """
-    chosen_rewards = beta * (policy_chosen_logps - ref_chosen_logps)
-    rejected_rewards = beta * (policy_rejected_logps - ref_rejected_logps)
-    return -F.logsigmoid(chosen_rewards - rejected_rewards), chosen_rewards, rejected_rewards
+    rewards = beta * (logps - ref_logps)
+    if kind == "ipo":
+        chosen, rejected = (logps - ref_logps) / tokens
+        return (chosen - rejected - 1 / (2 * beta)).square(), rewards
+    margin = rewards[0] - rewards[1]
+    if kind == "cdpo":
+        return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin), rewards
+    return -F.logsigmoid(margin), rewards
 
 
-def accuracy(chosen_rewards, rejected_rewards):
-    """1 where chosen is rewarded more, 1/2 for a tie, as before the first step: (B,), (B,) -> (B,)."""
-    return torch.heaviside(chosen_rewards - rejected_rewards, torch.full_like(chosen_rewards, 0.5))
+def measures(loss, logps, rewards, beta):
+    """What is logged of each pair, as MEASURES names it: (7, B). Accuracy is 1/2 for a tie, as before step 1."""
+    chosen, rejected = rewards
+    right = torch.heaviside(chosen - rejected, torch.full_like(chosen, 0.5))
+    return torch.stack([loss, right, chosen - rejected, *rewards / beta, *logps]).detach()
 
 
 def pair_logps(model, chosen, rejected, indices, env):
-    """Summed answer log-probabilities of some pairs, one forward: chosen (B,), rejected (B,), chosen tokens (B,)."""
+    """Summed answer log-probabilities of some pairs and their answer tokens, (2, B) each, in one forward."""
     batch = to_device(pad_batch([chosen[i] for i in indices] + [rejected[i] for i in indices]), env.device)
     mask = batch["loss_mask"][:, 1:]
     with env.autocast():
         logps = model.token_logps(batch["ids"], mask=mask).sum(1)  # (2B,)
-    return *logps.chunk(2), mask.sum(1).chunk(2)[0]
+    return logps.view(2, -1), mask.sum(1).view(2, -1)
 
 
 @torch.no_grad()
 def reference_logps(model, chosen, rejected, env):
-    """The reference's log-probabilities of every pair: (N, 2), similar lengths together."""
-    logps = torch.empty(len(chosen), 2)
+    """The reference's log-probabilities of every pair: (2, N), similar lengths together."""
+    logps = torch.empty(2, len(chosen))
     for indices in np.array_split(np.argsort(chosen.lengths + rejected.lengths), max(1, len(chosen) // 64)):
-        logps[indices] = torch.stack(pair_logps(model, chosen, rejected, indices, env)[:2], 1).cpu()
-    return logps.to(env.device)
+        logps[:, indices] = pair_logps(model, chosen, rejected, indices, env)[0].cpu()
+    return logps
+
+
+def read_cache(path, facts, verbose=True):
+    """The arrays in a cache of reference log-probabilities that was made under these facts, else None, saying why."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(path) as file:
+            saved, arrays = json.loads(str(file["facts"])), [torch.from_numpy(file[name]) for name in ("train", "val")]
+        other = [name for name in facts if saved.get(name) != facts[name]]
+        reason = f"was made with another {' and '.join(other)}" if other else ""
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        reason = "cannot be read"
+    if verbose:
+        print(f"{path} {reason}: computing it again" if reason else f"reference log-probabilities from {path}")
+    return None if reason else arrays
+
+
+def cached_reference(stage, model, splits):
+    """Reference log-probabilities of the pairs of each split [(2, N), (2, M)], from out/ref_logps.npz where they fit.
+
+    Every process reads or computes them; the first one writes. --overwrite keeps the file, since it tells for itself
+    what it was made from.
+    """
+    env, path = stage.env, stage.out / CACHE
+    facts = {
+        "checkpoint": stage.parent["sha256"],
+        "rm.pkl": checkpoint.file_sha256(Path(stage.config["data"]) / "rm.pkl"),
+        "dtype": str(env.dtype),
+        "number of pairs": [len(pairs[0]) for pairs in splits],
+    }
+    logps = read_cache(path, facts, env.is_main)
+    if logps is None:
+        logps = [reference_logps(model, *pairs, env) for pairs in splits]
+        if env.is_main:
+            with atomic_write(path) as file:
+                np.savez(file, facts=json.dumps(facts), train=logps[0].numpy(), val=logps[1].numpy())
+    return [each.to(env.device) for each in logps]
 
 
 @torch.no_grad()
-def evaluate(model, reference, pairs, ref_logps, prompts, tokenizer, config, env):
-    """Loss, accuracy and margin on validation pairs; KL, eos rate and samples from replies to held-out prompts."""
-    results = []
-    for indices in np.array_split(np.arange(len(ref_logps)), -(-len(ref_logps) // 32)):
-        chosen, rejected, _ = pair_logps(model, *pairs, indices, env)
-        results.append(torch.stack(dpo_loss(chosen, rejected, *ref_logps[indices].unbind(1), config["beta"])))
-    loss, chosen, rejected = torch.cat(results, 1)  # each (N,)
+def evaluate(model, reference, pairs, ref_logps, prompts, tokenizer, objective, config, env):
+    """The measures of validation pairs; KL, eos rate and samples from replies to held-out prompts."""
+    results, n = [], ref_logps.size(1)
+    for indices in np.array_split(np.arange(n), -(-n // 32)):
+        logps, tokens = pair_logps(model, *pairs, indices, env)
+        loss, rewards = objective(logps, ref_logps[:, indices], tokens)
+        results.append(measures(loss, logps, rewards, config["beta"]))
+    means = torch.cat(results, 1).mean(1).tolist()
     batch = rollout(model, prompts, config["eval_new_tokens"], eos_id=tokenizer.eos_id, seed=config["seed"])
-    metrics = {
-        "val/loss": loss.mean().item(),
-        "val/accuracy": accuracy(chosen, rejected).mean().item(),
-        "val/margin": (chosen - rejected).mean().item(),
+    metrics = {f"val/{name}": mean for name, mean in zip(MEASURES, means, strict=True)} | {
         "val/kl": sequence_kl(model, reference, batch).mean().item(),
         "val/eos_rate": batch.ended.float().mean().item(),
     }
@@ -84,8 +147,20 @@ def evaluate(model, reference, pairs, ref_logps, prompts, tokenizer, config, env
     return metrics, samples[:6]
 
 
+def warn_if_fallen(step, metrics):
+    """Whether both answers have become much less likely than under the reference, the usual failure; says so."""
+    chosen, rejected = metrics["val/chosen_logratio"], metrics["val/rejected_logratio"]
+    fallen = max(chosen, rejected) < FALLEN
+    if fallen:
+        found = f"log pi/ref of an answer is {chosen:.1f} nats for chosen and {rejected:.1f} for rejected"
+        text = f"step {step}: {found}: both fall; a larger beta, a lower learning_rate or sft_coef > 0 holds them up"
+        tqdm.write(text, file=sys.stderr)
+    return fallen
+
+
 def main(argv=None):
     config = parse_config("dpo_train", argv, __doc__)
+    check(config)
     stage = Stage("dpo", config, PANELS)
     if stage.finished:
         return
@@ -93,16 +168,17 @@ def main(argv=None):
     parent, tokenizer = stage.load_parent()
     train, val = load_pairs(data / "rm.pkl", tokenizer.vocab_size, parent.model_config["max_seq_len"])
     val = [side.select(np.arange(min(len(side), config["eval_pairs"]))) for side in val]
-    _, held_out = load_prompts(data / "prompts.pkl", tokenizer.vocab_size)
-    prompts = held_out[: config["eval_prompts"]]
+    prompts = load_prompts(data / "prompts.pkl", tokenizer.vocab_size)[1][: config["eval_prompts"]]
 
     model, reference = (checkpoint.build_model(parent).to(env.device).eval() for _ in range(2))  # no dropout
     reference.requires_grad_(False)
     forward = distributed.wrap(model, env, config)
     optimizer = build_optimizer(model, config)
     stage.start(model, optimizer, tokenizer, parent)
-    ref_logps, val_ref_logps = (reference_logps(reference, *pairs, env) for pairs in (train, val))
-    accumulation, beta = config["grad_accumulation_steps"], config["beta"]
+    ref_logps, val_ref_logps = cached_reference(stage, reference, (train, val))
+    accumulation, beta, warned = config["grad_accumulation_steps"], config["beta"], False
+    objective = partial(dpo_loss, beta=beta, kind=config["loss"], label_smoothing=config["label_smoothing"])
+    held_out = (reference, val, val_ref_logps, prompts, tokenizer, objective, config, env)
     order = BatchOrder(len(train[0]), config["batch_size"], config["seed"], sum(side.lengths for side in train))
     if env.is_main:
         epochs = config["max_steps"] * accumulation * env.world_size / order.per_epoch
@@ -112,37 +188,27 @@ def main(argv=None):
         for step in range(stage.first, config["max_steps"] + 1):
             lr = set_learning_rate(optimizer, learning_rate(step, config))
             if stage.due(step, "eval_interval"):
-                policy = stage.whole
-                stage.report(step, *evaluate(policy, reference, val, val_ref_logps, prompts, tokenizer, config, env))
+                metrics, samples = evaluate(stage.whole, *held_out)
+                stage.report(step, metrics, samples)
+                warned = warned or warn_if_fallen(step, metrics)
             if stage.due(step, "save_interval"):
                 stage.save(step)
             if stage.ends(step):
                 break
 
-            sums, tokens = torch.zeros(5, device=env.device), 0
+            sums, tokens = torch.zeros(len(MEASURES), device=env.device), 0
             for micro in range(accumulation):
                 pairs = order[(step * accumulation + micro) * env.world_size + env.rank]
                 distributed.sync(forward, last=micro == accumulation - 1)
-                chosen, rejected, chosen_tokens = pair_logps(forward, *train, pairs, env)
-                loss, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, *ref_logps[pairs].unbind(1), beta)
-                loss = loss - config["sft_coef"] * chosen / chosen_tokens
+                logps, answer_tokens = pair_logps(forward, *train, pairs, env)
+                loss, rewards = objective(logps, ref_logps[:, pairs], answer_tokens)
+                loss = loss - config["sft_coef"] * logps[0] / answer_tokens[0]
                 (loss.mean() / accumulation).backward()
-                right = accuracy(chosen_rewards, rejected_rewards)
-                margin = chosen_rewards - rejected_rewards
-                stacked = torch.stack([loss, right, margin, chosen_rewards / beta, rejected_rewards / beta])  # (5, B)
-                sums += stacked.detach().mean(1) / accumulation
+                sums += measures(loss, logps, rewards, beta).mean(1) / accumulation
                 tokens += int(sum(side.lengths[pairs].sum() for side in train))
-            loss, right, margin, chosen, rejected = (distributed.mean(x, env) for x in sums.tolist())
-            grad_norm = stage.update(step, loss)
-            metrics = {
-                "train/loss": loss,
-                "dpo/accuracy": right,
-                "dpo/margin": margin,
-                "dpo/chosen_logratio": chosen,
-                "dpo/rejected_logratio": rejected,
-                "train/learning_rate": lr,
-                "train/grad_norm": grad_norm,
-            }
+            loss, *others = (distributed.mean(x, env) for x in sums.tolist())
+            metrics = {"train/loss": loss} | {f"dpo/{k}": x for k, x in zip(MEASURES[1:], others, strict=True)}
+            metrics |= {"train/learning_rate": lr, "train/grad_norm": stage.update(step, loss)}
             stage.log(step + 1, int(distributed.all_sum(tokens, env)), metrics, shown=("train/loss", "dpo/accuracy"))
     stage.close()
 

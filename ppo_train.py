@@ -1,15 +1,15 @@
 """PPO on a reward model, as in InstructGPT (arXiv:2203.02155) with the details of Huang et al. (arXiv:2403.17031).
 
-A step has five phases: (1) the policy answers prompts, (2) the reward model scores each reply at its last real token,
-(3) every token is penalised for leaving the reference, (4) generalised advantage estimation, (5) clipped updates of the
-policy and of a separate value model in minibatches. Departures: scores are normalised on replies of the reference, the
-value model has the reward model's trunk under a head of zeros, and a reply that never ends gets a fixed score.
+A step has five phases: (1) the policy answers prompts, (2) each reply is scored, by the reward model at its last real
+token or by the function that `reward` names, (3) every token is penalised for leaving the reference, (4) generalised
+advantage estimation, (5) clipped updates of the policy and of a separate value model in minibatches. Departures: scores
+are normalised on replies of the reference, the value model has the reward model's trunk (where there is none, the
+policy's) under a head of zeros, and a reply that never ends gets a fixed score.
 Reads data/<name>/prompts.pkl, an SFT checkpoint and a reward model; writes a run directory.
 
     python ppo_train.py configs/demo/ppo.py --kl_coef=0.1
 """
 
-import hashlib
 from functools import partial
 from pathlib import Path
 
@@ -17,9 +17,21 @@ import torch
 
 from common import checkpoint
 from common.config import UserError, parse_config, run
-from common.metrics import distinct_2
 from common.optim import build_optimizer, learning_rate, set_learning_rate
-from common.rollout import in_batches, masked_mean, masked_whiten, rollout, sequence_kl, sequence_scores
+from common.rewards import Reward, evaluate_policy, plot_score_kl
+from common.rollout import (
+    Watch,
+    add_up,
+    average,
+    in_batches,
+    masked_mean,
+    masked_whiten,
+    policy_loss,
+    ratio_stats,
+    reply_logps,
+    reply_metrics,
+    rollout,
+)
 from common.stage import Stage
 from dataset import BatchOrder, load_prompts
 
@@ -30,6 +42,8 @@ PANELS = [
     ("share of replies that end", ["ppo/eos_rate", "val/eos_rate"]),
     ("clipped share of tokens", ["ppo/clipfrac"]),
     ("explained variance of returns", ["ppo/explained_variance"]),
+    ("distinct character bigrams (share)", ["ppo/distinct_2", "val/distinct_2"]),
+    ("entropy (nats per token)", ["ppo/entropy"]),
 ]
 
 
@@ -55,27 +69,8 @@ def gae(rewards, values, mask, gamma, lam):
     return advantages, (advantages + values) * mask
 
 
-def policy_loss(logps, old_logps, advantages, weights, cliprange):
-    """PPO's clipped surrogate (Schulman et al., arXiv:1707.06347, eq. 7), negated; all (B, T).
-
-    weights are mask / (real tokens of the whole minibatch), so that micro-batches add up. Returns the loss and, by
-    name, sums with the same weights: approx_kl (k3), clipfrac, ratio.
-    """
-    log_ratio = logps - old_logps
-    ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - cliprange, 1 + cliprange)
-    loss = (torch.max(-advantages * ratio, -advantages * clipped) * weights).sum()
-    with torch.no_grad():
-        stats = {
-            "approx_kl": ((ratio - 1 - log_ratio) * weights).sum(),
-            "clipfrac": (((ratio - 1).abs() > cliprange) * weights).sum(),
-            "ratio": (ratio * weights).sum(),
-        }
-    return loss, stats
-
-
 def value_loss(values, old_values, returns, weights, cliprange):
-    """Half the squared error, the larger of the plain and the clipped value's; all (B, T), weights as above."""
+    """Half the squared error, the larger of the plain and the clipped value's; all (B, T), weights as policy_loss's."""
     clipped = old_values + (values - old_values).clamp(-cliprange, cliprange)
     error = torch.max((values - returns).square(), (clipped - returns).square())
     return 0.5 * (error * weights).sum()
@@ -87,45 +82,8 @@ def adapt_kl_coef(kl_coef, kl, target, horizon):
     return kl_coef * (1 + error * 10 / horizon)
 
 
-def final_scores(raw_scores, ended, norm, no_eos_score):
-    """Scores in standard deviations of the reference's; replies without <eos> get no_eos_score: (B,)."""
-    mean, std = norm
-    return torch.where(ended, (raw_scores - mean) / std, torch.full_like(raw_scores, no_eos_score))
-
-
-def load_reward_model(path, policy):
-    """A checkpoint with a scalar head that reads the policy's tokens."""
-    ckpt = checkpoint.load(path)
-    checkpoint.refuse_quantized(ckpt)
-    if not ckpt.model_config["scalar_head"]:
-        raise UserError(f"{ckpt.path} (stage {ckpt.stage}) has no scalar head: reward_model wants a run of rm_train.py")
-    if ckpt.tokenizer != policy.tokenizer:
-        here, there = (hashlib.sha256(c.tokenizer).hexdigest()[:16] for c in (ckpt, policy))
-        raise UserError(f"tokenizer {here} in {ckpt.path}, {there} in {policy.path}: they must be the same")
-    return ckpt
-
-
-def score_rows(reward_model, rows):
-    return sequence_scores(reward_model, rows.ids, rows.lengths)
-
-
-def evaluate(policy, reference, reward_model, prompts, norm, tokenizer, config):
-    """Score, KL, length, eos rate and distinct-2 of replies to held-out prompts, and some of the replies."""
-    batch = rollout(policy, prompts, config["max_new_tokens"], config["temperature"], tokenizer.eos_id, config["seed"])
-    raw = in_batches(partial(score_rows, reward_model), batch, config["micro_batch_size"])
-    texts = [tokenizer.decode(reply) for reply in batch.replies]
-    metrics = {
-        "val/score": final_scores(raw, batch.ended, norm, config["no_eos_score"]).mean().item(),
-        "val/kl": sequence_kl(policy, reference, batch, config["temperature"]).mean().item(),
-        "val/length": batch.mask.sum(1).mean().item(),
-        "val/eos_rate": batch.ended.float().mean().item(),
-        "val/distinct_2": distinct_2(texts, sum(map(len, texts))),
-    }
-    return metrics, [(tokenizer.decode(p), text) for p, text in zip(prompts, texts, strict=True)][:8]
-
-
 def update(stage, step, policy, value, batch, old, config, generator):
-    """Phase 5: ppo_epochs passes over the replies in shuffled minibatches; returns the metrics' means over updates.
+    """Phase 5: ppo_epochs passes over the replies in shuffled minibatches; returns the metrics' averages over updates.
 
     old holds logps, values, advantages, returns, each (B, T-1).
     """
@@ -133,7 +91,7 @@ def update(stage, step, policy, value, batch, old, config, generator):
     for _ in range(config["ppo_epochs"]):
         for minibatch in torch.randperm(len(batch.ids), generator=generator).split(config["minibatch_size"]):
             total = batch.mask[minibatch].sum()
-            stats, loss = {}, 0.0
+            parts, loss = [], 0.0
             for micro in minibatch.split(config["micro_batch_size"]):
                 rows = batch.rows(micro)
                 T = rows.mask.size(1)
@@ -142,33 +100,22 @@ def update(stage, step, policy, value, batch, old, config, generator):
                 with stage.env.autocast():
                     logps = policy.token_logps(rows.ids, temperature, rows.mask)
                     values = value.values(rows.ids)[:, :-1]
-                pg_loss, parts = policy_loss(logps, logps0, advantages, weights, config["cliprange"])
+                pg_loss = policy_loss(logps, logps0, advantages, weights, config["cliprange"])
                 vf_loss = value_loss(values, values0, returns, weights, config["cliprange_value"])
                 micro_loss = pg_loss + config["vf_coef"] * vf_loss
                 micro_loss.backward()
                 loss += micro_loss.item()
-                parts |= {"policy_loss": pg_loss.detach(), "value_loss": vf_loss.detach()}
-                stats = {name: stats.get(name, 0.0) + part.item() for name, part in parts.items()}
-            stats["grad_norm"] = stage.update(step, loss)
-            updates.append(stats)
-    return {f"ppo/{name}": sum(u[name] for u in updates) / len(updates) for name in updates[0]}
+                stats = ratio_stats(logps, logps0, weights, config["cliprange"])
+                parts.append(stats | {"policy_loss": pg_loss.item(), "value_loss": vf_loss.item()})
+            updates.append(add_up(parts) | {"grad_norm": stage.update(step, loss)})
+    return average(updates)
 
 
-def rollout_metrics(batch, scores, logps, ref_logps, values, returns, kl_coef):
-    """What the replies of a step were like before its updates; means over real tokens or over replies."""
-    kl = ((logps - ref_logps) * batch.mask).sum(1).mean().item()
-    residual = masked_mean((returns - values).square(), batch.mask)
-    variance = masked_mean((returns - masked_mean(returns, batch.mask)).square(), batch.mask)
-    return {
-        "ppo/score": scores.mean().item(),
-        "ppo/rlhf_reward": scores.mean().item() - kl_coef * kl,
-        "ppo/kl": kl,
-        "ppo/kl_coef": kl_coef,
-        "ppo/entropy": -masked_mean(logps, batch.mask).item(),  # nats per token, estimated on its own samples
-        "ppo/explained_variance": 1 - (residual / variance).item(),
-        "ppo/length": batch.mask.sum(1).mean().item(),
-        "ppo/eos_rate": batch.ended.float().mean().item(),
-    }
+def explained_variance(values, returns, mask):
+    """The share of the variance of returns over real tokens that the values tell beforehand; 1 is all, 0 none."""
+    residual = masked_mean((returns - values).square(), mask)
+    variance = masked_mean((returns - masked_mean(returns, mask)).square(), mask)
+    return 1 - (residual / variance).item()
 
 
 def main(argv=None):
@@ -180,14 +127,13 @@ def main(argv=None):
     if env.world_size > 1:
         raise UserError("ppo_train.py runs in one process: start it without torchrun")
     parent, tokenizer = stage.load_parent()
-    reward_ckpt = load_reward_model(config["reward_model"], parent)
     train, held_out = load_prompts(Path(config["data"]) / "prompts.pkl", tokenizer.vocab_size)
     eos_id, held_out = tokenizer.eos_id, held_out[: config["eval_prompts"]]
 
     policy, reference = (checkpoint.build_model(parent).to(env.device) for _ in range(2))
-    reward_model, value = (checkpoint.build_model(reward_ckpt).to(env.device) for _ in range(2))
-    for frozen in (reference, reward_model):
-        frozen.eval().requires_grad_(False)
+    reference.eval().requires_grad_(False)
+    reward = Reward(config, parent, tokenizer, env.device)
+    value = checkpoint.build_model(reward.ckpt or parent, scalar_head=True).to(env.device)
     torch.nn.init.zeros_(value.scalar.weight)  # normalised scores have mean 0 on the reference: so does the first value
     both = torch.nn.ModuleDict({"policy": policy, "value": value})
     both.eval()  # no dropout: a ratio must compare the policy with itself
@@ -195,36 +141,31 @@ def main(argv=None):
     stage.start(policy, optimizer, tokenizer, parent, trained=both)
     sample = partial(rollout, max_new_tokens=config["max_new_tokens"], temperature=config["temperature"], eos_id=eos_id)
 
-    def logps_of(model, rows):
-        with env.autocast():  # as in the updates, so that the first ratio is 1 in bfloat16 too
-            return model.token_logps(rows.ids, config["temperature"], rows.mask)
-
     def values_of(rows):
         with env.autocast():
             return value.values(rows.ids)[:, :-1]
 
-    batched = partial(in_batches, batch_size=config["micro_batch_size"])
-    score = partial(batched, partial(score_rows, reward_model))
-    judge = checkpoint.parent_of(reward_ckpt)
     if stage.resumed:
         extra = stage.resumed.training["extra"]
-        checkpoint.same_file(stage.resumed, extra["reward_model"], judge)
+        checkpoint.same_file(stage.resumed, extra["reward_model"], reward.judge)
         value.load_state_dict(extra["value"])
-        kl_coef, norm = extra["kl_coef"], extra["norm"]
+        kl_coef, reward.norm, watch = extra["kl_coef"], extra["norm"], Watch(extra.get("watch"))
     else:
-        raw = score(sample(reference, train[: config["norm_prompts"]], seed=config["seed"]))
-        kl_coef, norm = config["kl_coef"], [raw.mean().item(), raw.std().item()]
+        reward.normalise_on(sample(reference, train[: config["norm_prompts"]], seed=config["seed"]))
+        kl_coef, watch = config["kl_coef"], Watch()
     print(f"{len(train):,} training and {len(held_out):,} held-out prompts; "
-          f"reference scores {norm[0]:.3f} +- {norm[1]:.3f}")  # fmt: skip
+          f"reference scores {reward.norm[0]:.3f} +- {reward.norm[1]:.3f}")  # fmt: skip
     order = BatchOrder(len(train), config["rollout_size"], config["seed"])
 
     with stage.interrupt:
         for step in range(stage.first, config["max_steps"] + 1):
             lr = set_learning_rate(optimizer, learning_rate(step, config))
             if stage.due(step, "eval_interval"):
-                stage.report(step, *evaluate(policy, reference, reward_model, held_out, norm, tokenizer, config))
+                stage.report(step, *evaluate_policy(policy, reference, reward, held_out, config))
+                plot_score_kl(stage.metric_log, "ppo")
             if stage.due(step, "save_interval"):
-                stage.extra = dict(value=value.state_dict(), kl_coef=kl_coef, norm=norm, reward_model=judge)
+                stage.extra = dict(value=value.state_dict(), kl_coef=kl_coef, norm=reward.norm)
+                stage.extra |= dict(reward_model=reward.judge, watch=watch.state)
                 stage.save(step)
             if stage.ends(step):
                 break
@@ -233,22 +174,26 @@ def main(argv=None):
             seed = config["seed"] * 1_000_003 + step
             batch = sample(policy, [train[i] for i in order[step]], seed=seed)
             # 2. score
-            scores = final_scores(score(batch), batch.ended, norm, config["no_eos_score"])  # (B,)
+            scores = reward.scores(batch)  # (B,)
             # 3. penalised rewards
-            logps, ref_logps = (batched(partial(logps_of, model), batch) for model in (policy, reference))  # (B, T-1)
+            logps, ref_logps = (reply_logps(model, batch, env, config) for model in (policy, reference))  # (B, T-1)
             rewards = penalised_rewards(scores, logps, ref_logps, batch.mask, kl_coef)
             # 4. advantages
-            values = batched(values_of, batch) * batch.mask
+            values = in_batches(values_of, batch, config["micro_batch_size"]) * batch.mask
             advantages, returns = gae(rewards, values, batch.mask, config["gamma"], config["lam"])
             advantages = masked_whiten(advantages, batch.mask)
             # 5. updates
             generator = torch.Generator().manual_seed(seed)
             metrics = update(stage, step, policy, value, batch, (logps, values, advantages, returns), config, generator)
 
-            metrics |= rollout_metrics(batch, scores, logps, ref_logps, values, returns, kl_coef)
+            texts = [tokenizer.decode(reply) for reply in batch.replies]
+            metrics |= reply_metrics(batch, scores, logps, ref_logps, texts)
+            metrics |= dict(kl_coef=kl_coef, explained_variance=explained_variance(values, returns, batch.mask))
+            metrics["rlhf_reward"] = metrics["score"] - kl_coef * metrics["kl"]
+            watch.look(step + 1, metrics)
             if config["kl_target"] > 0:
-                kl_coef = adapt_kl_coef(kl_coef, metrics["ppo/kl"], config["kl_target"], config["kl_horizon"])
-            metrics["train/learning_rate"] = lr
+                kl_coef = adapt_kl_coef(kl_coef, metrics["kl"], config["kl_target"], config["kl_horizon"])
+            metrics = {f"ppo/{name}": number for name, number in metrics.items()} | {"train/learning_rate": lr}
             stage.log(step + 1, int(batch.lengths.sum()), metrics, shown=("ppo/score", "ppo/kl"))
     stage.close()
 

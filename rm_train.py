@@ -2,19 +2,23 @@
 
 The fine-tuned model with a scalar head in place of the vocabulary; the score is read at the last real token, the <eos>
 of the answer, and trained so that chosen beats rejected (Bradley-Terry). The head starts as N(0, 1/(dim + 1)), as in
-Stiennon et al. (arXiv:2009.01325). Reads data/<name>/rm.pkl; writes a run directory.
+Stiennon et al. (arXiv:2009.01325). Reads data/<name>/rm.pkl, in which a ranked list is every pair of a better with a
+worse answer; writes a run directory, with calibration.png: is a pair as sure as the difference of its scores says?
 
     python rm_train.py configs/demo/rm.py
 """
 
+import io
 import math
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from common import checkpoint, distributed
-from common.config import parse_config, run
+from common.config import ConfigError, parse_config, run, write_atomic
 from common.metrics import wilson_interval
 from common.optim import build_optimizer, learning_rate, set_learning_rate
 from common.rollout import sequence_scores
@@ -25,13 +29,19 @@ PANELS = [
     ("loss (nats per pair)", ["train/loss", "val/loss"]),
     ("accuracy on pairs", ["rm/accuracy", "val/accuracy"]),
     ("score", ["val/chosen_score", "val/rejected_score"]),
+    ("expected calibration error", ["val/ece"]),
     ("gradient norm", ["train/grad_norm"]),
 ]
 
 
-def reward_loss(chosen_scores, rejected_scores):
-    """-log sigmoid(chosen - rejected), the negative log-likelihood of a Bradley-Terry model: (B,), (B,) -> (B,)."""
-    return -F.logsigmoid(chosen_scores - rejected_scores)
+def reward_loss(chosen_scores, rejected_scores, margin=0.0, centring=0.0):
+    """-log sigmoid(chosen - rejected - margin) + centring * (chosen + rejected)^2: (B,), (B,) -> (B,).
+
+    Without both it is the negative log-likelihood of a Bradley-Terry model. The margin, a number or (B,), is that of
+    Llama 2 (arXiv:2307.09288, eq. 2); centring, which fixes where zero is, is by Eisenstein et al. (arXiv:2312.09244).
+    """
+    loss = -F.logsigmoid(chosen_scores - rejected_scores - margin)
+    return loss + centring * (chosen_scores + rejected_scores).square()
 
 
 def pair_scores(model, chosen, rejected, indices, env):
@@ -44,8 +54,11 @@ def pair_scores(model, chosen, rejected, indices, env):
 
 
 @torch.no_grad()
-def evaluate(model, chosen, rejected, env, n_pairs):
-    """Accuracy on n_pairs validation pairs with its 95 % interval, next to calling the longer answer better."""
+def evaluate(model, chosen, rejected, env, n_pairs, objective=reward_loss):
+    """(metrics, chosen scores (N,), rejected scores (N,)) of the first n_pairs validation pairs.
+
+    Accuracy comes with its 95 % interval, next to calling the longer answer better.
+    """
     model.eval()
     scores = [pair_scores(model, chosen, rejected, range(i, min(i + 64, n_pairs)), env) for i in range(0, n_pairs, 64)]
     model.train()
@@ -53,19 +66,75 @@ def evaluate(model, chosen, rejected, env, n_pairs):
     right = int((chosen_scores > rejected_scores).sum())
     low, high = wilson_interval(right, n_pairs)
     longer = chosen.lengths[:n_pairs] - rejected.lengths[:n_pairs]
-    return {
-        "val/loss": reward_loss(chosen_scores, rejected_scores).mean().item(),
+    metrics = {
+        "val/loss": objective(chosen_scores, rejected_scores).mean().item(),
         "val/accuracy": right / n_pairs,
         "val/accuracy_low": low,
         "val/accuracy_high": high,
         "val/longer_wins": float(((longer > 0) + 0.5 * (longer == 0)).mean()),  # a tie counts half
         "val/chosen_score": chosen_scores.mean().item(),
         "val/rejected_score": rejected_scores.mean().item(),
+        "val/ece": calibration_error(calibration((chosen_scores - rejected_scores).cpu().numpy())),
     }
+    return metrics, chosen_scores.cpu().numpy(), rejected_scores.cpu().numpy()
+
+
+def calibration(margins, n_bins=10):
+    """What the model claims of pairs and what is so, in bins of as many pairs, by the size of the margin.
+
+    margins (N,) are chosen - rejected scores. The answer with the higher score is claimed to be the better one with
+    probability sigmoid(|margin|). Rows: (mean |margin|, mean claim, pairs that it is right of, pairs).
+    """
+    margins = np.asarray(margins, dtype=np.float64)
+    order = np.argsort(np.abs(margins), kind="stable")
+    rows = []
+    for part in np.array_split(margins[order], min(n_bins, len(margins))):
+        size = np.abs(part)
+        rows.append((size.mean(), (1 / (1 + np.exp(-size))).mean(), int((part > 0).sum()), len(part)))
+    return rows
+
+
+def calibration_error(rows):
+    """Expected calibration error: |accuracy - claim| of each bin, weighted by its pairs (arXiv:1706.04599, eq. 3)."""
+    return float(sum(abs(right - n * claim) for _, claim, right, n in rows) / sum(n for *_, n in rows))
+
+
+def draw_calibration(chosen_scores, rejected_scores):
+    """PNG: accuracy by margin beside what the scores claim, with 95 % intervals; the scores of both sides."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only needed here
+    from matplotlib.figure import Figure
+
+    size, _, right, n = np.array(calibration(chosen_scores - rejected_scores)).T
+    low, high = np.array([wilson_interval(int(hits), int(count)) for hits, count in zip(right, n, strict=True)]).T
+    figure = Figure(figsize=(8.4, 3.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, axes = figure.subplots(1, 2)
+    x = np.linspace(0, size.max(), 100)
+    left.plot(x, 1 / (1 + np.exp(-x)), color="gray", linewidth=1.2, label="sigmoid(margin)")
+    pairs = f"{n.min():.0f}" if n.min() == n.max() else f"{n.min():.0f} to {n.max():.0f}"
+    errors = np.maximum([right / n - low, high - right / n], 0)  # rounding may leave -1e-17
+    left.errorbar(size, right / n, errors, fmt="o", markersize=4, capsize=2, label=f"bins of {pairs} pairs, 95 %")
+    left.set_xlabel("size of the score difference")
+    left.set_ylabel("accuracy")
+    edges = np.histogram_bin_edges(np.concatenate([chosen_scores, rejected_scores]), 30)
+    for name, scores in (("chosen", chosen_scores), ("rejected", rejected_scores)):
+        axes.hist(scores, edges, alpha=0.55, label=name)
+    axes.set_xlabel("score")
+    axes.set_ylabel("answers")
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    for each in (left, axes):
+        each.grid(alpha=0.25)
+        each.legend(frameon=False)
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    return png.getvalue()
 
 
 def main(argv=None):
     config = parse_config("rm_train", argv, __doc__)
+    for key in ("margin", "centring"):
+        if config[key] < 0:
+            raise ConfigError(f"{key}={config[key]}: at least 0 is needed")
     stage = Stage("rm", config, PANELS)
     if stage.finished:
         return
@@ -78,9 +147,12 @@ def main(argv=None):
     forward = distributed.wrap(model, env, config)
     optimizer = build_optimizer(model, config)
     stage.start(model, optimizer, tokenizer, parent)
+    picture = stage.out / "calibration.png"
     accumulation = config["grad_accumulation_steps"]
+    objective = partial(reward_loss, margin=config["margin"], centring=config["centring"])
     order = BatchOrder(len(train[0]), config["batch_size"], config["seed"], sum(side.lengths for side in train))
     if env.is_main:
+        picture.unlink(missing_ok=True)  # of an earlier end, which --overwrite or more steps have made untrue
         epochs = config["max_steps"] * accumulation * env.world_size / order.per_epoch
         print(f"{len(train[0]):,} training and {len(val[0]):,} validation pairs; {epochs:.2f} epochs")
 
@@ -90,7 +162,10 @@ def main(argv=None):
             if stage.due(step, "eval_interval"):
                 full = step == config["max_steps"]
                 n_pairs = len(val[0]) if full else min(len(val[0]), config["eval_pairs"])
-                stage.report(step, evaluate(stage.whole, *val, env, n_pairs))
+                metrics, *scores = evaluate(stage.whole, *val, env, n_pairs, objective)
+                stage.report(step, metrics)
+                if full:
+                    write_atomic(picture, draw_calibration(*scores))
             if stage.due(step, "save_interval"):
                 stage.save(step)
             if stage.ends(step):
@@ -101,7 +176,7 @@ def main(argv=None):
                 pairs = order[(step * accumulation + micro) * env.world_size + env.rank]
                 distributed.sync(forward, last=micro == accumulation - 1)
                 chosen_scores, rejected_scores = pair_scores(forward, *train, pairs, env)
-                micro_loss = reward_loss(chosen_scores, rejected_scores).mean() / accumulation
+                micro_loss = objective(chosen_scores, rejected_scores).mean() / accumulation
                 micro_loss.backward()
                 loss += micro_loss.item()
                 right += (chosen_scores > rejected_scores).float().mean().item() / accumulation

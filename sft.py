@@ -2,7 +2,9 @@
 
 A conversation is `question <bos> answer <eos>`, turn by turn; every answer token and its <eos> count, nothing else. The
 loss of an optimizer step is normalised once, over all micro-batches and processes, so that accumulation equals the
-large batch. Reads data/<name>/sft.pkl and a pretrained checkpoint; writes a run directory.
+large batch. With packing=True a row holds several conversations, none of which sees another.
+
+Reads data/<name>/sft.pkl and a pretrained checkpoint; writes a run directory.
 
     python sft.py configs/demo/sft.py --learning_rate=1e-3
 """
@@ -17,7 +19,7 @@ from common.config import ConfigError, parse_config, run
 from common.metrics import share
 from common.optim import build_optimizer, learning_rate, set_learning_rate
 from common.stage import Stage
-from dataset import BatchOrder, Examples, epoch_order, load_pkl, pad_batch, to_device
+from dataset import BatchOrder, Examples, PackedOrder, epoch_order, load_pkl, pack_batch, pad_batch, to_device
 
 PANELS = [
     ("loss (nats per answer token)", ["train/loss", "val/loss"]),
@@ -27,20 +29,45 @@ PANELS = [
 ]
 
 
-def loss_weights(loss_mask, example_weight):
+def loss_weights(loss_mask, example_weight, documents=None):
     """Weight of each token before normalisation: loss_mask (B, T) -> (B, T).
 
     "token": 1 on each answer token. "example": each conversation's answer tokens sum to 1, so that an answer of three
-    tokens is not drowned by one of a hundred.
+    tokens is not drowned by one of a hundred. documents (B, T), where rows are packed: whose each token is.
     """
     if example_weight == "token":
         return loss_mask
-    return loss_mask / loss_mask.sum(1, keepdim=True).clamp(min=1)
+    if documents is None:
+        documents = torch.zeros_like(loss_mask, dtype=torch.int64)
+    counts = torch.zeros_like(loss_mask).scatter_add_(1, documents, loss_mask)  # of a row's conversations
+    return loss_mask / counts.gather(1, documents).clamp(min=1)
 
 
 def answer_loss(model, batch, weights):
     """sum of weights * nll over the answers: ids (B, T), weights (B, T) aligned with ids."""
-    return model(batch["ids"][:, :-1], batch["ids"][:, 1:], weights[:, 1:])
+    documents = batch["documents"][:, :-1] if "documents" in batch else None
+    return model(batch["ids"][:, :-1], batch["ids"][:, 1:], weights[:, 1:], documents)
+
+
+def make_order(train, config, max_seq_len):
+    """Which conversations batch i of the run holds: one a row, or several where packing is on; and a line about it."""
+    if not config["packing"]:
+        order = BatchOrder(len(train), config["batch_size"], config["seed"], train.lengths)
+        return order, "one conversation a row"
+    room = config["pack_len"] or max_seq_len
+    longest = int(train.lengths.max(initial=2))
+    if not longest <= room <= max_seq_len:
+        limits = f"{longest}, the longest conversation, to {max_seq_len}, the model's context"
+        raise ConfigError(f"pack_len={room}: {limits}, are possible; 0 is all of it")
+    order = PackedOrder(train.lengths, room, config["batch_size"], config["seed"])
+    return order, f"{len(train) / order.rows:.1f} conversations a row of {room}, {order.fill:.1%} of it real tokens"
+
+
+def make_batch(train, chosen):
+    """The padded batch of what an order chose: indices of conversations, or a list of such, one for each row."""
+    if isinstance(chosen, list):
+        return pack_batch([[train[i] for i in row] for row in chosen])
+    return pad_batch([train[i] for i in chosen])
 
 
 @torch.no_grad()
@@ -86,16 +113,16 @@ def main(argv=None):
     examples = Examples(arrays, "", tokenizer.vocab_size, data / "sft.pkl", parent.model_config["max_seq_len"])
     train, val = examples.select(~arrays["is_val"]), examples.select(arrays["is_val"])
     val = val.select(epoch_order(len(val), config["seed"], 0))
+    order, rows_hold = make_order(train, config, parent.model_config["max_seq_len"])
 
     model = checkpoint.build_model(parent).to(env.device)
     forward = distributed.wrap(model, env, config)
     optimizer = build_optimizer(model, config)
     stage.start(model, optimizer, tokenizer, parent)
     accumulation = config["grad_accumulation_steps"]
-    order = BatchOrder(len(train), config["batch_size"], config["seed"], train.lengths)
     if env.is_main:
         epochs = config["max_steps"] * accumulation * env.world_size / order.per_epoch
-        print(f"{len(train):,} training and {len(val):,} validation conversations; {epochs:.2f} epochs")
+        print(f"{len(train):,} training and {len(val):,} validation conversations; {epochs:.2f} epochs; {rows_hold}")
 
     with stage.interrupt:
         for step in range(stage.first, config["max_steps"] + 1):
@@ -109,8 +136,10 @@ def main(argv=None):
                 break
 
             rows = (step * accumulation * env.world_size + env.rank) + env.world_size * np.arange(accumulation)
-            batches = [to_device(pad_batch([train[j] for j in order[i]]), env.device) for i in rows]
-            weights = [loss_weights(batch["loss_mask"], config["example_weight"]) for batch in batches]
+            batches = [to_device(make_batch(train, order[i]), env.device) for i in rows]
+            weights = [
+                loss_weights(batch["loss_mask"], config["example_weight"], batch.get("documents")) for batch in batches
+            ]
             # one normaliser for the whole step; gradients are averaged over the processes, hence the mean
             total = distributed.mean(sum(w[:, 1:].sum().item() for w in weights), env)
             loss = 0.0

@@ -33,13 +33,17 @@ from common.checkpoint_file import (
 from model import Llama, ModelConfig
 from tokenizer import DOCUMENT_IDS, Tokenizer
 
-RUN_FILES = (FILE_NAME, FILE_NAME + ".tmp", BEST_NAME, "metrics.jsonl", "samples.txt", "loss.png")
+RUN_FILES = (FILE_NAME, FILE_NAME + ".tmp", BEST_NAME, "metrics.jsonl", "samples.txt", "loss.png", "score_kl.png")
 # config keys that may change on --resume: where and how fast it runs, when it stops and what it reports
 SAFE_ON_RESUME = """
     out device dtype compile parallel resume overwrite keep_* max_steps *_interval eval_*
     sample_prompts sample_tokens decay_share logger plan recompute
 """.split()
-UNWRITTEN = dict(schedule="cosine", mask_documents=False)  # what runs did before these keys were in their config
+# what runs did before these keys were in their config
+UNWRITTEN = dict(schedule="cosine", mask_documents=False)
+UNWRITTEN |= dict(loss="sigmoid", label_smoothing=0.1, margin=0.0, centring=0.0)  # dpo and rm
+UNWRITTEN |= dict(packing=False, pack_len=0)  # sft
+UNWRITTEN |= dict(reward="model", reward_length=[20, 60])  # ppo
 
 
 def save(

@@ -1,8 +1,10 @@
 config = dict(
     data="data/zh",  # folder with rm.pkl (preference pairs), prompts.pkl and meta.json from data_process.py
     init_from="out/zh/sft",  # run directory or checkpoint: the first policy, and the frozen reference
-    out="out/zh/dpo",  # run directory: config.json, metrics.jsonl, loss.png, samples.txt, ckpt.pt
-    beta=0.1,  # strength of the pull towards the reference
+    out="out/zh/dpo",  # run directory: config.json, metrics.jsonl, loss.png, samples.txt, ref_logps.npz, ckpt.pt
+    loss="sigmoid",  # sigmoid: DPO as published; cdpo: where labels may be wrong; ipo: a square, which has a minimum
+    beta=0.1,  # strength of the pull towards the reference; ipo: the aim is 1 / (2 beta) nats per token of difference
+    label_smoothing=0.1,  # cdpo: share of pairs whose labels are taken to be the wrong way round, below 0.5
     sft_coef=0.0,  # weight of the nats per token of the chosen answer, added to the loss; 0: DPO as published
     batch_size=16,  # preference pairs in a micro-batch, per process
     grad_accumulation_steps=2,  # micro-batches in an optimizer step, per process

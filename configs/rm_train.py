@@ -1,7 +1,9 @@
 config = dict(
     data="data/zh",  # folder with rm.pkl and meta.json from data_process.py
     init_from="out/zh/sft",  # run directory or checkpoint to start from
-    out="out/zh/rm",  # run directory: config.json, metrics.jsonl, loss.png, ckpt.pt
+    out="out/zh/rm",  # run directory: config.json, metrics.jsonl, loss.png, calibration.png, ckpt.pt
+    margin=0.0,  # by how much the chosen score must win, the same for every pair (Llama 2, arXiv:2307.09288, eq. 2)
+    centring=0.0,  # weight of the mean of (chosen + rejected)^2: scores around zero, such as 0.01 (arXiv:2312.09244)
     batch_size=32,  # preference pairs in a micro-batch, per process
     grad_accumulation_steps=1,  # micro-batches in an optimizer step, per process
     max_steps=2000,  # optimizer steps

@@ -2,7 +2,9 @@ config = dict(
     data="data/zh",  # folder with sft.pkl and meta.json from data_process.py
     init_from="out/zh/pretrain",  # run directory or checkpoint to start from
     out="out/zh/sft",  # run directory: config.json, metrics.jsonl, loss.png, samples.txt, ckpt.pt
-    batch_size=16,  # conversations in a micro-batch, per process; those of similar length go together
+    batch_size=16,  # conversations, or packed rows, in a micro-batch, per process; those of similar length go together
+    packing=False,  # several conversations end to end in a row, each seen by itself; a row then is nearly all tokens
+    pack_len=0,  # packing: tokens in a row, at least the longest conversation; 0 = the model's max_seq_len
     grad_accumulation_steps=4,  # micro-batches in an optimizer step, per process
     example_weight="token",  # token: every answer token counts the same; example: every conversation does
     max_steps=10000,  # optimizer steps

@@ -18,5 +18,6 @@ python data_process.py --out=data/zh --tokenizer="$TOKENIZER" --sources="$SOURCE
 "${train[@]}" rm_train.py --resume
 "${train[@]}" dpo_train.py --resume
 python ppo_train.py --resume
+python grpo_train.py --resume
 python quantize.py --resume
-python eval_generate.py --data=data/zh --compare=out/zh/sft,out/zh/dpo,out/zh/ppo,out/zh/quantize --report=out/zh/report.md
+python eval_generate.py --data=data/zh --compare=out/zh/sft,out/zh/dpo,out/zh/ppo,out/zh/grpo,out/zh/quantize --report=out/zh/report.md

@@ -15,10 +15,12 @@ from dataset import (
     BinWriter,
     DataError,
     Examples,
+    PackedOrder,
     atomic_write,
     epoch_order,
     load_meta,
     load_pkl,
+    pack_lengths,
     pad_batch,
     save_meta,
     save_pkl,
@@ -423,3 +425,50 @@ def test_length_buckets_save_padding_and_keep_full_batches_full():
     assert padded(epoch_order(n, 0, 0)) > 1.5 * lengths.sum()
     firsts = [lengths[b].mean() for b in np.split(epoch_order(n, 0, 0, lengths, size), range(size, n, size))]
     assert abs(np.corrcoef(np.arange(len(firsts)), firsts)[0, 1]) < 0.3  # batches do not come by length
+
+
+@pytest.mark.parametrize("n, room", [(1, 500), (7, 499), (1000, 512), (3000, 2048)])
+def test_packed_rows_hold_each_example_once_and_no_more_than_fits(n, room):
+    lengths = np.random.default_rng(0).integers(1, 500, n)
+    order = PackedOrder(lengths, room, 1, seed=1)
+    for epoch in (0, 3):
+        rows = [order[epoch * order.per_epoch + i][0] for i in range(order.per_epoch)]
+        assert sorted(np.concatenate(rows).tolist()) == list(range(n))
+        assert max(lengths[row].sum() for row in rows) <= room
+    assert order.fill == pytest.approx(lengths.sum() / (order.per_epoch * room))
+    assert n < 1000 or order.fill > 0.95  # uniform up to 500 in 512 is hard: two long ones seldom share a row
+
+
+def test_pack_lengths_by_hand():
+    rows = pack_lengths([3, 7, 3, 3, 5, 5, 2, 10, 3], 10)
+    # the longest first, each into the fullest row it fits: 7 takes a 3, the 5s each other, then 3 3 3 have 1 left
+    assert sorted((row, n) for row, n in rows) == [((2,), 1), ((3, 3, 3), 1), ((5, 5), 1), ((7, 3), 1), ((10,), 1)]
+    assert pack_lengths([4] * 7, 10) == [((4, 4), 3), ((4,), 1)]
+    assert pack_lengths([1] * 3, 1) == [((1,), 3)]
+
+
+def test_packed_batches_depend_on_seed_and_number_alone():
+    lengths = np.random.default_rng(0).integers(1, 100, 200)
+
+    def batch(i, seed=1, visited=()):
+        order = PackedOrder(lengths, 128, 4, seed)
+        for j in visited:
+            order[j]
+        return [row.tolist() for row in order[i]]
+
+    per_epoch = PackedOrder(lengths, 128, 4, 1).per_epoch
+    for i in (0, 5, per_epoch + 2, 40 * per_epoch):
+        assert batch(i) == batch(i, visited=(0, 7 * per_epoch, 3)) and len(batch(i)) == 4
+        assert batch(i) != batch(i, seed=2) and batch(i) != batch(i + per_epoch)
+    # rows do not come by length: the first of an epoch are as full of examples as the last
+    order = PackedOrder(lengths, 128, 1, 1)
+    counts = [len(order[i][0]) for i in range(order.per_epoch)]
+    assert abs(np.corrcoef(np.arange(len(counts)), counts)[0, 1]) < 0.3
+
+
+def test_packing_refuses_what_does_not_fit_or_fill():
+    with pytest.raises(DataError, match="an example of 12 tokens does not fit into a row of 11"):
+        PackedOrder([3, 12], 11, 1, 0)
+    for lengths, rows in (([5, 5, 5], 2), ([], 0)):
+        with pytest.raises(DataError, match=f"{rows} packed rows do not fill one batch of 3"):
+            PackedOrder(np.array(lengths, int), 10, 3, 0)

@@ -84,7 +84,7 @@ def test_unknown_schedules_are_refused(changes, message):
         learning_rate(0, WSD | changes)
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft", "rm_train", "dpo_train", "ppo_train"])
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "rm_train", "dpo_train", "ppo_train", "grpo_train"])
 def test_every_stage_keeps_the_cosine_unless_told_otherwise(stage):
     config = importlib.import_module(f"configs.{stage}").config
     assert config["schedule"] == "cosine"

@@ -1,0 +1,160 @@
+"""What a reply is worth to RL: a reward model's score or a Python function's, in units of the reference's replies."""
+
+import hashlib
+import importlib
+import io
+import math
+from functools import partial
+
+import torch
+
+from common import checkpoint
+from common.config import ConfigError, UserError, write_atomic
+from common.metrics import distinct_2, points
+from common.rollout import in_batches, rollout, sequence_kl, sequence_scores
+
+
+def length_reward(prompts, replies, lo, hi):
+    """1 for a reply of lo to hi characters, falling linearly to 0 at no characters and at twice hi."""
+    return [max(0.0, min(1.0, len(reply) / max(lo, 1), 2 - len(reply) / hi)) for reply in replies]
+
+
+def reward_function(config):
+    """f(prompts, replies) -> rewards, all lists, that the key `reward` names: "length" or "module:function"."""
+    name = config["reward"]
+    if name == "length":
+        bounds = config["reward_length"]
+        if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] or bounds[1] < 1:
+            raise ConfigError(f"reward_length={bounds}: the shortest and the longest reply in characters are needed")
+        return partial(length_reward, lo=bounds[0], hi=bounds[1])
+    module_name, colon, function_name = name.partition(":")
+    if not (module_name and colon and function_name):
+        raise ConfigError(f"reward={name}: model, length or module:function is needed")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(f"reward={name}: cannot import {module_name}: {error}") from None
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ConfigError(f"reward={name}: {module.__file__} has no function {function_name}")
+    return function
+
+
+def checked(name, rewards, n):
+    """The rewards as floats, if they are n finite numbers."""
+    try:
+        rewards = [float(reward) for reward in rewards]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"reward={name} must return a list of numbers: {error}") from None
+    if len(rewards) != n:
+        raise ConfigError(f"reward={name} returned {len(rewards)} rewards for {n} replies")
+    for i, reward in enumerate(rewards):
+        if not math.isfinite(reward):
+            raise ConfigError(f"reward={name} returned {reward} for reply {i} of {n}: finite numbers are needed")
+    return rewards
+
+
+def load_reward_model(path, policy):
+    """A checkpoint with a scalar head that reads the policy's tokens."""
+    ckpt = checkpoint.load(path)
+    checkpoint.refuse_quantized(ckpt)
+    if not ckpt.model_config["scalar_head"]:
+        raise UserError(f"{ckpt.path} (stage {ckpt.stage}) has no scalar head: reward_model wants a run of rm_train.py")
+    if ckpt.tokenizer != policy.tokenizer:
+        here, there = (hashlib.sha256(c.tokenizer).hexdigest()[:16] for c in (ckpt, policy))
+        raise UserError(f"tokenizer {here} in {ckpt.path}, {there} in {policy.path}: they must be the same")
+    return ckpt
+
+
+def score_rows(reward_model, rows):
+    return sequence_scores(reward_model, rows.ids, rows.lengths)
+
+
+def final_scores(raw_scores, ended, norm, no_eos_score):
+    """Scores in standard deviations of the reference's; replies without <eos> get no_eos_score: (B,)."""
+    mean, std = norm
+    return torch.where(ended, (raw_scores - mean) / std, torch.full_like(raw_scores, no_eos_score))
+
+
+class Reward:
+    """What the key `reward` says: the model of `reward_model`, or a function of texts, which needs none.
+
+    `ckpt` is the reward model's checkpoint and `judge` what a resumed run compares of it; None with a function.
+    """
+
+    def __init__(self, config, policy, tokenizer, device):
+        self.config, self.tokenizer = config, tokenizer
+        self.ckpt = self.judge = self.norm = None
+        if config["reward"] != "model":
+            self.function = reward_function(config)
+            return
+        self.ckpt = load_reward_model(config["reward_model"], policy)
+        self.judge = checkpoint.parent_of(self.ckpt)
+        self.model = checkpoint.build_model(self.ckpt).to(device).eval().requires_grad_(False)
+
+    def raw(self, batch):
+        """In the reward's own unit: (B,)."""
+        if self.ckpt:
+            return in_batches(partial(score_rows, self.model), batch, self.config["micro_batch_size"])
+        rows = zip(batch.ids.tolist(), batch.lengths.tolist(), batch.replies, strict=True)
+        prompts = [self.tokenizer.decode(ids[: length - len(reply)]) for ids, length, reply in rows]
+        replies = [self.tokenizer.decode(reply) for reply in batch.replies]
+        rewards = checked(self.config["reward"], self.function(prompts, replies), len(replies))
+        return torch.tensor(rewards, device=batch.ids.device)
+
+    def normalise_on(self, batch):
+        """Take mean and standard deviation from replies of the reference."""
+        raw = self.raw(batch)
+        self.norm = [raw.mean().item(), raw.std().item()]
+        if not self.norm[1] > 1e-6 * max(1, abs(self.norm[0])):  # a constant's is rounding, and one reply's is nan
+            print(f"the reward is {self.norm[0]:.3f} for every reply of the reference: scores are not scaled")
+            self.norm[1] = 1.0
+
+    def scores(self, batch):
+        """As final_scores: (B,)."""
+        return final_scores(self.raw(batch), batch.ended, self.norm, self.config["no_eos_score"])
+
+
+def evaluate_policy(policy, reference, reward, prompts, config):
+    """Score, KL, length, eos rate and distinct-2 of replies to held-out prompts, and some of the replies."""
+    tokenizer = reward.tokenizer
+    batch = rollout(policy, prompts, config["max_new_tokens"], config["temperature"], tokenizer.eos_id, config["seed"])
+    texts = [tokenizer.decode(reply) for reply in batch.replies]
+    metrics = {
+        "val/score": reward.scores(batch).mean().item(),
+        "val/kl": sequence_kl(policy, reference, batch, config["temperature"]).mean().item(),
+        "val/length": batch.mask.sum(1).mean().item(),
+        "val/eos_rate": batch.ended.float().mean().item(),
+        "val/distinct_2": distinct_2(texts, sum(map(len, texts))),
+    }
+    return metrics, [(tokenizer.decode(p), text) for p, text in zip(prompts, texts, strict=True)][:8]
+
+
+def plot_score_kl(metric_log, stage):
+    """Draw score_kl.png: what a run paid in KL for its score, its training steps and its validations by colour of step.
+
+    The last is all that remains of a path that went too far: score still climbing while the KL runs away.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only needed here
+    from matplotlib.figure import Figure
+
+    rows = metric_log.read()
+    figure = Figure(figsize=(6.4, 4.4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes, last = figure.add_subplot(), max(row["step"] for row in rows)
+    for source, style in ((stage, dict(s=9, alpha=0.6)), ("val", dict(s=42, edgecolors="black", zorder=3))):
+        pairs = [row for row in rows if None not in (row.get(f"{source}/kl"), row.get(f"{source}/score"))]
+        steps, kl = points(pairs, f"{source}/kl")
+        _, score = points(pairs, f"{source}/score")
+        if source == "val":
+            axes.plot(kl, score, color="black", linewidth=0.8, zorder=2)
+        label = "validation" if source == "val" else "training step"
+        dots = axes.scatter(kl, score, c=steps, vmin=0, vmax=last, cmap="viridis", label=label, **style)
+    axes.set_xlabel("KL to the reference (nats per reply)")
+    axes.set_ylabel("score (standard deviations of the reference)")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, loc="lower right")
+    figure.colorbar(dots, label="step")
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    write_atomic(metric_log.out_dir / "score_kl.png", png.getvalue())

@@ -1,0 +1,187 @@
+"""GRPO (arXiv:2402.03300), Dr. GRPO (arXiv:2503.20783) and RLOO (arXiv:2402.14740): RL without a value model.
+
+A step has five phases: (1) the policy answers each prompt `group_size` times, (2) each reply is scored, by the reward
+model or by the function that `reward` names, (3) a reply is penalised for leaving the reference, (4) its advantage is
+what it got above the others of its group, (5) clipped updates of the policy in minibatches. Departure: GRPO and
+Dr. GRPO put beta * k3, an estimate of the KL, into the loss. Its gradient is not the KL's, but that of the KL in the
+other direction. So the penalty is in the reward here, as in RLOO, and the optimum is reference * exp(score / kl_coef).
+Reads data/<name>/prompts.pkl, an SFT checkpoint and maybe a reward model; writes a run directory.
+
+    python grpo_train.py configs/demo/grpo.py --loss=rloo
+"""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from common import checkpoint
+from common.config import ConfigError, UserError, parse_config, run
+from common.optim import build_optimizer, learning_rate, set_learning_rate
+from common.rewards import Reward, evaluate_policy, plot_score_kl
+from common.rollout import Watch, add_up, average, policy_loss, ratio_stats, reply_logps, reply_metrics, rollout
+from common.stage import Stage
+from dataset import BatchOrder, load_prompts
+
+LOSSES = ("grpo", "dr_grpo", "rloo")
+PANELS = [
+    ("normalised score", ["grpo/score", "val/score"]),
+    ("KL to the reference (nats per reply)", ["grpo/kl", "val/kl"]),
+    ("reply length (tokens)", ["grpo/length", "val/length"]),
+    ("share of replies that end", ["grpo/eos_rate", "val/eos_rate"]),
+    ("clipped share", ["grpo/clipfrac"]),
+    ("groups of equal scores (share)", ["grpo/zero_variance"]),
+    ("distinct character bigrams (share)", ["grpo/distinct_2", "val/distinct_2"]),
+    ("entropy (nats per token)", ["grpo/entropy"]),
+]
+
+
+def penalised_rewards(scores, logps, ref_logps, mask, kl_coef):
+    """score - kl_coef * (log p of the reply - that under the reference): scores (B,), rest (B, T)."""
+    if kl_coef == 0:
+        return scores
+    return scores - kl_coef * ((logps - ref_logps) * mask).sum(1)
+
+
+def group_advantages(rewards, group_size, loss):
+    """What each reply got above its group's mean; the replies to a prompt stand side by side: (B,) -> (B,).
+
+    grpo: in standard deviations of the group; rloo: above the mean of the others.
+    """
+    groups = rewards.view(-1, group_size)
+    advantages = groups - groups.mean(1, keepdim=True)
+    if loss == "grpo":
+        advantages = advantages / (groups.std(1, keepdim=True) + 1e-4)
+    elif loss == "rloo":
+        advantages = advantages * (group_size / (group_size - 1))
+    return advantages.flatten()
+
+
+def zero_variance(scores, group_size):
+    """The share of groups whose scores are all equal: nothing but the KL penalty moves those."""
+    groups = scores.view(-1, group_size)
+    return (groups.max(1).values - groups.min(1).values < 1e-6).float().mean().item()
+
+
+def group_loss(logps, old_logps, advantages, mask, n_replies, config):
+    """The clipped surrogate of some of a minibatch's n_replies, and its ratio_stats; advantages (B,), rest (B, T).
+
+    grpo: mean over the tokens of a reply, then over replies; dr_grpo: sum over tokens by a constant, so that no token
+    weighs less in a long reply; rloo: mean over replies, whose ratios are of the whole reply.
+    """
+    if config["loss"] == "rloo":
+        logps, old_logps = ((x * mask).sum(1, keepdim=True) for x in (logps, old_logps))
+        shares = weights = torch.full_like(logps, 1 / n_replies)
+    else:
+        shares = weights = mask / mask.sum(1, keepdim=True) / n_replies
+        if config["loss"] == "dr_grpo":
+            weights = mask / (n_replies * config["max_new_tokens"])
+    loss = policy_loss(logps, old_logps, advantages[:, None], weights, config["cliprange"])
+    return loss, ratio_stats(logps, old_logps, shares, config["cliprange"])
+
+
+def update(stage, step, policy, batch, old_logps, advantages, config, generator):
+    """Phase 5: `epochs` passes over the replies in shuffled minibatches; returns the metrics' averages over updates.
+
+    old_logps (B, T-1), advantages (B,).
+    """
+    updates = []
+    for _ in range(config["epochs"]):
+        for minibatch in torch.randperm(len(batch.ids), generator=generator).split(config["minibatch_size"]):
+            parts, loss = [], 0.0
+            for micro in minibatch.split(config["micro_batch_size"]):
+                rows = batch.rows(micro)
+                old = old_logps[micro, : rows.mask.size(1)]
+                with stage.env.autocast():
+                    logps = policy.token_logps(rows.ids, config["temperature"], rows.mask)
+                micro_loss, stats = group_loss(logps, old, advantages[micro], rows.mask, len(minibatch), config)
+                micro_loss.backward()
+                loss += micro_loss.item()
+                parts.append(stats | {"policy_loss": micro_loss.item()})
+            updates.append(add_up(parts) | {"grad_norm": stage.update(step, loss)})
+    return average(updates)
+
+
+def check(config):
+    """Refuse what gives no groups or no updates."""
+    size, group = config["rollout_size"], config["group_size"]
+    if config["loss"] not in LOSSES:
+        raise ConfigError(f"loss={config['loss']}: {', '.join(LOSSES[:-1])} or {LOSSES[-1]} is needed")
+    if group < 2:
+        raise ConfigError(f"group_size={group}: at least 2 is needed, to compare replies to one prompt")
+    if config["epochs"] < 1:
+        raise ConfigError(f"epochs={config['epochs']}: at least 1 is needed")
+    if size % group:
+        raise ConfigError(f"rollout_size={size}: a multiple of group_size={group} is needed")
+
+
+def main(argv=None):
+    config = parse_config("grpo_train", argv, __doc__)
+    check(config)
+    stage = Stage("grpo", config, PANELS)
+    if stage.finished:
+        return
+    env, group_size = stage.env, config["group_size"]
+    if env.world_size > 1:
+        raise UserError("grpo_train.py runs in one process: start it without torchrun")
+    parent, tokenizer = stage.load_parent()
+    train, held_out = load_prompts(Path(config["data"]) / "prompts.pkl", tokenizer.vocab_size)
+    eos_id, held_out = tokenizer.eos_id, held_out[: config["eval_prompts"]]
+
+    policy, reference = (checkpoint.build_model(parent).to(env.device) for _ in range(2))
+    policy.eval()  # no dropout: a ratio must compare the policy with itself
+    reference.eval().requires_grad_(False)
+    reward = Reward(config, parent, tokenizer, env.device)
+    optimizer = build_optimizer(policy, config)
+    stage.start(policy, optimizer, tokenizer, parent)
+    sample = partial(rollout, max_new_tokens=config["max_new_tokens"], temperature=config["temperature"], eos_id=eos_id)
+
+    if stage.resumed:
+        extra = stage.resumed.training["extra"]
+        checkpoint.same_file(stage.resumed, extra["reward_model"], reward.judge)
+        reward.norm, watch = extra["norm"], Watch(extra["watch"])
+    else:
+        reward.normalise_on(sample(reference, train[: config["norm_prompts"]], seed=config["seed"]))
+        watch = Watch()
+    print(f"{len(train):,} training and {len(held_out):,} held-out prompts; "
+          f"reference scores {reward.norm[0]:.3f} +- {reward.norm[1]:.3f}")  # fmt: skip
+    order = BatchOrder(len(train), config["rollout_size"] // group_size, config["seed"])
+
+    with stage.interrupt:
+        for step in range(stage.first, config["max_steps"] + 1):
+            lr = set_learning_rate(optimizer, learning_rate(step, config))
+            if stage.due(step, "eval_interval"):
+                stage.report(step, *evaluate_policy(policy, reference, reward, held_out, config))
+                plot_score_kl(stage.metric_log, "grpo")
+            if stage.due(step, "save_interval"):
+                stage.extra = dict(norm=reward.norm, reward_model=reward.judge, watch=watch.state)
+                stage.save(step)
+            if stage.ends(step):
+                break
+
+            # 1. rollout
+            seed = config["seed"] * 1_000_003 + step
+            batch = sample(policy, [train[i] for i in order[step] for _ in range(group_size)], seed=seed)
+            # 2. score
+            scores = reward.scores(batch)  # (B,)
+            # 3. penalised rewards
+            logps = reply_logps(policy, batch, env, config)  # (B, T-1)
+            ref_logps = reply_logps(reference, batch, env, config) if config["kl_coef"] else None
+            rewards = penalised_rewards(scores, logps, ref_logps, batch.mask, config["kl_coef"])  # (B,)
+            # 4. advantages
+            advantages = group_advantages(rewards, group_size, config["loss"])  # (B,)
+            # 5. updates
+            generator = torch.Generator().manual_seed(seed)
+            metrics = update(stage, step, policy, batch, logps, advantages, config, generator)
+
+            texts = [tokenizer.decode(reply) for reply in batch.replies]
+            metrics |= reply_metrics(batch, scores, logps, ref_logps, texts)
+            metrics |= dict(rlhf_reward=rewards.mean().item(), zero_variance=zero_variance(scores, group_size))
+            watch.look(step + 1, metrics)
+            metrics = {f"grpo/{name}": number for name, number in metrics.items()} | {"train/learning_rate": lr}
+            stage.log(step + 1, int(batch.lengths.sum()), metrics, shown=("grpo/score", "grpo/kl"))
+    stage.close()
+
+
+if __name__ == "__main__":
+    run(main)

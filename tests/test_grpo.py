@@ -1,0 +1,243 @@
+"""GRPO, Dr. GRPO and RLOO: advantages and losses beside TRL's, what must not change a gradient, and small runs."""
+
+# ruff: noqa: F811 - imported fixtures are arguments of tests
+
+import shutil
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_chain import argv, assert_same_tensors, failure, metrics
+from test_losses import ENV, EOS, TEMPERATURE, gradients, ragged, tiny
+from test_ppo import BETA, PROMPTS, logps_of, play
+from test_rewards import own_rewards, rl_options, small  # noqa: F401
+from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.rloo_trainer import RLOOTrainer
+
+import grpo_train
+from common import checkpoint
+from common.rollout import Rollout, in_batches, rollout
+
+LOSSES = list(grpo_train.LOSSES)
+CONFIG = dict(temperature=TEMPERATURE, epochs=1, minibatch_size=4, micro_batch_size=4, cliprange=0.2, max_new_tokens=16)
+
+
+# advantages
+
+
+def test_group_advantages_on_numbers():
+    rewards = torch.tensor([1.0, 2, 3, 6, 5, 5, 5, 5])
+    above = [-2, -1, 0, 3, 0, 0, 0, 0]
+    std = (14 / 3) ** 0.5
+    found = {loss: grpo_train.group_advantages(rewards, 4, loss).tolist() for loss in LOSSES}
+    assert found["dr_grpo"] == above
+    assert found["grpo"] == pytest.approx([x / (std + 1e-4) for x in above])
+    assert found["rloo"] == pytest.approx([1 - 11 / 3, 2 - 10 / 3, 0, 6 - 6 / 3, 0, 0, 0, 0])
+    assert grpo_train.zero_variance(rewards, 4) == 0.5
+
+
+def test_group_advantages_are_trls():
+    """TRL computes them amid _generate_and_score_completions, which wants a trainer: restated from 1.16.0,
+    grpo_trainer.py line 2785 (scale_rewards "group" and "none") and rloo_trainer.py line 1688."""
+    rewards, g = torch.randn(24, generator=torch.Generator().manual_seed(0)), 6
+    groups = rewards.view(-1, g)
+    mean, std = (x.repeat_interleave(g) for x in (groups.mean(1), groups.std(1)))
+    baselines = ((groups.sum(1, keepdim=True) - groups) / (g - 1)).view(-1)
+    expected = dict(grpo=(rewards - mean) / (std + 1e-4), dr_grpo=rewards - mean, rloo=rewards - baselines)
+    for loss in LOSSES:
+        torch.testing.assert_close(grpo_train.group_advantages(rewards, g, loss), expected[loss], atol=1e-6, rtol=1e-5)
+
+
+def test_penalised_rewards_take_the_whole_replys_kl():
+    mask = torch.tensor([[0.0, 1, 1, 0], [1, 1, 1, 1]])
+    logps, ref_logps = torch.tensor([[9.0, -1, -2, 9], [-1, -1, -1, -3]]), torch.full((2, 4), -1.0)
+    scores = torch.tensor([10.0, -4])
+    assert grpo_train.penalised_rewards(scores, logps, ref_logps, mask, 0.1).tolist() == pytest.approx([10.1, -3.8])
+    assert grpo_train.penalised_rewards(scores, logps, None, mask, 0) is scores
+
+
+# losses
+
+
+def moved(batch, seed=0):
+    """Old log-probabilities that tiny() has since moved from, and advantages."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        logps = in_batches(lambda rows: logps_of(tiny(), rows), batch)
+    noise = 0.2 * torch.randn(logps.shape, generator=generator) * batch.mask
+    return logps + noise, torch.randn(len(batch.ids), generator=generator)
+
+
+def trl_loss(kind, logps, old_logps, advantages, mask, config):
+    """_compute_loss of TRL's trainers, called without one; it is given log-probabilities in the place of a model."""
+    accelerator = SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x)
+    trainer = SimpleNamespace(
+        accelerator=accelerator, args=SimpleNamespace(delta=None), model=SimpleNamespace(training=True),
+        _metrics=dict(train=defaultdict(list)), aux_loss_enabled=False, beta=0.0, use_vllm=False,
+        epsilon_low=config["cliprange"], epsilon_high=config["cliprange"], top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None, importance_sampling_level="token", loss_type=kind,
+        current_gradient_accumulation_steps=1, max_completion_length=config["max_new_tokens"],
+        _entropy_bonus_enabled=False,
+        _get_per_token_logps_and_entropies=lambda *args, **kwargs: (logps, torch.zeros_like(logps), None),
+    )  # fmt: skip
+    prompts = torch.zeros(len(logps), 1, dtype=torch.long)
+    inputs = dict(prompt_ids=prompts, prompt_mask=prompts, completion_ids=prompts.expand(mask.shape))
+    inputs |= dict(completion_mask=mask, advantages=advantages, old_per_token_logps=old_logps)
+    if kind == "rloo":
+        return RLOOTrainer._compute_loss(trainer, None, inputs | dict(old_logps=(old_logps * mask).sum(1)))
+    return GRPOTrainer._compute_loss(trainer, None, inputs)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_losses_and_gradients_are_trls(kind):
+    batch = ragged((4, 3), (2, 12), (9, 1), (3, 6))
+    old_logps, advantages = moved(batch)
+    noise = torch.randn(old_logps.shape, generator=torch.Generator().manual_seed(2))
+    logps = (old_logps + 0.3 * noise).requires_grad_()
+    config = CONFIG | dict(loss=kind)
+    loss, stats = grpo_train.group_loss(logps, old_logps, advantages, batch.mask, 4, config)
+    (gradient,) = torch.autograd.grad(loss, logps)
+    expected = trl_loss(kind, logps, old_logps, advantages, batch.mask, config)
+    (expected_gradient,) = torch.autograd.grad(expected, logps)
+    assert 0 < stats["clipfrac"] < 1 and gradient.abs().max() > 1e-3
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(gradient, expected_gradient, atol=1e-6, rtol=1e-5)
+
+
+def updated(kind, batch, old_logps, advantages, **changes):
+    """The gradients of the update's only minibatch, and the metrics."""
+    policy, found = tiny(), []
+    stage = SimpleNamespace(env=ENV, update=lambda step, loss: found.append(gradients(policy)) or 1.0)
+    config, order = CONFIG | dict(loss=kind) | changes, torch.Generator().manual_seed(5)
+    stats = grpo_train.update(stage, 1, policy, batch, old_logps, advantages, config, order)
+    return found[0], stats
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("micro_batch_size, padding", [(2, 0), (1, 0), (3, 6), (4, 6)])
+def test_update_does_not_depend_on_micro_batches_or_padding(kind, micro_batch_size, padding):
+    batch = ragged((4, 3), (2, 12), (9, 1), (3, 6))
+    old_logps, advantages = moved(batch)
+    whole, expected = updated(kind, batch, old_logps, advantages)
+    assert whole.abs().max() > 1e-3 and 0 < expected["clipfrac"] < 1 < expected["ratio_max"]
+    mask, ids = F.pad(batch.mask, (0, padding)), F.pad(batch.ids, (0, padding), value=7)
+    wider = Rollout(ids, batch.lengths, mask, batch.ended, batch.replies)
+    old_logps = F.pad(old_logps, (0, padding), value=3.0)
+    found, stats = updated(kind, wider, old_logps, advantages, micro_batch_size=micro_batch_size)
+    torch.testing.assert_close(found, whole, atol=1e-6, rtol=1e-4)
+    assert stats == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_loss_is_untouched_by_padding_that_is_not_cut_off(kind):
+    batch = ragged((4, 3), (2, 12), (9, 1), (3, 6))
+    old_logps, advantages = moved(batch)
+
+    def gradient(padding):
+        policy, mask = tiny(), F.pad(batch.mask, (0, padding))
+        logps = policy.token_logps(F.pad(batch.ids, (0, padding), value=7), TEMPERATURE, mask)
+        old = F.pad(old_logps, (0, padding), value=3.0)
+        grpo_train.group_loss(logps, old, advantages, mask, 4, CONFIG | dict(loss=kind))[0].backward()
+        return gradients(policy)
+
+    torch.testing.assert_close(gradient(6), gradient(0), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_first_minibatch_has_ratio_1_and_the_plain_policy_gradient(kind):
+    policy = tiny()
+    batch = rollout(policy, PROMPTS[:4], 12, TEMPERATURE, EOS, seed=4)
+    old_logps = in_batches(lambda rows: logps_of(policy, rows), batch, 2)
+    advantages = torch.tensor([1.0, -2, 0.5, 0.7])
+    found, stats = updated(kind, batch, old_logps, advantages)
+    assert (stats["ratio"], stats["ratio_max"]) == pytest.approx((1, 1), abs=1e-5)
+    assert stats["approx_kl"] == pytest.approx(0, abs=1e-6) and stats["clipfrac"] == 0
+    lengths = batch.mask.sum(1)
+    by = dict(grpo=4 * lengths, dr_grpo=torch.tensor(4.0 * CONFIG["max_new_tokens"]), rloo=torch.tensor(4.0))[kind]
+    (-(logps_of(policy, batch).sum(1) * advantages / by).sum()).backward()
+    expected = gradients(policy)
+    torch.testing.assert_close(found, expected, atol=1e-5 * expected.abs().max().item(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_one_token_bandit_learns_the_tilted_reference(kind):
+    config = dict(temperature=1.0, epochs=2, minibatch_size=480, micro_batch_size=480, cliprange=0.2)
+    config |= dict(loss=kind, max_new_tokens=1)
+
+    def step_of(stage, policy, batch, scores, logps, ref_logps, generator):
+        rewards = grpo_train.penalised_rewards(scores, logps, ref_logps, batch.mask, BETA)
+        advantages = grpo_train.group_advantages(rewards, 8, kind)
+        grpo_train.update(stage, 1, policy, batch, logps, advantages, config, generator)
+
+    play(step_of)
+
+
+# runs
+
+
+def options_of(small, out, **changes):
+    options = rl_options(small, out, group_size=4, epochs=2, save_interval=2, max_steps=4) | changes
+    return argv(**{key: value for key, value in options.items() if key != "kl_target"})
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_resuming_gives_the_same_run(small, tmp_path, loss):
+    grpo_train.main(options_of(small, tmp_path / "whole", loss=loss))
+    halves = tmp_path / "halves"
+    shutil.copytree(tmp_path / "whole", halves)
+    (halves / "ckpt-2.pt").replace(halves / "ckpt.pt")
+    grpo_train.main(options_of(small, halves, loss=loss, resume=True))
+    assert metrics(halves) == metrics(tmp_path / "whole")
+    found, expected = (checkpoint.load(path) for path in (halves, tmp_path / "whole"))
+    assert (found.step, found.training["extra"]) == (4, expected.training["extra"])
+    assert_same_tensors(found.weights, expected.weights)
+
+
+def test_first_step_costs_nothing_and_all_is_measured(small, tmp_path):
+    one_update = dict(max_steps=1, epochs=1, minibatch_size=8)
+    grpo_train.main(options_of(small, tmp_path / "out", **one_update))
+    before, first, _ = metrics(tmp_path / "out")
+    assert (before["val/kl"], first["grpo/kl"]) == pytest.approx((0, 0), abs=1e-4)
+    assert first["grpo/rlhf_reward"] == pytest.approx(first["grpo/score"], abs=1e-4)
+    assert (first["grpo/ratio"], first["grpo/ratio_max"]) == pytest.approx((1, 1), abs=1e-5)
+    assert first["grpo/approx_kl"] == pytest.approx(0, abs=1e-6) and first["grpo/clipfrac"] == 0
+    rest = ("entropy", "length", "eos_rate", "distinct_2", "zero_variance", "grad_norm", "policy_loss")
+    assert {f"grpo/{name}" for name in rest} <= first.keys()
+    assert (tmp_path / "out" / "score_kl.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_kl_penalty_the_reference_is_asked_in_validation_only(small, tmp_path, own_rewards):
+    changes = dict(kl_coef=0, reward="own_rewards:starts", reward_model=tmp_path / "none")
+    grpo_train.main(options_of(small, tmp_path / "out", **changes))
+    rows = metrics(tmp_path / "out")
+    assert all(row["grpo/kl"] is None for row in rows if "grpo/kl" in row)
+    assert rows[0]["val/kl"] == pytest.approx(0, abs=1e-4) and rows[-1]["val/kl"] > 0
+    assert {row["grpo/rlhf_reward"] - row["grpo/score"] for row in rows if "grpo/kl" in row} == {0}
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(loss="ppo"), "loss=ppo: grpo, dr_grpo or rloo is needed"),
+        (dict(group_size=1), "group_size=1: at least 2 is needed"),
+        (dict(group_size=3), "rollout_size=8: a multiple of group_size=3 is needed"),
+        (dict(epochs=0), "epochs=0: at least 1 is needed"),
+        (dict(reward="length", reward_length="9,3"), "reward_length=[9, 3]"),
+        (dict(reward="nothing"), "reward=nothing: model, length or module:function is needed"),
+    ],
+)
+def test_a_wrong_option_is_named(small, tmp_path, capsys, changes, words):
+    assert words in failure(capsys, grpo_train.main, options_of(small, tmp_path / "out", **changes))
+
+
+def test_another_reward_model_is_refused_on_resuming(small, tmp_path, capsys):
+    shutil.copytree(small / "rm", tmp_path / "rm")
+    grpo_train.main(options_of(small, tmp_path / "out", reward_model=tmp_path / "rm", max_steps=1))
+    ckpt = checkpoint.load(tmp_path / "rm")
+    facts = dict(stage="rm", step=2, tokens_seen=1, tokenizer=ckpt.tokenizer, config={})
+    checkpoint.save(tmp_path / "rm", model=checkpoint.build_model(ckpt), **facts)
+    options = options_of(small, tmp_path / "out", reward_model=tmp_path / "rm", max_steps=2, resume=True)
+    line = failure(capsys, grpo_train.main, options)
+    assert "cannot resume" in line and str(tmp_path / "rm" / "ckpt.pt") in line

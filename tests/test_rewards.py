@@ -1,0 +1,195 @@
+"""What RL stages share: scores from models and functions, metrics, warnings and the picture of a run."""
+
+import json
+import math
+
+import pytest
+import torch
+from test_chain import OPTIONS, argv, data_options, write_corpora
+from test_losses import ragged
+
+import data_process
+import tokenizer.train
+from common import checkpoint
+from common.config import ConfigError
+from common.metrics import MetricLog
+from common.rewards import Reward, checked, final_scores, length_reward, plot_score_kl, reward_function
+from common.rollout import Watch, add_up, average, reply_metrics, rollout
+from model import Llama, ModelConfig
+from tokenizer import Tokenizer
+
+
+def test_numbers_add_up_and_average_but_for_the_largest():
+    parts = [dict(loss=torch.tensor(1.0), ratio_max=3.0), dict(loss=torch.tensor(2.0), ratio_max=torch.tensor(2.0))]
+    assert add_up(parts) == dict(loss=3.0, ratio_max=3.0)
+    assert average(parts) == dict(loss=1.5, ratio_max=3.0)
+
+
+def test_reply_metrics_count_real_tokens():
+    batch = ragged((2, 3), (3, 1))
+    logps, ref_logps = torch.full(batch.mask.shape, -2.0) * batch.mask, torch.full(batch.mask.shape, -3.0) * batch.mask
+    found = reply_metrics(batch, torch.tensor([1.0, 2]), logps, ref_logps, ["好好好", "棒"])
+    expected = dict(score=1.5, kl=2.0, entropy=2.0, length=2.0, eos_rate=0.0, distinct_2=0.25)
+    assert found == pytest.approx(expected)
+    assert math.isnan(reply_metrics(batch, torch.zeros(2), logps, None, ["", ""])["kl"])
+
+
+# warnings
+
+
+GOOD = dict(kl=1.0, length=20.0, distinct_2=0.8)
+
+
+def warnings(capsys, *rows, watch=None):
+    """The steps at which a Watch warns of metrics that follow one another, with the warnings."""
+    watch, found = watch or Watch(), {}
+    for step, row in enumerate(rows, 1):
+        watch.look(step, GOOD | row)
+        if lines := capsys.readouterr().err.splitlines():
+            found[step] = " ".join(lines)
+    return found
+
+
+def test_ten_negative_kls_in_a_row_are_told_once(capsys):
+    found = warnings(capsys, *[dict(kl=-0.1)] * 9, dict(kl=0.1), *[dict(kl=-0.25)] * 12, {}, *[dict(kl=-1.0)] * 10)
+    assert list(found) == [20, 33]
+    assert "step 20: the mean KL to the reference was negative 10 steps in a row, now -0.25" in found[20]
+
+
+def test_silence_is_told_each_time_it_begins(capsys):
+    silent = dict(length=1.5, distinct_2=math.nan)
+    found = warnings(capsys, {}, dict(length=2.5), silent, silent, {}, silent)
+    assert list(found) == [3, 6] and "step 3: replies have 1.5 tokens in the mean" in found[3]
+
+
+def test_replies_that_become_alike_are_told(capsys):
+    found = warnings(capsys, {}, dict(distinct_2=0.41), dict(distinct_2=0.39), dict(distinct_2=0.2))
+    assert list(found) == [3] and "distinct-2 of the replies is 0.39, below half of the first step's 0.80" in found[3]
+    assert warnings(capsys, *[dict(kl=math.nan)] * 12) == {}
+
+
+def test_a_resumed_watch_remembers(capsys):
+    watch = Watch()
+    warnings(capsys, {}, *[dict(kl=-1.0)] * 6, dict(kl=-1.0, length=1.0), watch=watch)
+    again = Watch(json.loads(json.dumps(watch.state)))
+    rows = dict(kl=-1.0, length=1.0), dict(kl=-1.0, distinct_2=0.3), dict(kl=-1.0)
+    assert list(warnings(capsys, *rows, watch=again)) == [2, 3]
+
+
+# rewards
+
+
+def test_final_scores_are_normalised_and_unended_replies_get_theirs():
+    scores = final_scores(torch.tensor([3.0, 8.0, 0.0]), torch.tensor([True, False, True]), [1.0, 2.0], -3.0)
+    assert scores.tolist() == [1, -3, -0.5]
+
+
+def test_length_reward_falls_to_nothing_at_none_and_twice_the_longest():
+    replies = ["", "字" * 10, "字" * 20, "字" * 60, "字" * 90, "字" * 130]
+    assert length_reward([""] * 6, replies, 20, 60) == pytest.approx([0, 0.5, 1, 1, 0.5, 0])
+    function = reward_function(dict(reward="length", reward_length=[0, 1]))
+    assert function(["", ""], ["", "字"]) == [0, 1]
+
+
+@pytest.fixture
+def own_rewards(tmp_path, monkeypatch):
+    (tmp_path / "own_rewards.py").write_text(
+        "def starts(prompts, replies):\n    return [r[:1] == '好' for r in replies]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_own_function_is_found(own_rewards):
+    function = reward_function(dict(reward="own_rewards:starts"))
+    assert checked("own_rewards:starts", function(["", ""], ["好", "差"]), 2) == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "reward, words",
+    [
+        ("modle", "reward=modle: model, length or module:function is needed"),
+        ("own_rewards:", "module:function is needed"),
+        ("no_such_module:f", "reward=no_such_module:f: cannot import no_such_module: No module named"),
+        ("own_rewards:ends", "own_rewards.py has no function ends"),
+    ],
+)
+def test_a_missing_function_is_named(own_rewards, reward, words):
+    with pytest.raises(ConfigError, match=words):
+        reward_function(dict(reward=reward))
+
+
+@pytest.mark.parametrize("bounds", [[20], [60, 20], [-1, 3], [0, 0]])
+def test_bounds_that_no_reply_meets_are_refused(bounds):
+    with pytest.raises(ConfigError, match="reward_length=.*: the shortest and the longest reply"):
+        reward_function(dict(reward="length", reward_length=bounds))
+
+
+@pytest.mark.parametrize(
+    "rewards, words",
+    [
+        ([1.0], "reward=f returned 1 rewards for 2 replies"),
+        ([1.0, math.nan], "reward=f returned nan for reply 1 of 2"),
+        ([-math.inf, 0], "reward=f returned -inf for reply 0 of 2"),
+        (None, "reward=f must return a list of numbers"),
+        (["good", 1], "reward=f must return a list of numbers"),
+    ],
+)
+def test_rewards_that_are_no_finite_numbers_are_refused(rewards, words):
+    with pytest.raises(ConfigError, match=words):
+        checked("f", rewards, 2)
+
+
+def test_score_kl_picture_is_drawn_from_what_there_is(tmp_path):
+    log = MetricLog(tmp_path)
+    log.write(0, {"val/score": 0.1, "val/kl": 0.0})
+    plot_score_kl(log, "grpo")
+    first = (tmp_path / "score_kl.png").read_bytes()
+    log.write(1, {"grpo/score": 0.3, "grpo/kl": math.nan})
+    plot_score_kl(log, "grpo")
+    log.write(2, {"grpo/score": 0.5, "grpo/kl": 1.5})
+    plot_score_kl(log, "grpo")
+    assert first.startswith(b"\x89PNG") and (tmp_path / "score_kl.png").read_bytes() != first
+
+
+# what runs of RL start from
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """A folder with data, a language model "sft" and a reward model "rm" that were never trained."""
+    folder = tmp_path_factory.mktemp("small")
+    write_corpora(folder)
+    options = data_options(folder, folder / "data", folder / "tokenizer")
+    data_process.main(argv(**options, parts="text"))
+    tokenizer.train.main(argv(input=folder / "data" / "corpus.txt", vocab_size=440, out=folder / "tokenizer"))
+    data_process.main(argv(**options, parts="prompts"))
+    model_bytes = Tokenizer.load(folder / "tokenizer").model_bytes
+    for seed, stage in enumerate(("sft", "rm")):
+        torch.manual_seed(seed)
+        shape = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=440, max_seq_len=64)
+        model = Llama(ModelConfig(**shape, scalar_head=stage == "rm"))
+        if stage == "rm":
+            torch.nn.init.normal_(model.scalar.weight)
+        (folder / stage).mkdir()
+        checkpoint.save(
+            folder / stage, stage=stage, step=1, tokens_seen=1, model=model, tokenizer=model_bytes, config={}
+        )
+    return folder
+
+
+def rl_options(small, out, **changes):
+    options = OPTIONS["ppo"] | dict(data=small / "data", init_from=small / "sft", reward_model=small / "rm", out=out)
+    return options | dict(kl_target=0.0, max_steps=2, max_new_tokens=12) | changes
+
+
+def test_a_function_reads_the_texts_and_a_constant_one_is_not_scaled(small, capsys):
+    ckpt = checkpoint.load(small / "sft")
+    words, seen = Tokenizer(ckpt.tokenizer), []
+    reward = Reward(dict(reward="length", reward_length=[2, 8]), ckpt, words, "cpu")
+    reward.function = lambda prompts, replies: seen.append((prompts, replies)) or [0.7] * len(replies)
+    questions = [words.encode("写一条酒店好评。"), words.encode("你好")]
+    batch = rollout(checkpoint.build_model(ckpt), questions, 6, eos_id=words.eos_id, seed=1)
+    reward.normalise_on(batch)
+    assert seen == [(["写一条酒店好评。", "你好"], [words.decode(reply) for reply in batch.replies])]
+    assert reward.norm == [pytest.approx(0.7), 1.0]
+    assert "the reward is 0.700 for every reply of the reference: scores are not scaled" in capsys.readouterr().out
