@@ -18,6 +18,7 @@ import math
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from common.checkpoint import Checkpoint, CheckpointError
 from common.config import ConfigError, UserError, parse_config, run, write_atomic
 from common.distributed import setup
 from common.metrics import distinct_2, format_table, markdown_table, plain, share, source_losses, wilson_interval
+from common.rewards import score_rows
 from common.rollout import in_batches, rollout, sequence_kl, sequence_scores, snownlp_judge
 from common.tradeoff import best_of, best_of_kl, draw, png
 from corpus import Corpus
@@ -203,17 +205,13 @@ def best_of_replies(loaded, judge, prompts, config):
 
     Fewer replies are the first of more, and the very first are those that `answer` gives anyway.
     """
-
-    def score_rows(rows):
-        return sequence_scores(judge.model, rows.ids, rows.lengths)
-
     drawn, scores = [], []
     for i in range(max(config["best_of"])):
         print(f"best of n: reply {i + 1} of {max(config['best_of'])} to each prompt", file=sys.stderr)
         settings = config | dict(seed=config["seed"] + i * len(prompts))  # `answer` takes the numbers up to the next
         batches, *replies = answer(loaded, prompts, settings, config["compare_temperature"], config["compare_top_p"])
         drawn.append(list(zip(*replies, strict=True)))
-        scores.append(torch.cat([in_batches(score_rows, batch) for batch in batches]))
+        scores.append(torch.cat([in_batches(partial(score_rows, judge.model), batch) for batch in batches]))
     best = {n: best_of(torch.stack(scores), n).tolist() for n in config["best_of"]}
     return {n: tuple(zip(*(drawn[i][k] for k, i in enumerate(which)), strict=True)) for n, which in best.items()}
 
