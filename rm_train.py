@@ -8,7 +8,6 @@ worse answer; writes a run directory, with calibration.png: is a pair as sure as
     python rm_train.py configs/demo/rm.py
 """
 
-import io
 import math
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 
 from common import checkpoint, distributed
 from common.config import ConfigError, parse_config, run, write_atomic
-from common.metrics import wilson_interval
+from common.metrics import new_figure, png, wilson_interval
 from common.optim import build_optimizer, learning_rate, set_learning_rate
 from common.rollout import sequence_scores
 from common.stage import Stage
@@ -101,13 +100,9 @@ def calibration_error(rows):
 
 def draw_calibration(chosen_scores, rejected_scores):
     """PNG: accuracy by margin beside what the scores claim, with 95 % intervals; the scores of both sides."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only needed here
-    from matplotlib.figure import Figure
-
     size, _, right, n = np.array(calibration(chosen_scores - rejected_scores)).T
     low, high = np.array([wilson_interval(int(hits), int(count)) for hits, count in zip(right, n, strict=True)]).T
-    figure = Figure(figsize=(8.4, 3.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8.4, 3.6)
     left, axes = figure.subplots(1, 2)
     x = np.linspace(0, size.max(), 100)
     left.plot(x, 1 / (1 + np.exp(-x)), color="gray", linewidth=1.2, label="sigmoid(margin)")
@@ -125,9 +120,7 @@ def draw_calibration(chosen_scores, rejected_scores):
     for each in (left, axes):
         each.grid(alpha=0.25)
         each.legend(frameon=False)
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    return png.getvalue()
+    return png(figure)
 
 
 def main(argv=None):

@@ -1,7 +1,6 @@
 """What a data directory says of itself: meta.json for programs, report.md and lengths.png for people, dropped.jsonl to
 look at what was left out; and the check that the files are still what meta.json says."""
 
-import io
 import json
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import dataset
 from common.checkpoint import file_sha256
 from common.config import read_json, write_atomic
-from common.metrics import markdown_table
+from common.metrics import markdown_table, new_figure, png
 from corpus import Corpus
 from dataset import DataError, Examples
 
@@ -114,11 +113,7 @@ def part_table(part, tally):
 
 def draw_lengths(histograms):
     """PNG: of each part, the share of documents by their length in tokens, a line a source."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only needed here
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.4, 3.2 * len(histograms)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8.4, 3.2 * len(histograms))
     for i, (part, sources) in enumerate(histograms.items()):
         axes = figure.add_subplot(len(histograms), 1, i + 1)
         for source, counts in sources.items():
@@ -133,9 +128,7 @@ def draw_lengths(histograms):
         axes.set_ylabel(f"{part} (% of documents)")
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    return png.getvalue()
+    return png(figure)
 
 
 # the check

@@ -161,17 +161,29 @@ class Line:
     y: np.ndarray
 
 
-def draw(panels: list[tuple[str, str, list[Line]]]) -> bytes:
-    """PNG of the panels (x label, y label, lines) that have lines, two a row; 8.4 inches at 150 dpi stay legible at the
-    800 pixels of a README."""
+def new_figure(width: float, height: float):
+    """An empty matplotlib Figure of that many inches, drawn by Agg, which needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only needed here
     from matplotlib.figure import Figure
 
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def png(figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+def draw(panels: list[tuple[str, str, list[Line]]]) -> bytes:
+    """PNG of the panels (x label, y label, lines) that have lines, two a row; 8.4 inches at 150 dpi stay legible at the
+    800 pixels of a README."""
     panels = [panel for panel in panels if panel[2]]
     columns = min(2, len(panels))
     n_rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(8.4, (3.2 if columns == 2 else 4.0) * n_rows), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8.4, (3.2 if columns == 2 else 4.0) * n_rows)
     for i, (x_label, y_label, lines) in enumerate(panels):
         axes = figure.add_subplot(n_rows, columns, i + 1)
         for color, line in enumerate(lines):
@@ -187,9 +199,7 @@ def draw(panels: list[tuple[str, str, list[Line]]]) -> bytes:
         axes.set_ylabel(y_label)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    return png.getvalue()
+    return png(figure)
 
 
 class Progress:

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib
-import io
 import math
 from functools import partial
 
@@ -10,7 +9,7 @@ import torch
 
 from common import checkpoint
 from common.config import ConfigError, UserError, write_atomic
-from common.metrics import distinct_2, points
+from common.metrics import distinct_2, new_figure, png, points
 from common.rollout import in_batches, rollout, sequence_kl, sequence_scores
 
 
@@ -135,12 +134,8 @@ def plot_score_kl(metric_log, stage):
 
     The last is all that remains of a path that went too far: score still climbing while the KL runs away.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only needed here
-    from matplotlib.figure import Figure
-
     rows = metric_log.read()
-    figure = Figure(figsize=(6.4, 4.4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6.4, 4.4)
     axes, last = figure.add_subplot(), max(row["step"] for row in rows)
     for source, style in ((stage, dict(s=9, alpha=0.6)), ("val", dict(s=42, edgecolors="black", zorder=3))):
         pairs = [row for row in rows if None not in (row.get(f"{source}/kl"), row.get(f"{source}/score"))]
@@ -155,6 +150,4 @@ def plot_score_kl(metric_log, stage):
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, loc="lower right")
     figure.colorbar(dots, label="step")
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    write_atomic(metric_log.out_dir / "score_kl.png", png.getvalue())
+    write_atomic(metric_log.out_dir / "score_kl.png", png(figure))

@@ -1,10 +1,11 @@
 """What an aligned policy gains against how far it went: best of n, which needs no training, and the picture."""
 
-import io
 import math
 from pathlib import Path
 
 import numpy as np
+
+from common.metrics import new_figure
 
 # of the KL axis, those that are in view
 TICKS = [-1, -0.1, 0, 0.1, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000]
@@ -39,11 +40,7 @@ def draw(checkpoints, yardstick, title):
 
     The yardstick's points, best of n, are joined by a dashed line that starts at the first checkpoint, best of one.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only needed here
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.4, 4.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8.4, 4.6)
     axes = figure.add_subplot()
     axes.set_xscale("function", functions=(signed_sqrt, lambda x: x * np.abs(x)))
     names = short_names([row["checkpoint"] for row in checkpoints]) + [row["checkpoint"] for row in yardstick]
@@ -107,10 +104,3 @@ def label(axes, texts, taken):
         labels.append(note)
         taken.append(box)
     return labels
-
-
-def png(figure):
-    """The figure as bytes."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    return file.getvalue()

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from common.metrics import wilson_interval
-from common.tradeoff import best_of, best_of_kl, draw, obstacles, png, short_names, signed_sqrt
+from common.metrics import png, wilson_interval
+from common.tradeoff import best_of, best_of_kl, draw, obstacles, short_names, signed_sqrt
 
 
 def row(name, kl, positive, n=200):
