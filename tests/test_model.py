@@ -373,6 +373,19 @@ def test_sample_draws_from_the_right_set_in_the_right_shares(options, expected):
     assert [share == 0 for share in shares] == [share == 0 for share in expected]
 
 
+def test_sample_reaches_both_ends_of_the_vocabulary_and_never_a_token_without_probability():
+    allowed = torch.tensor([0, 1, 777, 2000, 3998])  # 1 of 4,000 to each side of what may not come
+    logits = torch.full((4000,), -torch.inf)
+    logits[allowed] = torch.tensor([0.2, 0.1, 0.3, 0.1, 0.3]).log()
+    drawn = sample(logits.expand(5_000, -1), generator=torch.Generator().manual_seed(0))
+    assert drawn.unique().tolist() == allowed.tolist()
+
+
+def test_sample_says_that_logits_are_not_finite():
+    with pytest.raises(ValueError, match="not finite"):
+        sample(torch.tensor([[0.0, 1.0], [0.0, torch.nan]]))
+
+
 def load_llama2c(path):
     """Version 0 of its format: 7 int32, then float32 weights, each kind for all layers, and the rotary tables."""
     data = np.fromfile(path, dtype=np.int32, count=7)
