@@ -269,7 +269,7 @@ def test_one_token_bandit_learns_the_tilted_reference():
 
 
 def test_ppo_needs_no_reward_model_with_a_function(small, tmp_path, own_rewards, capsys):
-    options = rl_options(small, tmp_path / "out", reward="length", reward_length="2,8", reward_model=tmp_path / "none")
+    options = rl_options(small, tmp_path / "out", reward="length", reward_length="2,30", reward_model=tmp_path / "none")
     ppo_train.main(argv(**options))
     ckpt, (_, first, *_) = checkpoint.load(tmp_path / "out"), metrics(tmp_path / "out")
     assert ckpt.training["extra"]["reward_model"] is None and ckpt.training["extra"]["norm"][0] > 0

@@ -95,6 +95,7 @@ def test_length_reward_falls_to_nothing_at_none_and_twice_the_longest():
 def own_rewards(tmp_path, monkeypatch):
     (tmp_path / "own_rewards.py").write_text(
         "def starts(prompts, replies):\n    return [r[:1] == '好' for r in replies]\n"
+        "def odd(prompts, replies):\n    return [len(r) % 2 for r in replies]\n"  # never all alike
     )
     monkeypatch.syspath_prepend(tmp_path)
 
