@@ -249,14 +249,23 @@ def compare_tasks(models, tasks, config, polarity):
         sampling = config["temperature"], config["top_p"]
         _, reviews, ended = answer(loaded, [ids for ids, _, _ in write], config, *sampling)
         _, verdicts, ended_too = answer(loaded, [ids for ids, _, _ in tell], config, 0.0)
-        asked = [(label, polarity(text) == label) for text, (_, _, label) in zip(reviews, write, strict=True)]
-        positive, negative = ([right for label, right in asked if label == side] for side in (1, 0))
         told = [text == loaded.tokenizer.decode(right) for text, (_, right, _) in zip(verdicts, tell, strict=True)]
-        row = dict(checkpoint=name, stage=loaded.ckpt.stage, asked_mean=(share(positive) + share(negative)) / 2)
-        for key, hits in (("asked_positive", positive), ("asked_negative", negative), ("polarity", told)):
-            row |= {key: share(hits), f"{key}_n": len(hits)}
-        rows.append(row | dict(eos_rate=share(ended + ended_too)))
+        row = dict(checkpoint=name, stage=loaded.ckpt.stage) | follows(reviews, write, polarity)
+        rows.append(row | dict(polarity=share(told), polarity_n=len(told), eos_rate=share(ended + ended_too)))
     return rows
+
+
+def follows(reviews, examples, polarity):
+    """How many reviews have the polarity that was asked for, by the judge's verdict."""
+    asked = [(label, polarity(text) == label) for text, (_, _, label) in zip(reviews, examples, strict=True)]
+    positive, negative = ([right for label, right in asked if label == side] for side in (1, 0))
+    return dict(
+        asked_positive=share(positive),
+        asked_positive_n=len(positive),
+        asked_negative=share(negative),
+        asked_negative_n=len(negative),
+        asked_mean=(share(positive) + share(negative)) / 2,
+    )
 
 
 def compare(models, data, config, judge=None):
@@ -301,9 +310,13 @@ def compare(models, data, config, judge=None):
         n = config["compare_examples"]
         tasks = {task: [e for e in examples if len(e[0]) < context][:n] for task, examples in tasks.items()}
         figures["tasks"] = compare_tasks(models, tasks, config, polarity)
+        written = [tokenizer.decode(answer) for _, answer, _ in tasks["write_asked"]]
+        figures["written_by_people"] = people = follows(written, tasks["write_asked"], polarity)
         parts += [
             f"SFT tasks on validation examples, reviews sampled at {in_use}, polarities told greedily:",
             format_table(TASK_COLUMNS, figures["tasks"]),
+            "Of the reviews that people wrote, to the same requests, the judge finds {asked_positive:.1%} of the "
+            "positive positive, {asked_negative:.1%} of the negative negative: {asked_mean:.1%}.".format(**people),
         ]
     return "\n\n".join(parts), figures
 

@@ -69,10 +69,15 @@ def score_rows(reward_model, rows):
     return sequence_scores(reward_model, rows.ids, rows.lengths)
 
 
-def final_scores(raw_scores, ended, norm, no_eos_score):
-    """Scores in standard deviations of the reference's; replies without <eos> get no_eos_score: (B,)."""
+def final_scores(raw_scores, ended, norm, no_eos_score, score_clip=0.0):
+    """Scores in standard deviations of the reference's, from -score_clip to score_clip unless that is 0: (B,).
+
+    Replies without <eos> get no_eos_score.
+    """
     mean, std = norm
-    return torch.where(ended, (raw_scores - mean) / std, torch.full_like(raw_scores, no_eos_score))
+    bound = score_clip or torch.inf
+    scores = ((raw_scores - mean) / std).clamp(-bound, bound)
+    return torch.where(ended, scores, torch.full_like(scores, no_eos_score))
 
 
 class Reward:
@@ -84,6 +89,8 @@ class Reward:
     def __init__(self, config, policy, tokenizer, device):
         self.config, self.tokenizer = config, tokenizer
         self.ckpt = self.judge = self.norm = None
+        if config["score_clip"] < 0:
+            raise ConfigError(f"score_clip={config['score_clip']}: 0 or more is needed")
         if config["reward"] != "model":
             self.function = reward_function(config)
             return
@@ -111,7 +118,8 @@ class Reward:
 
     def scores(self, batch):
         """As final_scores: (B,)."""
-        return final_scores(self.raw(batch), batch.ended, self.norm, self.config["no_eos_score"])
+        limits = (self.config[key] for key in ("no_eos_score", "score_clip"))
+        return final_scores(self.raw(batch), batch.ended, self.norm, *limits)
 
 
 def evaluate_policy(policy, reference, reward, prompts, config):

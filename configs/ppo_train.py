@@ -16,6 +16,7 @@ config = dict(
     kl_target=0.0,  # nats per reply that kl_coef is adapted to; 0: kl_coef stays
     kl_horizon=50.0,  # steps over which the adaptation acts; smaller is quicker
     no_eos_score=-3.0,  # score of a reply that never ends, in standard deviations of the reference's scores
+    score_clip=0.0,  # largest size of any other score, in the same unit: above it nothing more is won; 0: no limit
     gamma=1.0,  # discount per token
     lam=0.95,  # lambda of generalised advantage estimation
     cliprange=0.2,  # of the probability ratio

@@ -32,9 +32,11 @@ stage sft python sft.py configs/demo/sft.py --resume
 stage rm python rm_train.py configs/demo/rm.py --resume
 stage dpo python dpo_train.py configs/demo/dpo.py --resume
 stage ppo python ppo_train.py configs/demo/ppo.py --resume
+stage grpo python grpo_train.py configs/demo/grpo.py --resume
 stage quantize python quantize.py configs/demo/quantize.py --resume
 once out/demo/report.md compare python eval_generate.py --data=data/demo --report=out/demo/report.md \
-    --compare=out/demo/sft,out/demo/dpo,out/demo/ppo,out/demo/quantize,out/demo/pretrain
+    --compare=out/demo/sft,out/demo/dpo,out/demo/ppo,out/demo/grpo,out/demo/quantize,out/demo/pretrain \
+    --best_of=2,4,8 --reward_model=out/demo/rm --picture=out/demo/compare.png
 
 printf '\nDone in %d s. Loss plots: out/demo/*/loss.png; samples: out/demo/*/samples.txt; comparison: out/demo/report.md\n' \
     $((SECONDS - began))

@@ -387,6 +387,9 @@ def test_comparison_by_hand(tmp_path, tok, capsys):
     assert (good["asked_positive_n"], good["asked_negative_n"], good["polarity_n"]) == (2, 1, 4)
     assert (good["eos_rate"], endless["eos_rate"]) == (1.0, 0.0)
 
+    people = dict(asked_positive=1, asked_positive_n=2, asked_negative=0, asked_negative_n=1, asked_mean=0.5)
+    assert figures["written_by_people"] == people  # 很好看, 很干净; 很好看
+    assert "the judge finds 100.0% of the positive positive, 0.0% of the negative negative: 50.0%." in markdown
     assert f"| {paths[0]} | sft | 100.0% | 56.6% to 100.0% | 0.00 | 3.0 | 0.200 | 100.0% |" in markdown
     assert f"| prompt | {paths[0]} | {paths[1]} | {paths[2]} |" in markdown
     assert "\n| 写\\|一条\\n | 很好看 | 差评 | " in markdown and "\n| 写一条评价 | 很好看 | 差评 | " in markdown

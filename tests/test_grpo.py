@@ -224,6 +224,7 @@ def test_without_kl_penalty_the_reference_is_asked_in_validation_only(small, tmp
         (dict(group_size=1), "group_size=1: at least 2 is needed"),
         (dict(group_size=3), "rollout_size=8: a multiple of group_size=3 is needed"),
         (dict(epochs=0), "epochs=0: at least 1 is needed"),
+        (dict(score_clip=-1), "score_clip=-1.0: 0 or more is needed"),
         (dict(reward="length", reward_length="9,3"), "reward_length=[9, 3]"),
         (dict(reward="nothing"), "reward=nothing: model, length or module:function is needed"),
     ],

@@ -80,7 +80,9 @@ def test_a_resumed_watch_remembers(capsys):
 
 
 def test_final_scores_are_normalised_and_unended_replies_get_theirs():
-    scores = final_scores(torch.tensor([3.0, 8.0, 0.0]), torch.tensor([True, False, True]), [1.0, 2.0], -3.0)
+    raw, ended = torch.tensor([3.0, 8.0, 0.0]), torch.tensor([True, False, True])
+    assert final_scores(raw, ended, [1.0, 2.0], -3.0, score_clip=0.75).tolist() == [0.75, -3.0, -0.5]
+    scores = final_scores(raw, ended, [1.0, 2.0], -3.0)
     assert scores.tolist() == [1, -3, -0.5]
 
 
