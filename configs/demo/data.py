@@ -3,6 +3,5 @@ from configs.data_process import config as base
 config = base | dict(
     out="data/demo",
     tokenizer="out/demo/tokenizer",
-    sft_examples=base["sft_examples"] | dict(polarity=8000),  # half of them: reading a long review is dear
     people_daily_characters=300_000,  # the demo is about reviews; a fifth of newspaper keeps its language broader
 )
