@@ -16,9 +16,16 @@ out: out/seed-N with a run directory and a log of each stage, compare.md and com
 import argparse
 import importlib
 import json
+import math
 import subprocess
 import sys
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dataset import load_meta, load_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 # script, the demo's config, and the runs that it starts from, by key
@@ -77,6 +84,7 @@ def one_seed(seed, options):
     folder = options.out / f"seed-{seed}"
     print(f"seed {seed}: comparison", flush=True)
     keys = dict(compare=",".join(str(runs[name]) for name in COMPARED), reward_model=runs["rm"], best_of="2,4,8")
+    keys |= dict(compare_examples=1000)  # all of the demo's
     keys |= dict(data=options.data, seed=seed, report=folder / "compare.md", picture=folder / "compare.png")
     arguments = ["eval_generate.py", "--device=cpu", *(f"--{key}={value}" for key, value in keys.items())]
     compared = json.loads(execute(arguments, folder / "compare.log").splitlines()[-1])
@@ -90,10 +98,28 @@ def one_seed(seed, options):
     return figures | dict(asked_polarity=sft["asked_mean"], told_polarity=sft["polarity"])
 
 
+def naive_bayes_accuracy(data):
+    """Validation accuracy of the simplest judge of rm.pkl's pairs, the yardstick for the reward model.
+
+    The log odds of each token and each two neighbours being in a chosen text, counts smoothed by 0.5, sum up.
+    """
+    splits = load_pairs(data / "rm.pkl", load_meta(data)["vocab_size"])
+    train, val = (
+        [[set(ids := side[i][0].tolist()) | set(pairwise(ids)) for i in range(len(side))] for side in sides]
+        for sides in splits
+    )
+    chosen, rejected = (Counter(feature for text in side for feature in text) for side in train)
+
+    def score(text):
+        return sum(math.log((chosen[feature] + 0.5) / (rejected[feature] + 0.5)) for feature in text)
+
+    return sum(score(good) > score(bad) for good, bad in zip(*val, strict=True)) / len(val[0])
+
+
 def quality(options):
-    """The figures of all seeds, each a list in their order."""
+    """The figures of all seeds, each a list in their order; and what needs none."""
     seeds = [one_seed(seed, options) for seed in options.seeds]
-    return {
+    return dict(rm_accuracy_naive_bayes=naive_bayes_accuracy(options.data)) | {
         name: {policy: [found[name][policy] for found in seeds] for policy in value}
         if isinstance(value, dict)
         else [found[name] for found in seeds]
@@ -137,5 +163,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     main()

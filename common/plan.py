@@ -16,15 +16,15 @@ from common.optim import build_optimizer
 from model import Llama, ModelConfig, row_chunks
 from tokenizer import MODEL_FILE, Tokenizer
 
-# Dense peaks in TFLOP/s from NVIDIA's data sheets and white papers, bfloat16 with float32 accumulation unless said.
-# Sheets that give them "with sparsity" give twice as much.
+# Dense peaks in TFLOP/s from NVIDIA's data sheets and white papers, bfloat16 with float32 accumulation unless said, and
+# what the driver's name of the GPU contains. Sheets that give them "with sparsity" give twice as much.
 PEAKS = {
-    "V100 SXM2, float32 (it has no bfloat16)": 15.7,  # Tesla V100 data sheet, 2018
-    "RTX 3090": 71,  # GA102 white paper, 2020
-    "RTX 4090": 165.2,  # Ada white paper, 2022; 82.6 is its float32 outside the tensor cores
-    "A100": 312,  # A100 data sheet, 2020
-    "L40S": 362,  # L40S data sheet, 2023
-    "H100 SXM": 989.4,  # H100 data sheet, 2022
+    "V100 SXM2, float32 (it has no bfloat16)": (15.7, "V100-SXM2"),  # Tesla V100 data sheet, 2018
+    "RTX 3090": (71, "RTX 3090"),  # GA102 white paper, 2020
+    "RTX 4090": (165.2, "RTX 4090"),  # Ada white paper, 2022; 82.6 is its float32 outside the tensor cores
+    "A100": (312, "A100"),  # A100 data sheet, 2020
+    "L40S": (362, "L40S"),  # L40S data sheet, 2023
+    "H100 SXM": (989.4, "H100 80GB HBM3"),  # H100 data sheet, 2022; its PCIe and NVL are slower
 }
 SHARE = 0.4  # of the peak that training reaches, about; 0.3 to 0.9 of sgemm were measured on CPUs of two threads
 TOKENS_A_PARAMETER = 20  # at the least compute for a loss, Hoffmann et al., 2022, arXiv:2203.15556
@@ -154,7 +154,7 @@ def utilisation(flops: float, env) -> str:
         peak, what = measured_peak(), "of matrix products measured here"
     else:
         name = torch.cuda.get_device_name(env.device) if env.device.type == "cuda" else env.device.type
-        known = [tflops for gpu, tflops in PEAKS.items() if gpu.split()[-1 if "RTX" in gpu else 0] in name]
+        known = [tflops for tflops, part in PEAKS.values() if part in name]
         if not known:
             return f"{flops / 1e9:,.0f} GFLOP/s a process; the peak of {name} is not known here"
         peak, what = known[0] * 1e12, f"of {name}'s data sheet"
@@ -198,7 +198,7 @@ def report(config: dict) -> str:
     peak = measured_peak()
     here = f"this CPU, {torch.get_num_threads()} threads, {SHARE:.0%} of {peak / 1e9:,.0f} GFLOP/s measured"
     speeds = {here: peak * SHARE}
-    for name, tflops in PEAKS.items():
+    for name, (tflops, _) in PEAKS.items():
         speeds[f"{name}, {SHARE:.0%} of {tflops} TFLOP/s"] = tflops * 1e12 * SHARE
     rows = [dict(on=on, speed=rate / flops, time=duration(tokens * flops / rate)) for on, rate in speeds.items()]
     lines.append(format_table({"on": "{on}", "tokens/s": "{speed:,.0f}", "time": "{time}"}, rows))

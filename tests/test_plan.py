@@ -233,6 +233,7 @@ def test_utilisation_of_a_known_gpu_is_beside_its_data_sheet(monkeypatch, name, 
     assert share in plan.utilisation(100e12, Env(0, 1, torch.device("cuda")))
 
 
-def test_utilisation_of_an_unknown_gpu_says_so(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GeForce 256")
-    assert "the peak of GeForce 256 is not known" in plan.utilisation(1e12, Env(0, 1, torch.device("cuda")))
+@pytest.mark.parametrize("name", ["GeForce 256", "NVIDIA H100 PCIe"])
+def test_utilisation_of_an_unknown_gpu_says_so(monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert f"the peak of {name} is not known" in plan.utilisation(1e12, Env(0, 1, torch.device("cuda")))
