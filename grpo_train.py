@@ -19,7 +19,17 @@ from common import checkpoint
 from common.config import ConfigError, UserError, parse_config, run
 from common.optim import build_optimizer, learning_rate, set_learning_rate
 from common.rewards import Reward, evaluate_policy, plot_score_kl
-from common.rollout import Watch, add_up, average, policy_loss, ratio_stats, reply_logps, reply_metrics, rollout
+from common.rollout import (
+    Watch,
+    add_up,
+    average,
+    entropy_bonus,
+    policy_loss,
+    ratio_stats,
+    reply_logps,
+    reply_metrics,
+    rollout,
+)
 from common.stage import Stage
 from dataset import BatchOrder, load_prompts
 
@@ -64,7 +74,7 @@ def zero_variance(scores, group_size):
 
 
 def group_loss(logps, old_logps, advantages, mask, n_replies, config):
-    """The clipped surrogate of some of a minibatch's n_replies, and its ratio_stats; advantages (B,), rest (B, T).
+    """The clipped surrogate of some of a minibatch's n_replies, and its ratio_stats; (B, T), advantages or (B, 1).
 
     grpo: mean over the tokens of a reply, then over replies; dr_grpo: sum over tokens by a constant, so that no token
     weighs less in a long reply; rloo: mean over replies, whose ratios are of the whole reply.
@@ -76,14 +86,14 @@ def group_loss(logps, old_logps, advantages, mask, n_replies, config):
         shares = weights = mask / mask.sum(1, keepdim=True) / n_replies
         if config["loss"] == "dr_grpo":
             weights = mask / (n_replies * config["max_new_tokens"])
-    loss = policy_loss(logps, old_logps, advantages[:, None], weights, config["cliprange"])
+    loss = policy_loss(logps, old_logps, advantages, weights, config["cliprange"])
     return loss, ratio_stats(logps, old_logps, shares, config["cliprange"])
 
 
 def update(stage, step, policy, batch, old_logps, advantages, config, generator):
     """Phase 5: `epochs` passes over the replies in shuffled minibatches; returns the metrics' averages over updates.
 
-    old_logps (B, T-1), advantages (B,).
+    old_logps (B, T-1), advantages (B, T-1) or (B, 1).
     """
     updates = []
     for _ in range(config["epochs"]):
@@ -91,10 +101,10 @@ def update(stage, step, policy, batch, old_logps, advantages, config, generator)
             parts, loss = [], 0.0
             for micro in minibatch.split(config["micro_batch_size"]):
                 rows = batch.rows(micro)
-                old = old_logps[micro, : rows.mask.size(1)]
+                old, above = (x[micro, : rows.mask.size(1)] for x in (old_logps, advantages))
                 with stage.env.autocast():
                     logps = policy.token_logps(rows.ids, config["temperature"], rows.mask)
-                micro_loss, stats = group_loss(logps, old, advantages[micro], rows.mask, len(minibatch), config)
+                micro_loss, stats = group_loss(logps, old, above, rows.mask, len(minibatch), config)
                 micro_loss.backward()
                 loss += micro_loss.item()
                 parts.append(stats | {"policy_loss": micro_loss.item()})
@@ -111,6 +121,8 @@ def check(config):
         raise ConfigError(f"group_size={group}: at least 2 is needed, to compare replies to one prompt")
     if config["epochs"] < 1:
         raise ConfigError(f"epochs={config['epochs']}: at least 1 is needed")
+    if config["entropy_coef"] and config["loss"] == "rloo":
+        raise ConfigError("entropy_coef: it counts token by token, and loss=rloo weighs whole replies; 0 is needed")
     if size % group:
         raise ConfigError(f"rollout_size={size}: a multiple of group_size={group} is needed")
 
@@ -169,7 +181,9 @@ def main(argv=None):
             ref_logps = reply_logps(reference, batch, env, config) if config["kl_coef"] else None
             rewards = penalised_rewards(scores, logps, ref_logps, batch.mask, config["kl_coef"])  # (B,)
             # 4. advantages
-            advantages = group_advantages(rewards, group_size, config["loss"])  # (B,)
+            advantages = group_advantages(rewards, group_size, config["loss"])[:, None]  # (B, 1)
+            if config["entropy_coef"]:
+                advantages = advantages + config["entropy_coef"] * entropy_bonus(logps, batch.mask)  # (B, T-1)
             # 5. updates
             generator = torch.Generator().manual_seed(seed)
             metrics = update(stage, step, policy, batch, logps, advantages, config, generator)

@@ -23,6 +23,7 @@ from common.rollout import (
     Watch,
     add_up,
     average,
+    entropy_bonus,
     in_batches,
     masked_mean,
     masked_whiten,
@@ -182,6 +183,7 @@ def main(argv=None):
             values = in_batches(values_of, batch, config["micro_batch_size"]) * batch.mask
             advantages, returns = gae(rewards, values, batch.mask, config["gamma"], config["lam"])
             advantages = masked_whiten(advantages, batch.mask)
+            advantages += config["entropy_coef"] * entropy_bonus(logps, batch.mask)
             # 5. updates
             generator = torch.Generator().manual_seed(seed)
             metrics = update(stage, step, policy, value, batch, (logps, values, advantages, returns), config, generator)

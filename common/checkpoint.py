@@ -43,7 +43,7 @@ SAFE_ON_RESUME = """
 UNWRITTEN = dict(schedule="cosine", mask_documents=False)
 UNWRITTEN |= dict(loss="sigmoid", label_smoothing=0.1, margin=0.0, centring=0.0)  # dpo and rm
 UNWRITTEN |= dict(packing=False, pack_len=0)  # sft
-UNWRITTEN |= dict(reward="model", reward_length=[20, 60], score_clip=0.0)  # ppo
+UNWRITTEN |= dict(reward="model", reward_length=[20, 60], score_clip=0.0, entropy_coef=0.0)  # ppo
 
 
 def save(

@@ -97,6 +97,15 @@ def reply_logps(model, batch, env, config):
     return in_batches(logps, batch, config["micro_batch_size"])
 
 
+def entropy_bonus(logps, mask):
+    """An advantage of each token whose policy gradient is that of the entropy of the tokens' distributions: (B, T).
+
+    grad H = -E[(log p - b) grad log p] for any baseline b, here the mean of log p; only the distributions at the states
+    that were met count, so a longer reply earns nothing.
+    """
+    return (masked_mean(logps, mask) - logps) * mask
+
+
 def policy_loss(logps, old_logps, advantages, weights, cliprange):
     """PPO's clipped surrogate (Schulman et al., arXiv:1707.06347, eq. 7), negated; all (B, T), advantages or (B, 1).
 

@@ -17,6 +17,7 @@ config = dict(
     kl_coef=0.05,  # weight of the KL penalty, in (normalised) score per nat; 0 needs no reference while it trains
     no_eos_score=-3.0,  # score of a reply that never ends, in standard deviations of the reference's scores
     score_clip=0.0,  # largest size of any other score, in the same unit: above it nothing more is won; 0: no limit
+    entropy_coef=0.0,  # weight of the entropy of tokens beside advantages; keeps replies varied, for more KL
     cliprange=0.2,  # of the probability ratio
     norm_prompts=256,  # prompts the reference answers to normalise scores to mean 0 and variance 1
     optimizer="adamw",  # adamw, or muon: trunk matrices by Muon, the rest by AdamW

@@ -19,6 +19,7 @@ config = dict(
     score_clip=0.0,  # largest size of any other score, in the same unit: above it nothing more is won; 0: no limit
     gamma=1.0,  # discount per token
     lam=0.95,  # lambda of generalised advantage estimation
+    entropy_coef=0.0,  # weight of the entropy of tokens beside whitened advantages; keeps replies varied, for more KL
     cliprange=0.2,  # of the probability ratio
     cliprange_value=0.2,  # of the change of a value
     vf_coef=0.1,  # weight of the value loss

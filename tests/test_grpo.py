@@ -18,7 +18,7 @@ from trl.trainer.rloo_trainer import RLOOTrainer
 
 import grpo_train
 from common import checkpoint
-from common.rollout import Rollout, in_batches, rollout
+from common.rollout import Rollout, entropy_bonus, in_batches, rollout
 
 LOSSES = list(grpo_train.LOSSES)
 CONFIG = dict(temperature=TEMPERATURE, epochs=1, minibatch_size=4, micro_batch_size=4, cliprange=0.2, max_new_tokens=16)
@@ -97,7 +97,7 @@ def test_losses_and_gradients_are_trls(kind):
     noise = torch.randn(old_logps.shape, generator=torch.Generator().manual_seed(2))
     logps = (old_logps + 0.3 * noise).requires_grad_()
     config = CONFIG | dict(loss=kind)
-    loss, stats = grpo_train.group_loss(logps, old_logps, advantages, batch.mask, 4, config)
+    loss, stats = grpo_train.group_loss(logps, old_logps, advantages[:, None], batch.mask, 4, config)
     (gradient,) = torch.autograd.grad(loss, logps)
     expected = trl_loss(kind, logps, old_logps, advantages, batch.mask, config)
     (expected_gradient,) = torch.autograd.grad(expected, logps)
@@ -111,7 +111,7 @@ def updated(kind, batch, old_logps, advantages, **changes):
     policy, found = tiny(), []
     stage = SimpleNamespace(env=ENV, update=lambda step, loss: found.append(gradients(policy)) or 1.0)
     config, order = CONFIG | dict(loss=kind) | changes, torch.Generator().manual_seed(5)
-    stats = grpo_train.update(stage, 1, policy, batch, old_logps, advantages, config, order)
+    stats = grpo_train.update(stage, 1, policy, batch, old_logps, advantages[:, None], config, order)
     return found[0], stats
 
 
@@ -139,7 +139,7 @@ def test_loss_is_untouched_by_padding_that_is_not_cut_off(kind):
         policy, mask = tiny(), F.pad(batch.mask, (0, padding))
         logps = policy.token_logps(F.pad(batch.ids, (0, padding), value=7), TEMPERATURE, mask)
         old = F.pad(old_logps, (0, padding), value=3.0)
-        grpo_train.group_loss(logps, old, advantages, mask, 4, CONFIG | dict(loss=kind))[0].backward()
+        grpo_train.group_loss(logps, old, advantages[:, None], mask, 4, CONFIG | dict(loss=kind))[0].backward()
         return gradients(policy)
 
     torch.testing.assert_close(gradient(6), gradient(0), atol=1e-6, rtol=1e-4)
@@ -161,17 +161,19 @@ def test_first_minibatch_has_ratio_1_and_the_plain_policy_gradient(kind):
     torch.testing.assert_close(found, expected, atol=1e-5 * expected.abs().max().item(), rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", LOSSES)
-def test_one_token_bandit_learns_the_tilted_reference(kind):
+@pytest.mark.parametrize("kind, entropy_coef", [("grpo", 0), ("dr_grpo", 0), ("rloo", 0), ("dr_grpo", 0.3)])
+def test_one_token_bandit_learns_the_tilted_reference(kind, entropy_coef):
     config = dict(temperature=1.0, epochs=2, minibatch_size=480, micro_batch_size=480, cliprange=0.2)
     config |= dict(loss=kind, max_new_tokens=1)
 
     def step_of(stage, policy, batch, scores, logps, ref_logps, generator):
         rewards = grpo_train.penalised_rewards(scores, logps, ref_logps, batch.mask, BETA)
-        advantages = grpo_train.group_advantages(rewards, 8, kind)
+        advantages = grpo_train.group_advantages(rewards, 8, kind)[:, None]
+        advantages = advantages + entropy_coef * entropy_bonus(logps, batch.mask)
         grpo_train.update(stage, 1, policy, batch, logps, advantages, config, generator)
 
-    play(step_of)
+    # the mean of a group of 8 holds the reply itself, so that only 7/8 of the reward stands against the entropy
+    play(step_of, entropy_coef=entropy_coef * 8 / 7)
 
 
 # runs
@@ -224,6 +226,10 @@ def test_without_kl_penalty_the_reference_is_asked_in_validation_only(small, tmp
         (dict(group_size=1), "group_size=1: at least 2 is needed"),
         (dict(group_size=3), "rollout_size=8: a multiple of group_size=3 is needed"),
         (dict(epochs=0), "epochs=0: at least 1 is needed"),
+        (
+            dict(loss="rloo", entropy_coef=0.1),
+            "entropy_coef: it counts token by token, and loss=rloo weighs whole replies",
+        ),
         (dict(score_clip=-1), "score_clip=-1.0: 0 or more is needed"),
         (dict(reward="length", reward_length="9,3"), "reward_length=[9, 3]"),
         (dict(reward="nothing"), "reward=nothing: model, length or module:function is needed"),

@@ -14,7 +14,16 @@ from test_rewards import own_rewards, rl_options, small  # noqa: F401
 
 import ppo_train
 from common import checkpoint
-from common.rollout import Rollout, in_batches, masked_whiten, policy_loss, ratio_stats, rollout, sequence_kl
+from common.rollout import (
+    Rollout,
+    entropy_bonus,
+    in_batches,
+    masked_whiten,
+    policy_loss,
+    ratio_stats,
+    rollout,
+    sequence_kl,
+)
 
 LOG_2 = math.log(2)
 
@@ -67,6 +76,18 @@ def test_policy_loss_clips_on_the_side_that_would_be_rewarded():
     stats = ratio_stats(logps, torch.zeros(1, 4), weights, cliprange=0.2)
     assert (stats["clipfrac"].item(), stats["ratio"].item(), stats["ratio_max"].item()) == pytest.approx((1, 1, 1.5))
     assert stats["approx_kl"].item() == pytest.approx((0.5 - math.log(1.5) - 0.5 + LOG_2) / 2)
+
+
+def test_entropy_bonus_is_the_score_function_of_the_entropy():
+    logits = torch.tensor([0.5, -1.0, 2.0, 0.0], requires_grad=True)
+    logps = logits.log_softmax(0)
+    entropy = -(logps.exp() * logps).sum()
+    (expected,) = torch.autograd.grad(entropy, logits, retain_graph=True)
+    bonus = entropy_bonus(logps.detach()[:, None], torch.ones(4, 1))[:, 0]  # of a reply of each token
+    (found,) = torch.autograd.grad((logps.detach().exp() * bonus * logps).sum(), logits)
+    torch.testing.assert_close(found, expected)
+    padded = entropy_bonus(torch.tensor([[-1.0, -3.0], [-5.0, -9.0]]), torch.tensor([[1.0, 1], [1, 0]]))
+    assert padded.tolist() == [[-2, 0], [2, 0]]
 
 
 def test_policy_loss_ignores_what_has_no_weight():
@@ -226,10 +247,11 @@ class Bandit(torch.nn.Module):
 BANDIT_SCORES, BANDIT_REFERENCE, BETA = torch.tensor([1.0, 0, -1, 0.5, 0.8]), torch.tensor([-2.0, 0.5, 1, 0, -1]), 0.5
 
 
-def play(step_of, n=480, steps=300, lr=0.03):
+def play(step_of, n=480, steps=300, lr=0.03, entropy_coef=0.0):
     """Train a Bandit by step_of(stage, policy, batch, scores, logps, ref_logps, generator) and check where it ends.
 
-    The optimum of E[score] - beta KL is ref * exp(score / beta) / Z.
+    The optimum of E[score] - beta KL is ref * exp(score / beta) / Z; with c times the entropy as well, that of the sum
+    is (ref^beta * exp(score))^(1 / (beta + c)) / Z.
     """
     policy, generator = Bandit(BANDIT_REFERENCE), torch.Generator().manual_seed(1)
     optimizer = torch.optim.Adam(policy.parameters(), lr)
@@ -246,9 +268,9 @@ def play(step_of, n=480, steps=300, lr=0.03):
         tokens = batch.ids[:, 1:]
         logps, ref_logps = policy.logits.detach().log_softmax(0)[tokens], BANDIT_REFERENCE.log_softmax(0)[tokens]
         step_of(stage, policy, batch, BANDIT_SCORES[tokens[:, 0]], logps, ref_logps, generator)
-    expected = (BANDIT_REFERENCE + BANDIT_SCORES / BETA).softmax(0)
+    expected = ((BETA * BANDIT_REFERENCE + BANDIT_SCORES) / (BETA + entropy_coef)).softmax(0)
     torch.testing.assert_close(policy.logits.detach().softmax(0), expected, rtol=0.02, atol=0)
-    assert (expected / BANDIT_REFERENCE.softmax(0)).max() > 2
+    assert (expected / BANDIT_REFERENCE.softmax(0)).max() > 1.5
 
 
 def test_one_token_bandit_learns_the_tilted_reference():
