@@ -54,8 +54,8 @@ def draw(checkpoints, yardstick, title):
         errors = [[max(low, 0)], [max(high, 0)]]  # rounding may leave -1e-17
         axes.errorbar(*point, errors, fmt="o", capsize=2, linewidth=1, **style)
     axes.margins(x=0.12, y=0.08)
-    low, high = axes.get_xlim()
-    axes.set_xticks(ticks := [tick for tick in TICKS if low <= tick <= high], [f"{tick:g}" for tick in ticks])
+    least, high = min(kl for kl, _ in points), axes.get_xlim()[1]
+    axes.set_xticks(ticks := [tick for tick in TICKS if least <= tick <= high], [f"{tick:g}" for tick in ticks])
     axes.set_xlabel("KL to the first checkpoint (nats per reply, square-root scale)")
     axes.set_ylabel("share of positive replies, 95 % interval")
     axes.set_title(title, fontsize=9)
