@@ -118,8 +118,8 @@ class Reward:
 
     def scores(self, batch):
         """As final_scores: (B,)."""
-        limits = (self.config[key] for key in ("no_eos_score", "score_clip"))
-        return final_scores(self.raw(batch), batch.ended, self.norm, *limits)
+        no_eos_score, score_clip = self.config["no_eos_score"], self.config["score_clip"]
+        return final_scores(self.raw(batch), batch.ended, self.norm, no_eos_score, score_clip)
 
 
 def evaluate_policy(policy, reference, reward, prompts, config):

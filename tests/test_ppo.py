@@ -270,7 +270,7 @@ def play(step_of, n=480, steps=300, lr=0.03, entropy_coef=0.0):
         step_of(stage, policy, batch, BANDIT_SCORES[tokens[:, 0]], logps, ref_logps, generator)
     expected = ((BETA * BANDIT_REFERENCE + BANDIT_SCORES) / (BETA + entropy_coef)).softmax(0)
     torch.testing.assert_close(policy.logits.detach().softmax(0), expected, rtol=0.02, atol=0)
-    assert (expected / BANDIT_REFERENCE.softmax(0)).max() > 1.5
+    assert (expected / BANDIT_REFERENCE.softmax(0)).max() > 2
 
 
 def test_one_token_bandit_learns_the_tilted_reference():
