@@ -188,7 +188,7 @@ def rl_options(small, out, **changes):
 def test_a_function_reads_the_texts_and_a_constant_one_is_not_scaled(small, capsys):
     ckpt = checkpoint.load(small / "sft")
     words, seen = Tokenizer(ckpt.tokenizer), []
-    reward = Reward(dict(reward="length", reward_length=[2, 8]), ckpt, words, "cpu")
+    reward = Reward(dict(reward="length", reward_length=[2, 8], score_clip=0.0), ckpt, words, "cpu")
     reward.function = lambda prompts, replies: seen.append((prompts, replies)) or [0.7] * len(replies)
     questions = [words.encode("写一条酒店好评。"), words.encode("你好")]
     batch = rollout(checkpoint.build_model(ckpt), questions, 6, eos_id=words.eos_id, seed=1)
