@@ -459,7 +459,7 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         drop[:, 0] = False  # top_p 0 too leaves the likeliest
         ranked = ranked.masked_fill(drop, -torch.inf)
         logits = torch.empty_like(ranked).scatter(1, order, ranked)
-    # inverse CDF: one uniform number a row; on a CPU torch.multinomial draws one a token, ten times slower
+    # inverse CDF: one uniform number a row; on a CPU torch.multinomial draws one a token, which is slower
     cdf = logits.softmax(-1).cumsum(-1)  # (B, V)
     if not cdf[:, -1].isfinite().all():
         raise ValueError("cannot sample: the logits are not finite")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole chain on real Chinese reviews, about twenty minutes on two CPU cores. Run again, it skips what is finished
+# The whole chain on real Chinese reviews, about fifteen minutes on two CPU cores. Run again, it skips what is finished
 # and resumes what was interrupted; remove data/demo and out/demo to start anew.
 set -euo pipefail
 cd "$(dirname "$0")/.."
