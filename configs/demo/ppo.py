@@ -13,7 +13,7 @@ config = base | dict(
     kl_coef=0.015,  # a smaller one makes more replies positive, and all of them more alike
     entropy_coef=0.027,  # which this prevents, at a price in KL
     score_clip=1.0,  # a reply that is surely positive is enough; without it the same share costs more variety
-    lam=1.0,  # with 0.95 the score hardly reaches the first tokens, and replies grow shorter
+    lam=1.0,  # the score comes last; with 0.95 the first of 40 tokens gets 0.95^40 = 13 % of it directly
     learning_rate=1e-4,
     min_learning_rate=2e-5,
     warmup_steps=2,
