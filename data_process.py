@@ -28,7 +28,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import sys
 from collections import Counter
 from contextlib import suppress
@@ -43,7 +42,7 @@ import dataset
 from common.config import ConfigError, UserError, parse_config, run
 from common.data_meta import add_part, start_meta, verify, write_report
 from common.merge import REASONS, merge, per_shard
-from common.shards import Outcomes, Shard, ShardWriter, content_mark, make_missing, unmade
+from common.shards import Outcomes, Shard, ShardWriter, content_mark, make_missing, remove_all, unmade
 from data_clean import clean_document, clean_text, content_key, text_hash
 from data_dedup import Decontaminator, near_duplicates, signature
 from data_files import is_clean
@@ -388,7 +387,7 @@ def main(argv=None):
         add_part(out, meta, part, said, command)
         write_report(out, meta, part, outcomes)
         if not config["keep_work"]:
-            shutil.rmtree(out / "work" / part)
+            remove_all(out / "work" / part)
             with suppress(OSError):  # another part's shards are still in it
                 (out / "work").rmdir()
     for name in replaced - meta["files"].keys():  # of a source that is no longer named

@@ -77,17 +77,22 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+def upcast(x):
+    """x in float32 at least, for sums, softmax and rotations; float64 stays, in which tests compare closely."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def rope_table(config):
     """cos and sin of position * theta^(-2i/head_dim), each (max_seq_len, head_dim/2)."""
     freqs = config.rope_theta ** (-torch.arange(0, config.head_dim, 2).double() / config.head_dim)
     angles = torch.outer(torch.arange(config.max_seq_len).double(), freqs)
-    return angles.cos().float(), angles.sin().float()
+    return [table.to(torch.get_default_dtype()) for table in (angles.cos(), angles.sin())]
 
 
 def apply_rope(x, cos, sin):
     """Rotate the pairs (x[2i], x[2i+1]) by their angles. x (B, T, H, D/H); cos, sin (T, D/H/2) or (B, T, D/H/2)."""
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same angle for every head
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    a, b = upcast(x).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).type_as(x)
 
 
@@ -204,15 +209,16 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, W, targets, weights):  # (N, D), (V, D), (N,), (N,)
-        loss = torch.zeros((), device=h.device)
+        loss = upcast(h.new_zeros(()))
+        weights = weights.to(loss.dtype)
         grad_h = torch.empty_like(h)
-        grad_W = torch.zeros_like(W, dtype=torch.float32)
+        grad_W = torch.zeros_like(W, dtype=loss.dtype)
         W_h = W.to(h.dtype)
         chunks = row_chunks(h, W.size(0))
         buffer = h.new_empty(min(chunks[0].stop, len(h)), W.size(0)) if chunks else None
         for rows in chunks:
             hr = h[rows]
-            logits = torch.mm(hr, W_h.T, out=buffer[: len(hr)]).float()  # (rows, V)
+            logits = upcast(torch.mm(hr, W_h.T, out=buffer[: len(hr)]))  # (rows, V)
             picked = logits.gather(1, targets[rows, None])
             top = logits.amax(-1, keepdim=True)
             total = logits.sub_(top).exp_().sum(-1, keepdim=True)
@@ -222,7 +228,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad.scatter_add_(1, targets[rows, None], -weights[rows, None])
             grad = grad.to(h.dtype)
             torch.mm(grad, W_h, out=grad_h[rows])
-            grad_W.addmm_(grad.T.float(), hr.float())
+            grad_W.addmm_(upcast(grad.T), upcast(hr))
         ctx.save_for_backward(grad_h, grad_W.to(W.dtype))
         return loss
 
@@ -239,10 +245,10 @@ class LinearLogps(torch.autograd.Function):
     def forward(ctx, h, W, targets, temperature):  # (N, D), (V, D), (N,)
         logps, lses = [], []
         for rows in row_chunks(h, W.size(0)):
-            logits = (h[rows] @ W.to(h.dtype).T).float() / temperature
+            logits = upcast(h[rows] @ W.to(h.dtype).T) / temperature
             lses.append(logits.logsumexp(-1))
             logps.append(logits.gather(1, targets[rows, None]).squeeze(1) - lses[-1])
-        lse = torch.cat(lses) if lses else h.new_zeros(0, dtype=torch.float32)
+        lse = torch.cat(lses) if lses else upcast(h.new_zeros(0))
         ctx.save_for_backward(h, W, targets, lse)
         ctx.temperature = temperature
         return torch.cat(logps) if logps else lse.clone()  # (N,)
@@ -251,14 +257,14 @@ class LinearLogps(torch.autograd.Function):
     def backward(ctx, grad_logps):
         h, W, targets, lse = ctx.saved_tensors
         grad_h = torch.empty_like(h)
-        grad_W = torch.zeros_like(W, dtype=torch.float32)
+        grad_W = torch.zeros_like(W, dtype=lse.dtype)
         for rows in row_chunks(h, W.size(0)):
             g = grad_logps[rows, None] / ctx.temperature
-            logits = (h[rows] @ W.to(h.dtype).T).float() / ctx.temperature
+            logits = upcast(h[rows] @ W.to(h.dtype).T) / ctx.temperature
             grad = logits.sub_(lse[rows, None]).exp_().mul_(-g).scatter_add_(1, targets[rows, None], g)
             grad = grad.to(h.dtype)
             grad_h[rows] = grad @ W.to(h.dtype)
-            grad_W.addmm_(grad.T.float(), h[rows].float())
+            grad_W.addmm_(upcast(grad.T), upcast(h[rows]))
         return grad_h, grad_W.to(W.dtype), None, None
 
 
@@ -341,7 +347,7 @@ class Llama(nn.Module):
         else:
             keep = keep & (weights != 0)
         # the head is computed only where it counts; positions with weight 0 cost nothing
-        h, targets, weights = h[keep], targets[keep], weights[keep].float()  # (N, D), (N,), (N,)
+        h, targets, weights = h[keep], targets[keep], weights[keep]  # (N, D), (N,), (N,)
         if torch.is_grad_enabled():
             return LinearCrossEntropy.apply(h, self.head_weight, targets, weights)
         return -(self._logps(h, targets, 1.0) * weights).sum()
@@ -354,19 +360,19 @@ class Llama(nn.Module):
             logps = LinearLogps.apply(h[keep], self.head_weight, targets[keep], temperature)
         else:
             logps = self._logps(h[keep], targets[keep], temperature)
-        return torch.zeros(targets.shape, device=ids.device).masked_scatter(keep, logps)
+        return logps.new_zeros(targets.shape).masked_scatter(keep, logps)
 
     def _logps(self, h, targets, temperature):
         """(N, D), (N,) -> (N,) through self.head, which may be a low-bit one."""
         logps = [
-            (self.head(h[rows]).float() / temperature).log_softmax(-1).gather(1, targets[rows, None])
+            (upcast(self.head(h[rows])) / temperature).log_softmax(-1).gather(1, targets[rows, None])
             for rows in row_chunks(h, self.config.vocab_size)
         ]
-        return torch.cat(logps).squeeze(1) if logps else h.new_zeros(0, dtype=torch.float32)
+        return torch.cat(logps).squeeze(1) if logps else upcast(h.new_zeros(0))
 
     def values(self, ids):
         """The scalar head at every position: (B, T)."""
-        return self.scalar(self.hidden(ids)).squeeze(-1).float()
+        return upcast(self.scalar(self.hidden(ids)).squeeze(-1))
 
     def num_params(self):
         return sum(p.numel() for p in self.parameters())
@@ -414,7 +420,7 @@ class Llama(nn.Module):
         rows = torch.arange(len(prompts), device=device)  # which prompt each row of the batch still continues
         done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         for _ in range(max_new_tokens):
-            logits = penalise(self.head(h).float(), seen, repetition_penalty)  # (B, V)
+            logits = penalise(upcast(self.head(h)), seen, repetition_penalty)  # (B, V)
             token = sample(logits, temperature, top_k, top_p, generator)  # (B,)
             live, logps = ~done, None
             if return_logps:

@@ -162,8 +162,9 @@ def _shard(model, env):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     low = None if env.dtype == torch.float32 else env.dtype
+    reduce = None if low is None else torch.float32  # None: as the parameters are
     # cast_forward_inputs would round the rotary cosines, which a block gets as arguments
-    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=reduce, cast_forward_inputs=False)
     mesh = init_device_mesh(env.device.type, (env.world_size,))
     for module in (*model.layers, model):
         fully_shard(module, mesh=mesh, mp_policy=policy)

@@ -5,6 +5,7 @@ import math
 import torch
 
 from common.config import ConfigError
+from model import upcast
 
 # Newton-Schulz coefficients of Muon (Jordan et al., 2024): fast to singular values in about [0.7, 1.2], not exactly 1
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -65,10 +66,10 @@ def build_optimizer(model, config):
 def orthogonalize(G, steps=5):
     """The nearest semi-orthogonal matrix to each of G (..., N, M), about, by Newton-Schulz iteration.
 
-    bfloat16 on accelerators, where it is fast and enough; float32 on CPUs, where bfloat16 is often the slower one.
+    bfloat16 on accelerators, where it is fast and enough; on CPUs, where that is often slower, float32 at least.
     """
     a, b, c = NEWTON_SCHULZ
-    X = G.float() if G.device.type == "cpu" else G.bfloat16()
+    X = upcast(G) if G.device.type == "cpu" else G.bfloat16()
     tall = X.size(-2) > X.size(-1)
     X = X.mT if tall else X
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)

@@ -85,6 +85,13 @@ def discard(folder):
         os.removedirs(Path(folder).parent)
 
 
+def remove_all(folder):
+    """Remove a folder of shards, what calls them complete first: a kill in between leaves none that only says so."""
+    for done in Path(folder).glob("*/done.json"):
+        done.unlink()
+    shutil.rmtree(folder)
+
+
 class ShardWriter:
     """Fill a shard folder with batches of documents; leaving the `with` block with an error leaves no folder."""
 

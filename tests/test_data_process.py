@@ -156,6 +156,23 @@ def test_killed_runs_go_on_to_the_same_bytes(tmp_path, build, tokenizer_path):
     assert not list((tmp_path / "killed").rglob("*tmp*"))
 
 
+def test_a_kill_while_the_shards_are_removed_leaves_none_that_looks_complete(tmp_path, build, monkeypatch):
+    options = [two_sources(tmp_path), "--parts=pretrain"]
+    whole = build("whole", *options)
+
+    def die(folder, ignore_errors=False):
+        if not ignore_errors:  # which is how what an earlier run left is removed
+            next(folder.rglob("*.bin")).unlink()  # files go in no order that can be relied on
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("shutil.rmtree", die)
+        build("killed", *options)
+    assert (tmp_path / "killed" / "work").exists()
+    assert build("killed", *options) == whole
+    assert not (tmp_path / "killed" / "work").exists()
+
+
 def test_a_shard_made_from_something_else_is_made_again(tmp_path, build):
     sources = two_sources(tmp_path)
     before = build("kept", sources, "--parts=pretrain", "--keep_work")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from test_chain import argv, assert_same_tensors, data_options, losses, metrics, options_of, write_corpora
-from test_losses import ENV, conversations, examples, gradients, tiny
+from test_losses import ENV, assert_same, conversations, examples, float64, gradients, tiny
 
 import data_process
 import dpo_train
@@ -26,7 +26,7 @@ PAIRS = conversations(*CHOSEN), conversations(*REJECTED, seed=1)
 
 
 def stacked(*rows):
-    return torch.tensor(rows, dtype=torch.float32)
+    return torch.tensor(rows, dtype=torch.get_default_dtype())
 
 
 def reference(seed=5):
@@ -121,6 +121,7 @@ def trl_loss(model, rows, ref_logps, kinds, beta):
     return loss, {name: values[0] for name, values in trainer._metrics["eval"].items()}
 
 
+@float64
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, sft_coef", [("sigmoid", 0.0), ("ipo", 0.0), ("sigmoid", 0.5)])
 def test_loss_gradients_and_metrics_are_trls(kind, sft_coef):
@@ -137,11 +138,11 @@ def test_loss_gradients_and_metrics_are_trls(kind, sft_coef):
     loss, rewards = dpo_train.dpo_loss(logps, ref_logps, tokens, beta, kind)
     loss = loss - sft_coef * logps[0] / tokens[0]
     loss.mean().backward()
-    assert loss.mean().item() == pytest.approx(expected.item(), rel=1e-6)
-    torch.testing.assert_close(gradients(model), expected_gradients, atol=1e-6, rtol=1e-5)
+    assert_same(loss.mean(), expected)
+    assert_same(gradients(model), expected_gradients)
     found = dict(zip(dpo_train.MEASURES, dpo_train.measures(loss, logps, rewards, beta).mean(1).tolist(), strict=True))
     for ours, theirs in (("accuracy", "rewards/accuracies"), ("margin", "rewards/margins")):
-        assert found[ours] == pytest.approx(expected_metrics[theirs], rel=1e-5)
+        assert found[ours] == pytest.approx(expected_metrics[theirs], rel=1e-6)
     assert found["chosen_logps"] == pytest.approx(expected_metrics["logps/chosen"], rel=1e-6)
     assert found["rejected_logps"] == pytest.approx(expected_metrics["logps/rejected"], rel=1e-6)
 
@@ -149,6 +150,7 @@ def test_loss_gradients_and_metrics_are_trls(kind, sft_coef):
 # log-probabilities of pairs
 
 
+@float64
 @torch.no_grad()
 def test_the_answer_tokens_of_each_side_are_summed():
     model, logps_of = tiny(), lambda ids: model(torch.tensor([ids])).log_softmax(-1)[0]
@@ -158,9 +160,10 @@ def test_the_answer_tokens_of_each_side_are_summed():
         for (ids, mask), logp in zip((side[1], side[0]), found, strict=True):
             token_logps = logps_of(ids)
             alone = sum(token_logps[t - 1, ids[t]].item() for t in range(len(ids)) if mask[t])
-            assert logp.item() == pytest.approx(alone, rel=1e-5)
+            assert logp.item() == pytest.approx(alone, rel=1e-9)
 
 
+@float64
 def test_one_forward_of_both_sides_equals_two():
     model = tiny()
     logps, _ = dpo_train.pair_logps(model, *PAIRS, range(4), ENV)
@@ -168,11 +171,12 @@ def test_one_forward_of_both_sides_equals_two():
     together = gradients(model)
     sides = [pad_batch(side) for side in PAIRS]
     alone = torch.stack([model.token_logps(side["ids"], mask=side["loss_mask"][:, 1:]).sum(1) for side in sides])
-    torch.testing.assert_close(logps, alone, atol=1e-5, rtol=1e-6)
+    assert_same(logps, alone)
     alone.square().sum().backward()
-    torch.testing.assert_close(together, gradients(model), atol=1e-4, rtol=1e-5)  # entries of up to 1e3
+    assert_same(together, gradients(model))
 
 
+@float64
 @pytest.mark.parametrize("kind", dpo_train.LOSSES)
 def test_gradient_does_not_depend_on_micro_batches_or_padding(kind):
     model, ref_logps = tiny(), reference()
@@ -190,20 +194,21 @@ def test_gradient_does_not_depend_on_micro_batches_or_padding(kind):
     whole = gradient([[0, 1, 2, 3]])
     assert whole.abs().max() > 1e-3
     for parts in ([[0, 1], [2, 3]], [[3], [1], [0], [2]]):
-        torch.testing.assert_close(gradient(parts), whole, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(gradient([[0, 1], [2, 3]], beside=long), whole, atol=1e-6, rtol=1e-5)
+        assert_same(gradient(parts), whole)
+    assert_same(gradient([[0, 1], [2, 3]], beside=long), whole)
 
 
+@float64
 @torch.no_grad()
 def test_reference_stands_in_the_order_of_the_pairs():
     sizes = np.random.default_rng(3).integers(1, 9, (130, 2))
     model, chosen, rejected = tiny(), conversations(*sizes), conversations(*sizes[::-1], seed=1)
     found = dpo_train.reference_logps(model, examples(chosen), examples(rejected), ENV)
     expected, tokens = dpo_train.pair_logps(model, chosen, rejected, range(130), ENV)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+    assert_same(found, expected)
     loss, rewards = dpo_train.dpo_loss(expected, found, tokens, beta=0.1)
-    torch.testing.assert_close(loss, torch.full((130,), LOG_2), atol=1e-4, rtol=0)
-    torch.testing.assert_close(*rewards, atol=1e-4, rtol=0)
+    assert_same(loss, torch.full((130,), LOG_2))
+    assert_same(*rewards)
 
 
 # the cache

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_chain import argv, assert_same_tensors, failure, metrics
-from test_losses import ENV, EOS, TEMPERATURE, gradients, ragged, tiny
+from test_losses import ENV, EOS, TEMPERATURE, assert_same, float64, gradients, ragged, tiny
 from test_ppo import BETA, PROMPTS, logps_of, play
 from test_rewards import own_rewards, rl_options, small  # noqa: F401
 from trl.trainer.grpo_trainer import GRPOTrainer
@@ -38,6 +38,7 @@ def test_group_advantages_on_numbers():
     assert grpo_train.zero_variance(rewards, 4) == 0.5
 
 
+@float64
 def test_group_advantages_are_trls():
     """TRL computes them amid _generate_and_score_completions, which wants a trainer: restated from 1.16.0,
     grpo_trainer.py line 2785 (scale_rewards "group" and "none") and rloo_trainer.py line 1688."""
@@ -47,7 +48,7 @@ def test_group_advantages_are_trls():
     baselines = ((groups.sum(1, keepdim=True) - groups) / (g - 1)).view(-1)
     expected = dict(grpo=(rewards - mean) / (std + 1e-4), dr_grpo=rewards - mean, rloo=rewards - baselines)
     for loss in LOSSES:
-        torch.testing.assert_close(grpo_train.group_advantages(rewards, g, loss), expected[loss], atol=1e-6, rtol=1e-5)
+        assert_same(grpo_train.group_advantages(rewards, g, loss), expected[loss])
 
 
 def test_penalised_rewards_take_the_whole_replys_kl():
@@ -90,6 +91,7 @@ def trl_loss(kind, logps, old_logps, advantages, mask, config):
     return GRPOTrainer._compute_loss(trainer, None, inputs)
 
 
+@float64
 @pytest.mark.parametrize("kind", LOSSES)
 def test_losses_and_gradients_are_trls(kind):
     batch = ragged((4, 3), (2, 12), (9, 1), (3, 6))
@@ -102,8 +104,8 @@ def test_losses_and_gradients_are_trls(kind):
     expected = trl_loss(kind, logps, old_logps, advantages, batch.mask, config)
     (expected_gradient,) = torch.autograd.grad(expected, logps)
     assert 0 < stats["clipfrac"] < 1 and gradient.abs().max() > 1e-3
-    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(gradient, expected_gradient, atol=1e-6, rtol=1e-5)
+    assert_same(loss, expected)
+    assert_same(gradient, expected_gradient)
 
 
 def updated(kind, batch, old_logps, advantages, **changes):
@@ -115,6 +117,7 @@ def updated(kind, batch, old_logps, advantages, **changes):
     return found[0], stats
 
 
+@float64
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("micro_batch_size, padding", [(2, 0), (1, 0), (3, 6), (4, 6)])
 def test_update_does_not_depend_on_micro_batches_or_padding(kind, micro_batch_size, padding):
@@ -126,10 +129,11 @@ def test_update_does_not_depend_on_micro_batches_or_padding(kind, micro_batch_si
     wider = Rollout(ids, batch.lengths, mask, batch.ended, batch.replies)
     old_logps = F.pad(old_logps, (0, padding), value=3.0)
     found, stats = updated(kind, wider, old_logps, advantages, micro_batch_size=micro_batch_size)
-    torch.testing.assert_close(found, whole, atol=1e-6, rtol=1e-4)
-    assert stats == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert_same(found, whole)
+    assert stats == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
+@float64
 @pytest.mark.parametrize("kind", LOSSES)
 def test_loss_is_untouched_by_padding_that_is_not_cut_off(kind):
     batch = ragged((4, 3), (2, 12), (9, 1), (3, 6))
@@ -142,9 +146,10 @@ def test_loss_is_untouched_by_padding_that_is_not_cut_off(kind):
         grpo_train.group_loss(logps, old, advantages[:, None], mask, 4, CONFIG | dict(loss=kind))[0].backward()
         return gradients(policy)
 
-    torch.testing.assert_close(gradient(6), gradient(0), atol=1e-6, rtol=1e-4)
+    assert_same(gradient(6), gradient(0))
 
 
+@float64
 @pytest.mark.parametrize("kind", LOSSES)
 def test_first_minibatch_has_ratio_1_and_the_plain_policy_gradient(kind):
     policy = tiny()
@@ -152,13 +157,13 @@ def test_first_minibatch_has_ratio_1_and_the_plain_policy_gradient(kind):
     old_logps = in_batches(lambda rows: logps_of(policy, rows), batch, 2)
     advantages = torch.tensor([1.0, -2, 0.5, 0.7])
     found, stats = updated(kind, batch, old_logps, advantages)
-    assert (stats["ratio"], stats["ratio_max"]) == pytest.approx((1, 1), abs=1e-5)
-    assert stats["approx_kl"] == pytest.approx(0, abs=1e-6) and stats["clipfrac"] == 0
+    assert (stats["ratio"], stats["ratio_max"]) == pytest.approx((1, 1), abs=1e-9)
+    assert stats["approx_kl"] == pytest.approx(0, abs=1e-9) and stats["clipfrac"] == 0
     lengths = batch.mask.sum(1)
     by = dict(grpo=4 * lengths, dr_grpo=torch.tensor(4.0 * CONFIG["max_new_tokens"]), rloo=torch.tensor(4.0))[kind]
     (-(logps_of(policy, batch).sum(1) * advantages / by).sum()).backward()
     expected = gradients(policy)
-    torch.testing.assert_close(found, expected, atol=1e-5 * expected.abs().max().item(), rtol=1e-4)
+    assert_same(found, expected)
 
 
 @pytest.mark.parametrize("kind, entropy_coef", [("grpo", 0), ("dr_grpo", 0), ("rloo", 0), ("dr_grpo", 0.3)])

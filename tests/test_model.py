@@ -8,6 +8,7 @@ import pytest
 import sentencepiece
 import torch
 import torch.nn.functional as F
+from test_losses import assert_same, float64
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -43,7 +44,7 @@ def gradients(model, loss):
 def assert_same_gradients(actual, expected):
     empty = [name for name, g in expected.items() if g.abs().max() < 1e-4]
     assert not empty, f"nothing to compare in {empty}"
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-6)
+    assert_same(actual, expected)
 
 
 def to_hugging_face(model):
@@ -106,11 +107,12 @@ def test_fresh_model_guesses_uniformly(dim, n_heads, vocab_size, tied):
     assert loss.item() == pytest.approx(math.log(vocab_size), rel=0.02)
 
 
+@float64
 def test_padding_on_the_right_changes_no_earlier_logits():
     model, ids = tiny_model(n_kv_heads=2), random_ids(2, 30)
     with torch.no_grad():
         padded = model(F.pad(ids, (0, 10)))[:, :30]
-        torch.testing.assert_close(padded, model(ids), rtol=0, atol=1e-5)
+        assert_same(padded, model(ids))
 
 
 def test_text_longer_than_the_context_is_refused():
@@ -118,13 +120,14 @@ def test_text_longer_than_the_context_is_refused():
         tiny_model(max_seq_len=8)(random_ids(1, 9))
 
 
+@float64
 def test_values_read_the_scalar_head_at_every_position():
     fresh = Llama(ModelConfig(dim=32, n_layers=1, n_heads=4, n_kv_heads=4, vocab_size=97, scalar_head=True))
     ids = random_ids(2, 7)
     assert fresh.values(ids).shape == (2, 7) and not fresh.values(ids).any()
     model = tiny_model(scalar_head=True, tied=False)
     assert "output.weight" not in model.state_dict()
-    torch.testing.assert_close(model.values(ids), model.hidden(ids) @ model.scalar.weight[0])
+    assert_same(model.values(ids), model.hidden(ids) @ model.scalar.weight[0])
 
 
 def loss_reference(model, ids, targets, weights=None):
@@ -132,6 +135,7 @@ def loss_reference(model, ids, targets, weights=None):
     return nll.sum() / (targets != -100).sum() if weights is None else (nll * weights.flatten()).sum()
 
 
+@float64
 @shapes
 @pytest.mark.parametrize("weighted", [False, True], ids=["mean", "weights"])
 @pytest.mark.parametrize("size", [(1, 20), (3, 100), (2, 128)], ids=["one chunk", "odd rows", "two whole chunks"])
@@ -143,10 +147,10 @@ def test_chunked_loss_equals_cross_entropy(shape, weighted, size):
     expected = loss_reference(model, ids, targets, weights)
     expected_gradients = gradients(model, expected)
     loss = model(ids, targets, weights)
-    torch.testing.assert_close(loss, expected)
+    assert_same(loss, expected)
     assert_same_gradients(gradients(model, 3 * loss), {name: 3 * g for name, g in expected_gradients.items()})
     with torch.no_grad():  # the path of evaluation
-        torch.testing.assert_close(model(ids, targets, weights), expected)
+        assert_same(model(ids, targets, weights), expected)
 
 
 @pytest.mark.parametrize("weights", [None, torch.zeros(2, 9), torch.ones(2, 9)])
@@ -159,15 +163,17 @@ def test_loss_without_counted_targets_is_zero(weights):
         assert model(ids, targets, weights).item() == 0
 
 
+@float64
 def test_gradients_do_not_depend_on_the_micro_batches():
     model, ids, targets = tiny_model(n_kv_heads=2), random_ids(6, 50), random_ids(6, 50, seed=2)
-    mask = (torch.rand(6, 50) < torch.linspace(0.1, 0.9, 6)[:, None]).float()  # rows of very unequal length
+    mask = (torch.rand(6, 50) < torch.linspace(0.1, 0.9, 6)[:, None]).double()  # rows of very unequal length
     whole = gradients(model, model(ids, targets, mask / mask.sum()))
     parts = zip(*(x.split([1, 2, 3]) for x in (ids, targets, mask / mask.sum())), strict=True)
     assert_same_gradients(gradients(model, sum(model(*part) for part in parts)), whole)
     assert_same_gradients(gradients(model, model(ids, targets.masked_fill(mask == 0, -100))), whole)
 
 
+@float64
 @shapes
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "mask"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -181,10 +187,10 @@ def test_token_logps_equal_log_softmax(shape, masked, temperature):
     coefficients = torch.randn(3, 100)  # another gradient for every token
     expected_gradients = gradients(model, (expected * coefficients).mean())
     actual = model.token_logps(ids, temperature, mask)
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert_same(actual, expected)
     assert_same_gradients(gradients(model, (actual * coefficients).mean()), expected_gradients)
     with torch.no_grad():
-        torch.testing.assert_close(model.token_logps(ids, temperature, mask), expected, rtol=1e-5, atol=1e-5)
+        assert_same(model.token_logps(ids, temperature, mask), expected)
 
 
 def test_token_logps_of_nothing():
@@ -238,6 +244,7 @@ def greedy_reference(model, prompt, max_new_tokens):
     return ids[len(prompt) :]
 
 
+@float64
 @shapes
 def test_cached_generation_equals_uncached(shape):
     model = talker(**shape)
@@ -245,6 +252,7 @@ def test_cached_generation_equals_uncached(shape):
         assert model.generate([prompt], 20, temperature=0, eos_id=-1).tokens == [greedy_reference(model, prompt, 20)]
 
 
+@float64
 def test_ragged_batch_equals_single_rows_as_rows_stop_and_leave(monkeypatch):
     model, left, keep = talker(), [], KVCache.keep
     monkeypatch.setattr(KVCache, "keep", lambda cache, rows: (left.append(len(rows)), keep(cache, rows))[1])
@@ -263,9 +271,10 @@ def test_ragged_batch_equals_single_rows_as_rows_stop_and_leave(monkeypatch):
     for prompt, text, logps in zip(PROMPTS, batch.tokens, batch.logps, strict=True):
         alone = model.generate([prompt], 25, temperature=0, eos_id=eos, repetition_penalty=1.2, return_logps=True)
         assert alone.tokens == [text]
-        assert logps == pytest.approx(alone.logps[0], abs=1e-4)
+        assert logps == pytest.approx(alone.logps[0], abs=1e-9)
 
 
+@float64
 def test_generation_ends_with_the_context():
     model = talker(max_seq_len=14)
     tokens = model.generate(PROMPTS, 100, temperature=0, eos_id=-1).tokens
@@ -275,6 +284,7 @@ def test_generation_ends_with_the_context():
     assert model.generate([longest], 5, temperature=0, eos_id=-1).tokens == [greedy_reference(model, longest, 1)]
 
 
+@float64
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
 def test_returned_logps_score_the_finished_text(temperature):
     model = talker(max_seq_len=30)
@@ -283,7 +293,7 @@ def test_returned_logps_score_the_finished_text(temperature):
     for prompt, text, logps in zip(PROMPTS, out.tokens, out.logps, strict=True):
         with torch.no_grad():
             expected = model.token_logps(torch.tensor([prompt + text]), temperature or 1.0)[0, -len(text) :]
-        assert logps == pytest.approx(expected.tolist(), abs=1e-4)
+        assert logps == pytest.approx(expected.tolist(), abs=1e-9)
     assert model.generate(PROMPTS, 1).logps is None
 
 
@@ -414,6 +424,7 @@ def test_llama2c_stories_260k_tells_its_story(shared_data):
     assert text == expected["expected_stdout"]
 
 
+@float64
 @pytest.mark.parametrize("n_kv_heads", [4, 2])
 def test_with_documents_a_row_is_as_its_documents_alone(n_kv_heads):
     torch.manual_seed(0)
@@ -425,12 +436,12 @@ def test_with_documents_a_row_is_as_its_documents_alone(n_kv_heads):
     logits = model(ids, documents=documents)
     for row, parts in zip(logits, rows, strict=True):
         alone = torch.cat([model(torch.tensor([part]))[0] for part in parts])
-        torch.testing.assert_close(row, alone, rtol=1e-5, atol=1e-5)
+        assert_same(row, alone)
     assert not torch.allclose(logits, model(ids), atol=1e-3)  # without it, earlier documents are seen
     targets = ids.roll(-1, 1)
     loss = model(ids, targets, documents=documents)
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    assert_same(loss, expected)
 
 
 def test_recomputed_activations_give_the_same_gradients():

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from test_losses import assert_same, float64
 
 from common.checkpoint import CheckpointError, begin, save
 from common.config import ConfigError
@@ -118,6 +119,7 @@ def test_set_learning_rate_reaches_every_group():
     assert [group["lr"] for group in optimizer.param_groups] == [0.5] * 3
 
 
+@float64
 @pytest.mark.parametrize("shape", [(64, 16), (16, 64), (96, 32), (3, 32, 96), (2, 2, 80, 24)])
 def test_orthogonalize_brings_singular_values_near_1(shape):
     torch.manual_seed(0)
@@ -127,16 +129,18 @@ def test_orthogonalize_brings_singular_values_near_1(shape):
     assert 0.6 <= singular.min() and singular.max() <= 1.3
     U, _, Vh = torch.linalg.svd(G, full_matrices=False)
     inner = U.mT @ X @ Vh.mT  # diagonal where the singular vectors are kept
-    torch.testing.assert_close(inner, torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(inner, torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1)), atol=1e-9, rtol=0)
 
 
+@float64
 def test_orthogonalize_of_a_batch_is_that_of_each():
     G = torch.randn(4, 24, 40, generator=torch.Generator().manual_seed(1))
     for batched, alone in zip(orthogonalize(G), G, strict=True):
-        torch.testing.assert_close(batched, orthogonalize(alone), atol=1e-5, rtol=1e-4)
+        assert_same(batched, orthogonalize(alone))
     assert orthogonalize(torch.zeros(2, 8, 4)).count_nonzero() == 0
 
 
+@float64
 def test_muon_on_same_shaped_matrices_is_muon_on_each():
     torch.manual_seed(0)
     together = [torch.nn.Parameter(torch.randn(24, 16)) for _ in range(3)] + [torch.nn.Parameter(torch.randn(16, 24))]
@@ -150,7 +154,7 @@ def test_muon_on_same_shaped_matrices_is_muon_on_each():
         for optimizer in optimizers:
             optimizer.step()
     for p, q in zip(together, alone, strict=True):
-        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
+        assert_same(p, q)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (128, 32), (32, 128)])
@@ -162,6 +166,7 @@ def test_muon_update_has_the_size_of_adamw(shape):
     assert (p.detach() * p.grad).sum() < 0
 
 
+@float64
 def test_muon_momentum_is_nesterovs():
     torch.manual_seed(3)
     first, second = torch.randn(2, 16, 48)
@@ -173,9 +178,10 @@ def test_muon_momentum_is_nesterovs():
         assert torch.equal(p.grad, grad)
     buffer = 0.9 * (0.1 * first) + 0.1 * second
     expected = -0.2 * 48**0.5 * orthogonalize(0.9 * buffer + 0.1 * second)
-    torch.testing.assert_close(p.detach() - before, expected, atol=1e-4, rtol=1e-3)
+    assert_same(p.detach() - before, expected)
 
 
+@float64
 def test_the_adamw_in_muon_is_torchs():
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((7, 5), (5,))]
@@ -191,9 +197,10 @@ def test_the_adamw_in_muon_is_torchs():
         mine.step()
         torchs.step()
         for p, q in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5)
+            assert_same(p, q)
 
 
+@float64
 @OPTIMIZERS
 def test_weight_decay_is_for_matrices_only(optimizer):
     model = tiny(scalar_head=True)
@@ -204,7 +211,7 @@ def test_weight_decay_is_for_matrices_only(optimizer):
     build_optimizer(model, CONFIG | dict(optimizer=optimizer)).step()
     for name, p in model.named_parameters():
         shrunk = 1 - 0.01 * 0.1 if p.dim() == 2 else 1.0
-        torch.testing.assert_close(p.detach(), before[name] * shrunk, msg=name)
+        assert_same(p.detach(), before[name] * shrunk)
 
 
 def names_of(model, group):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_chain import argv, failure, metrics
-from test_losses import ENV, EOS, TEMPERATURE, gradients, ragged, tiny
+from test_losses import ENV, EOS, TEMPERATURE, assert_same, float64, gradients, ragged, tiny
 from test_rewards import own_rewards, rl_options, small  # noqa: F401
 
 import ppo_train
@@ -56,13 +56,14 @@ def test_gae_on_numbers():
         assert found[0].tolist() == pytest.approx([0, 0, *expected, 0, 0, 0])
 
 
+@float64
 def test_without_discount_advantages_are_reward_to_go_minus_value():
     batch = ragged((2, 9), (3, 1), (1, 4))
     rewards, values = torch.randn(batch.mask.shape) * batch.mask, torch.randn(batch.mask.shape)
     advantages, returns = ppo_train.gae(rewards, values, batch.mask, gamma=1.0, lam=1.0)
     to_go = rewards.flip(1).cumsum(1).flip(1) * batch.mask
-    torch.testing.assert_close(returns, to_go)
-    torch.testing.assert_close(advantages, (to_go - values) * batch.mask)
+    assert_same(returns, to_go)
+    assert_same(advantages, (to_go - values) * batch.mask)
 
 
 def test_policy_loss_clips_on_the_side_that_would_be_rewarded():
@@ -117,6 +118,7 @@ def logps_of(model, rows):
     return model.token_logps(rows.ids, TEMPERATURE, rows.mask)
 
 
+@float64
 def test_log_probabilities_are_those_that_the_replies_were_sampled_with():
     policy = tiny()
     batch = rollout(policy, PROMPTS, 12, TEMPERATURE, EOS, seed=4)
@@ -127,10 +129,11 @@ def test_log_probabilities_are_those_that_the_replies_were_sampled_with():
     for row, prompt, logps in zip(found, PROMPTS, sampled.logps, strict=True):
         expected = torch.zeros_like(row)
         expected[len(prompt) - 1 : len(prompt) - 1 + len(logps)] = torch.tensor(logps)
-        torch.testing.assert_close(row, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(sequence_kl(policy, policy, batch, TEMPERATURE, 3), torch.zeros(6), atol=1e-5, rtol=0)
+        assert_same(row, expected)
+    assert_same(sequence_kl(policy, policy, batch, TEMPERATURE, 3), torch.zeros(6))
 
 
+@float64
 def test_first_minibatch_has_ratio_1_and_the_plain_policy_gradient():
     policy = tiny()
     batch = rollout(policy, PROMPTS, 12, TEMPERATURE, EOS, seed=4)
@@ -142,13 +145,13 @@ def test_first_minibatch_has_ratio_1_and_the_plain_policy_gradient():
     logps = logps_of(policy, rows)
     loss = policy_loss(logps, old[index, :T], advantages, weights, cliprange=0.2)
     stats = ratio_stats(logps, old[index, :T], weights, cliprange=0.2)
-    assert stats["ratio"].item() == pytest.approx(1, abs=1e-5)
-    assert stats["approx_kl"].item() == pytest.approx(0, abs=1e-6)
+    assert stats["ratio"].item() == pytest.approx(1, abs=1e-9)
+    assert stats["approx_kl"].item() == pytest.approx(0, abs=1e-9)
     assert stats["clipfrac"].item() == 0
     loss.backward()
     clipped = gradients(policy)
     (-(logps_of(policy, rows) * advantages * weights).sum()).backward()
-    torch.testing.assert_close(clipped, gradients(policy), atol=1e-6, rtol=1e-4)
+    assert_same(clipped, gradients(policy))
 
 
 def ppo_batch(seed=0):
@@ -161,6 +164,7 @@ def ppo_batch(seed=0):
     return batch, (logps + 0.2 * noise[0], *noise[1:])
 
 
+@float64
 @pytest.mark.parametrize("micro_batch_size, padding", [(2, 0), (1, 0), (3, 6), (4, 6)])
 def test_ppo_update_does_not_depend_on_micro_batches_or_padding(micro_batch_size, padding):
     policy, value = tiny(), tiny(1, scalar_head=True)
@@ -183,10 +187,11 @@ def test_ppo_update_does_not_depend_on_micro_batches_or_padding(micro_batch_size
     wider = Rollout(ids, batch.lengths, mask, batch.ended, batch.replies)
     wide_old = tuple(F.pad(x, (0, padding), value=3.0) for x in old)
     (found,), stats = updated(wider, wide_old, micro_batch_size)
-    torch.testing.assert_close(found, whole, atol=1e-6, rtol=1e-4)
-    assert stats == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert_same(found, whole)
+    assert stats == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
+@float64
 def test_ppo_losses_are_untouched_by_padding_that_is_not_cut_off():
     policy, value = tiny(), tiny(1, scalar_head=True)
     batch, old = ppo_batch()
@@ -200,9 +205,10 @@ def test_ppo_losses_are_untouched_by_padding_that_is_not_cut_off():
         (loss + ppo_train.value_loss(values, old_values, returns, weights, cliprange=0.2)).backward()
         return gradients(policy, value)
 
-    torch.testing.assert_close(gradient(6), gradient(0), atol=1e-6, rtol=1e-4)
+    assert_same(gradient(6), gradient(0))
 
 
+@float64
 def test_advantages_are_untouched_by_padding():
     batch, (logps, ref_logps, values, _) = ppo_batch()
     scores = torch.tensor([1.0, -1, 0.5, 2])
@@ -214,7 +220,7 @@ def test_advantages_are_untouched_by_padding():
         return masked_whiten(ppo_train.gae(rewards, v, mask, gamma=1.0, lam=0.95)[0], mask)
 
     found, T = whitened(6), batch.mask.size(1)
-    torch.testing.assert_close(found[:, :T], whitened(0))
+    assert_same(found[:, :T], whitened(0))
     assert found[:, T:].count_nonzero() == 0
 
 
