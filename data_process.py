@@ -36,20 +36,19 @@ from pathlib import Path
 
 import numpy as np
 
-import data_reviews
-import data_sources
-import dataset
 from common.config import ConfigError, UserError, parse_config, run
-from common.data_meta import add_part, start_meta, verify, write_report
-from common.merge import REASONS, merge, per_shard
-from common.shards import Outcomes, Shard, ShardWriter, content_mark, make_missing, remove_all, unmade
-from data_clean import clean_document, clean_text, content_key, text_hash
-from data_dedup import Decontaminator, near_duplicates, signature
-from data_files import is_clean
-from dataset import DataError, token_dtype
+from corpora import reviews, sources
+from corpora.clean import clean_document, clean_text, content_key, text_hash
+from corpora.dedup import Decontaminator, near_duplicates, signature
+from corpora.files import is_clean
+from corpora.merge import REASONS, merge, per_shard
+from corpora.meta import add_part, start_meta, verify, write_report
+from corpora.shards import Outcomes, Shard, ShardWriter, content_mark, make_missing, remove_all, unmade
+from dataset import formats
+from dataset.formats import DataError, token_dtype
 from tokenizer import Tokenizer, encode_documents, encode_example, encode_prompt
 
-SOURCES = data_sources.SOURCES | data_reviews.SOURCES
+SOURCES = sources.SOURCES | reviews.SOURCES
 STAGES = dict(text="pretrain", pretrain="pretrain", sft="sft", rm="rm", prompts="prompts")  # of each part's sources
 STREAMS = dict(
     text=["text"],
@@ -68,7 +67,7 @@ class Job:
     """One unit of input on its way to a shard folder."""
 
     part: str
-    unit: data_sources.Unit
+    unit: sources.Unit
     folder: Path
     config: dict
     tokenizer: bytes
@@ -145,7 +144,7 @@ def read_unit(job, tokenizer, outcomes):
     if source.generate:  # these clean their own text and drop its duplicates
         records = source.generate(config, tokenizer)
     else:
-        records = data_sources.read_records(job.unit)
+        records = sources.read_records(job.unit)
     decontaminator = load_decontaminator(*config["decontaminate"])
     for place, record, note in records:
         before = record
@@ -236,20 +235,20 @@ def make_shard(job):
 
 def list_jobs(part, config, tokenizer):
     """Every unit of the part's sources, in the order that their documents will have."""
-    sources = data_sources.parse_sources(config["sources"], SOURCES)
-    stages = {SOURCES[layout].stage for _, layout, _ in sources}
+    named = sources.parse_sources(config["sources"], SOURCES)
+    stages = {SOURCES[layout].stage for _, layout, _ in named}
     stage = "rm" if part == "prompts" and "prompts" not in stages else STAGES[part]
     sha256, model_bytes = (tokenizer.sha256, tokenizer.model_bytes) if tokenizer else (None, b"")
     jobs = []
-    for label, layout, path in sources:
+    for label, layout, path in named:
         if SOURCES[layout].stage != stage:
             continue
         if SOURCES[layout].generate:
-            units = [data_sources.Unit(label, layout, "", "generated")]
+            units = [sources.Unit(label, layout, "", "generated")]
             settings = {key: value for key, value in config.items() if key not in FREE}
-            settings["files"] = [content_mark(data_reviews.resolve(config[key])) for key in data_reviews.FILES]
+            settings["files"] = [content_mark(reviews.resolve(config[key])) for key in reviews.FILES]
         else:
-            units = data_sources.list_units(label, layout, path, config["unit_bytes"])
+            units = sources.list_units(label, layout, path, config["unit_bytes"])
             settings = {key: config[key] for key in ("clean", "decontaminate", "max_seq_len", "prompts_max_len")}
             settings["signatures"] = compares(part, config)
         for number, unit in enumerate(units):
@@ -360,7 +359,7 @@ def check_config(config):
 def main(argv=None):
     config = parse_config("data_process", argv, __doc__)
     if config["list_sources"]:
-        print(data_sources.list_sources(SOURCES))
+        print(sources.list_sources(SOURCES))
         return
     if config["verify"]:
         print(verify(config["out"]))
@@ -380,7 +379,7 @@ def main(argv=None):
             return
 
     opened = {part: open_shards(part, jobs[part], config, tokenizer) for part in parts}
-    dataset.save_meta(out, meta)  # a run cut off here leaves no file described wrongly
+    formats.save_meta(out, meta)  # a run cut off here leaves no file described wrongly
     command = shlex.join(["python", "data_process.py", *(sys.argv[1:] if argv is None else argv)])
     for part in parts:
         said, outcomes = merge(part, *opened[part], out, tokenizer)

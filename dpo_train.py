@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from alignment.rollout import rollout, sequence_kl
 from common import checkpoint, distributed
 from common.config import ConfigError, parse_config, run
 from common.optim import build_optimizer, learning_rate, set_learning_rate
-from common.rollout import rollout, sequence_kl
 from common.stage import Stage
-from dataset import BatchOrder, atomic_write, load_pairs, load_prompts, pad_batch, to_device
+from dataset.formats import BatchOrder, atomic_write, load_pairs, load_prompts, pad_batch, to_device
 
 PANELS = [
     ("loss of a pair", ["train/loss", "val/loss"]),

@@ -23,16 +23,16 @@ from pathlib import Path
 
 import torch
 
+from alignment.rewards import score_rows
+from alignment.rollout import in_batches, rollout, sequence_kl, sequence_scores, snownlp_judge
+from alignment.tradeoff import best_of, best_of_kl, draw
 from common import checkpoint
 from common.checkpoint import Checkpoint, CheckpointError
 from common.config import ConfigError, UserError, parse_config, run, write_atomic
 from common.distributed import setup
 from common.metrics import distinct_2, format_table, markdown_table, plain, png, share, source_losses, wilson_interval
-from common.rewards import score_rows
-from common.rollout import in_batches, rollout, sequence_kl, sequence_scores, snownlp_judge
-from common.tradeoff import best_of, best_of_kl, draw
-from corpus import Corpus
-from dataset import DataError, load_meta, load_prompts, load_tasks
+from dataset.corpus import Corpus
+from dataset.formats import DataError, load_meta, load_prompts, load_tasks
 from model import Llama
 from tokenizer import StreamDecoder, Tokenizer, encode_example, encode_opening, encode_prompt
 

@@ -2,7 +2,7 @@
 
 The model is Llama 2 as published, so no format needs code of ours: tensors get other names, and for Hugging Face the
 rows of wq and wk another order, as it rotates the halves of a head and Meta neighbouring pairs. The vocabulary and the
-chat template are tokenizer/convert.py's. A folder is written beside `out` and renamed: all of it is there, or nothing.
+chat template are interop/vocabulary.py's. A folder is written beside `out` and renamed: all of it is there, or nothing.
 
     python export.py --format=hf --ckpt=out/demo/sft --out=out/demo/hf
     python export.py --format=gguf --ckpt=out/demo/sft --dtype=q8_0 --out=out/demo/gguf
@@ -29,13 +29,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common import checkpoint, compressed
+from common import checkpoint
 from common.checkpoint import Checkpoint
 from common.config import ConfigError, UserError, new_folder, parse_config, read_json, run, save_config, write_json
 from common.provenance import model_card, provenance
 from configs.eval_generate import config as chat_defaults
+from interop import compressed, vocabulary
 from model import Llama, ModelConfig
-from tokenizer import MODEL_FILE, Tokenizer, convert
+from tokenizer import MODEL_FILE, Tokenizer
 
 FACTS = "tiny_llama2_zh.provenance"  # our key in the metadata of safetensors and GGUF
 SAMPLING = {key: chat_defaults[key] for key in ("temperature", "top_k", "top_p")}
@@ -173,9 +174,9 @@ def export_hf(ckpt, tok, folder, dtype, packable=None):
         ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         sampling = dict(do_sample=True, max_new_tokens=chat_defaults["max_new_tokens"]) | SAMPLING
         write_json(folder / "generation_config.json", ids | sampling)
-    write_json(folder / "tokenizer.json", convert.tokenizer_json(tok, tok.opening_id if base else None))
+    write_json(folder / "tokenizer.json", vocabulary.tokenizer_json(tok, tok.opening_id if base else None))
     max_len = config["max_position_embeddings"]
-    write_json(folder / "tokenizer_config.json", convert.tokenizer_config(tok, max_len, chat=not base))
+    write_json(folder / "tokenizer_config.json", vocabulary.tokenizer_config(tok, max_len, chat=not base))
     (folder / MODEL_FILE).write_bytes(tok.model_bytes)
     (folder / "README.md").write_text(model_card(ckpt, precision), encoding="utf-8")
     return notes
@@ -268,7 +269,7 @@ def gguf_type(name, weight, config, dtype):
 def export_gguf(ckpt, tok, folder, dtype):
     """model.gguf by llama.cpp's conventions (ggml-org/ggml, docs/gguf.md), and a Modelfile for Ollama."""
     config, base = ModelConfig(**ckpt.model_config), checkpoint.continues(ckpt)
-    vocabulary = convert.gguf_vocabulary(tok, config.vocab_size)
+    parts = vocabulary.gguf_vocabulary(tok, config.vocab_size)
     writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
     writer.add_name(f"tiny-llama2-zh {ckpt.stage}")
     writer.add_string(FACTS, json.dumps(provenance(ckpt), ensure_ascii=False))
@@ -284,7 +285,7 @@ def export_gguf(ckpt, tok, folder, dtype):
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.norm_eps)
-    add_gguf_vocabulary(writer, vocabulary, tok, base, text_ids(ckpt, tok))
+    add_gguf_vocabulary(writer, parts, tok, base, text_ids(ckpt, tok))
     for name, weight in ckpt.weights.items():
         kind = gguf_type(name, weight, config, dtype)
         writer.add_tensor(renamed(name, 2), gguf.quants.quantize(weight.numpy(), kind), raw_dtype=kind)
@@ -292,30 +293,30 @@ def export_gguf(ckpt, tok, folder, dtype):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    text = convert.modelfile(tok, config.max_seq_len, SAMPLING, chat=not base)
+    text = vocabulary.modelfile(tok, config.max_seq_len, SAMPLING, chat=not base)
     (folder / "Modelfile").write_text(text, encoding="utf-8")
     odd = [name for name, weight in ckpt.weights.items() if weight.dim() == 2 and weight.size(1) % 32]
     if odd and dtype.startswith("q"):
-        return vocabulary["notes"] + [f"{len(odd)} tensors stay float16, such as {odd[0]}: blocks are of 32 columns"]
-    return vocabulary["notes"]
+        return parts["notes"] + [f"{len(odd)} tensors stay float16, such as {odd[0]}: blocks are of 32 columns"]
+    return parts["notes"]
 
 
-def add_gguf_vocabulary(writer, vocabulary, tok, base, ids):
+def add_gguf_vocabulary(writer, parts, tok, base, ids):
     """The keys of the tokenizer; llama.cpp puts bos first unless told, which our conversations do not."""
-    writer.add_tokenizer_model(vocabulary["model"])
+    writer.add_tokenizer_model(parts["model"])
     writer.add_tokenizer_pre("default")
-    writer.add_token_list(vocabulary["tokens"])
-    writer.add_token_scores(vocabulary["scores"])
-    writer.add_token_types(vocabulary["types"])
+    writer.add_token_list(parts["tokens"])
+    writer.add_token_scores(parts["scores"])
+    writer.add_token_types(parts["types"])
     writer.add_bos_token_id(ids[0])
     writer.add_eos_token_id(ids[1])
     writer.add_unk_token_id(tok.pad_id)
     writer.add_pad_token_id(tok.pad_id)
     writer.add_add_bos_token(base)
     writer.add_add_eos_token(False)
-    writer.add_add_space_prefix(vocabulary["add_space_prefix"])
+    writer.add_add_space_prefix(parts["add_space_prefix"])
     if not base:
-        writer.add_chat_template(convert.CHAT_TEMPLATE)
+        writer.add_chat_template(vocabulary.CHAT_TEMPLATE)
 
 
 # llama2.c
@@ -358,7 +359,7 @@ def export_llama2c(ckpt, tok, folder, dtype):
             file.writelines(array.astype("<f4").tobytes() for array in norms)
             for array in [array for array in weights.values() if array.ndim == 2] + head:
                 file.writelines(part.tobytes() for part in quantize_groups(array, group))
-    (folder / "tokenizer.bin").write_bytes(convert.llama2c_vocabulary(tok, config.vocab_size))
+    (folder / "tokenizer.bin").write_bytes(vocabulary.llama2c_vocabulary(tok, config.vocab_size))
     if tok.opening_id == tok.bos_id:
         return []
     return ["llama2.c opens every text with <s> and stops at <s>; this model learnt neither, see docs/deploy.md"]

@@ -15,11 +15,8 @@ from pathlib import Path
 
 import torch
 
-from common import checkpoint
-from common.config import UserError, parse_config, run
-from common.optim import build_optimizer, learning_rate, set_learning_rate
-from common.rewards import Reward, evaluate_policy, plot_score_kl
-from common.rollout import (
+from alignment.rewards import Reward, evaluate_policy, plot_score_kl
+from alignment.rollout import (
     Watch,
     add_up,
     average,
@@ -33,8 +30,11 @@ from common.rollout import (
     reply_metrics,
     rollout,
 )
+from common import checkpoint
+from common.config import UserError, parse_config, run
+from common.optim import build_optimizer, learning_rate, set_learning_rate
 from common.stage import Stage
-from dataset import BatchOrder, load_prompts
+from dataset.formats import BatchOrder, load_prompts
 
 PANELS = [
     ("normalised score", ["ppo/score", "val/score"]),

@@ -20,8 +20,8 @@ from common.config import parse_config, run
 from common.metrics import source_losses
 from common.optim import build_optimizer, learning_rate, set_learning_rate
 from common.stage import Stage
-from corpus import Corpus
-from dataset import document_numbers, load_meta, move
+from dataset.corpus import Corpus
+from dataset.formats import document_numbers, load_meta, move
 from model import Llama
 from tokenizer import Tokenizer, encode_opening
 

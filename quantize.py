@@ -21,14 +21,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import checkpoint, lowbit
+from common import checkpoint
 from common.checkpoint import CheckpointError
 from common.config import ConfigError, parse_config, run, save_config
 from common.distributed import cleanup, setup
-from common.gptq import gptq, quantize_int4
 from common.metrics import MetricLog, source_losses
-from corpus import Corpus
-from dataset import Examples, load_pkl, pad_batch
+from dataset.corpus import Corpus
+from dataset.formats import Examples, load_pkl, pad_batch
+from lowbit.gptq import gptq, quantize_int4
+from lowbit.layers import GROUP_SIZES, bits_of, pack_nibbles
 from tokenizer import encode_opening, encode_prompt
 
 INT8 = {"method": "int8"}
@@ -59,18 +60,18 @@ def quantize_int8(weight):
 
 
 def as_buffers(q, scale, zero, symmetric):
-    """What quantize_int4 and gptq return, as an int4 layer of common/lowbit.py keeps it."""
-    return {"q": lowbit.pack_nibbles(q), "scale": scale} | ({} if symmetric else {"zero": zero})
+    """What quantize_int4 and gptq return, as an int4 layer of lowbit/layers.py keeps it."""
+    return {"q": pack_nibbles(q), "scale": scale} | ({} if symmetric else {"zero": zero})
 
 
 def quantize_weights(weights, quant):
-    """Weights by name with every matrix `x.weight` rounded to nearest, replaced by the buffers of common/lowbit.py."""
+    """Weights by name with every matrix `x.weight` rounded to nearest, replaced by the buffers of lowbit/layers.py."""
     quantized = {}
     for name, weight in weights.items():
         layer = name.removesuffix(".weight")
         if weight.dim() == 1:
             buffers = {"weight": weight}
-        elif lowbit.bits_of(layer, quant) == 8:
+        elif bits_of(layer, quant) == 8:
             buffers = dict(zip(("q", "scale"), quantize_int8(weight), strict=True))
         else:
             symmetric = quant["symmetric"]
@@ -144,13 +145,13 @@ def calibrate(model, weights, batches, quant, **options):
 
         for group in SAME_INPUT:
             names = [f"layers.{i}.{name}" for name in group]
-            names = [name for name in names if lowbit.bits_of(name, quant) == 4]
+            names = [name for name in names if bits_of(name, quant) == 4]
             if names:
                 inputs = layer_inputs(model.get_submodule(names[0]), forward, batches)
                 refit(model, names, weights, input_hessian(inputs), quant, options)
         batches = [(forward(h), real) for h, real in batches]
     for name in ("output", "scalar"):  # of the two a model has at most one
-        if getattr(model, name) is not None and lowbit.bits_of(name, quant) == 4:
+        if getattr(model, name) is not None and bits_of(name, quant) == 4:
             hessian = input_hessian(model.norm(h)[real] for h, real in batches)
             refit(model, [name], weights, hessian, quant, options)
 
@@ -241,7 +242,7 @@ def sample_pairs(model, label, tok, continues, prompts, max_new_tokens):
 def spec_of(config):
     """The quantization spec that a config asks for, its values checked."""
     choices = dict(method=("int8", "int4"), algorithm=("gptq", "rtn"), calibration=("train", "sft.pkl"))
-    for key, known in (choices | dict(group_size=lowbit.GROUP_SIZES)).items():
+    for key, known in (choices | dict(group_size=GROUP_SIZES)).items():
         if config[key] not in known:
             raise ConfigError(f"{key}={config[key]}: known are {', '.join(map(str, known))}")
     at_least = dict(eval_tokens=0, eval_batch_size=1, sample_tokens=1, calibration_tokens=1, damping=0)

@@ -19,7 +19,7 @@ from common.config import ConfigError, parse_config, run
 from common.metrics import share
 from common.optim import build_optimizer, learning_rate, set_learning_rate
 from common.stage import Stage
-from dataset import BatchOrder, Examples, PackedOrder, epoch_order, load_pkl, pack_batch, pad_batch, to_device
+from dataset.formats import BatchOrder, Examples, PackedOrder, epoch_order, load_pkl, pack_batch, pad_batch, to_device
 
 PANELS = [
     ("loss (nats per answer token)", ["train/loss", "val/loss"]),

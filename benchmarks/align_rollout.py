@@ -26,12 +26,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import export
+from alignment.rollout import rollout
 from common import checkpoint
 from common.metrics import format_table, read_metrics
-from common.rollout import rollout
 from configs.demo.pretrain import config as demo
 from configs.sizes import sizes
-from dataset import load_prompts
+from dataset.formats import load_prompts
 from model import Llama, ModelConfig
 from tokenizer import encode_prompt
 

@@ -29,7 +29,7 @@ from common.metrics import format_table, peak_memory_gb
 from common.optim import build_optimizer, set_learning_rate
 from configs.sft import config as defaults
 from configs.sizes import sizes
-from dataset import Examples, PackedOrder, load_pkl, pad_batch
+from dataset.formats import Examples, PackedOrder, load_pkl, pad_batch
 from model import Llama, ModelConfig
 from tokenizer import Tokenizer
 

@@ -27,12 +27,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import data_dedup
 from common.metrics import format_table, peak_memory_gb
 from configs.data_process import config as defaults
-from data_clean import normalise
-from data_reviews import resolve, strip_tags
-from dataset import Examples, load_pkl, save_pkl
+from corpora import dedup
+from corpora.clean import normalise
+from corpora.reviews import resolve, strip_tags
+from dataset.formats import Examples, load_pkl, save_pkl
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -167,9 +167,9 @@ def near_duplicate_quality(texts, n, rng):
     """
     documents = plant(texts, n, rng)
     start = time.perf_counter()
-    signatures = np.stack([data_dedup.signature(text) for text, _ in documents])
+    signatures = np.stack([dedup.signature(text) for text, _ in documents])
     signing = time.perf_counter() - start
-    dropped = data_dedup.near_duplicates(signatures)
+    dropped = dedup.near_duplicates(signatures)
     seconds = time.perf_counter() - start
     origins = np.array([origin for _, origin in documents])
     copies, dropped_of = np.bincount(origins), np.bincount(origins, dropped)

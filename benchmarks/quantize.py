@@ -32,10 +32,10 @@ import export
 import quantize
 from common import checkpoint
 from common.distributed import setup
-from common.lowbit import LowBitWeight
 from common.metrics import format_table, source_losses
 from configs.quantize import config as defaults
 from configs.sizes import sizes
+from lowbit.layers import LowBitWeight
 from model import Llama, ModelConfig
 
 ROUNDS, NEW_TOKENS, PROMPT = 3, 100, 16

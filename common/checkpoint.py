@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from common import distributed, lowbit
+from common import distributed
 from common.checkpoint_file import (
     BEST_NAME,
     FILE_NAME,
@@ -30,6 +30,7 @@ from common.checkpoint_file import (
     older,
     write,
 )
+from lowbit import layers
 from model import Llama, ModelConfig
 from tokenizer import DOCUMENT_IDS, Tokenizer
 
@@ -150,7 +151,7 @@ def build_model(ckpt: Checkpoint, scalar_head: bool | None = None) -> Llama:
         config = ModelConfig(**ckpt.model_config | overrides)
         model = Llama(config)
         if ckpt.quant is not None:
-            lowbit.build(model, ckpt.quant)
+            layers.build(model, ckpt.quant)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{ckpt.path}: cannot build its model: {first_line(error)}") from None
     weights = ckpt.weights

@@ -63,7 +63,7 @@ def save_config(config: dict, out_dir: str | Path) -> None:
 
 def write_atomic(path: str | Path, data: bytes) -> None:
     """Replace `path` by `data` in one step, so that a reader sees the old file or the new one, never half."""
-    from dataset import atomic_write  # brings torch: not wanted for --help
+    from dataset.formats import atomic_write
 
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
@@ -140,7 +140,7 @@ def _is_users(error: Exception) -> bool:
     """Whether the user can act on this error; anything else is a bug and deserves its traceback."""
     kinds = [UserError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError]
     # Looked up rather than imported: only a module that is loaded can have raised.
-    for module, name in (("dataset", "DataError"), ("tokenizer", "TokenizerError")):
+    for module, name in (("dataset.formats", "DataError"), ("tokenizer", "TokenizerError")):
         if kind := getattr(sys.modules.get(module), name, None):
             kinds.append(kind)
     disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from common.config import UserError, run, write_atomic
-from dataset import DataError
+from dataset.formats import DataError
 
 # what Markdown takes for markup; an underscore within a word is none
 MARKUP = re.compile(r"[\\|<>&`*~$\[\]]|(?<![^\W_])_|_(?![^\W_])")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from common.checkpoint import Checkpoint
 from common.metrics import markdown_table, read_metrics
-from dataset import DataError, load_meta
+from dataset.formats import DataError, load_meta
 from model import ModelConfig
 
 CARD = """\

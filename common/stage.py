@@ -12,7 +12,7 @@ from common import checkpoint, distributed
 from common.config import ConfigError, UserError, save_config
 from common.loggers import open_logger
 from common.metrics import FiniteGuard, MetricLog, Progress, peak_memory_gb
-from dataset import load_meta
+from dataset.formats import load_meta
 
 # config keys, by their ending, that only make sense from 1 on
 NEVER_ZERO = """

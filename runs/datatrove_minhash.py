@@ -1,6 +1,6 @@
 """Near-duplicate removal over many machines, with the four MinHash stages of datatrove (0.10.1).
 
-For text too large for one machine; data_dedup.py does the same on one. Chinese is compared by runs of three
+For text too large for one machine; corpora/dedup.py does the same on one. Chinese is compared by runs of three
 characters, as there: datatrove's own Chinese shingles are words, which need spaCy and jieba.
 
     pip install "datatrove==0.10.1" orjson regex tokenizers "xxhash<4"

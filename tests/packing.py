@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dataset import token_dtype
+from dataset.formats import token_dtype
 
 
 def pack(sequences, dtype):

@@ -27,7 +27,7 @@ import tokenizer.train
 from common import checkpoint
 from common.config import run
 from common.stage import Stage
-from dataset import load_meta
+from dataset.formats import load_meta
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, HALF = 6, 3

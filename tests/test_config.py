@@ -289,7 +289,7 @@ def test_run_ends_bad_input_in_one_line(capsys, failure, line):
     assert capsys.readouterr().err == line + "\n"
 
 
-@pytest.mark.parametrize(("module", "name"), [("dataset", "DataError"), ("tokenizer", "TokenizerError")])
+@pytest.mark.parametrize(("module", "name"), [("dataset.formats", "DataError"), ("tokenizer", "TokenizerError")])
 def test_run_knows_the_errors_of_the_lower_modules(capsys, module, name):
     kind = getattr(pytest.importorskip(module), name)
     with pytest.raises(SystemExit) as caught:

@@ -14,8 +14,7 @@ from tokenizers import Tokenizer as HuggingFace
 from transformers import AutoTokenizer
 
 from configs.tokenizer import config as train_defaults
-from tokenizer import Tokenizer, TokenizerError, encode_example, encode_prompt
-from tokenizer.convert import (
+from interop.vocabulary import (
     BYTE,
     NORMAL,
     UNUSED,
@@ -26,6 +25,7 @@ from tokenizer.convert import (
     tokenizer_config,
     tokenizer_json,
 )
+from tokenizer import Tokenizer, TokenizerError, encode_example, encode_prompt
 from tokenizer.train import Corpus, train_bpe
 
 LINES = [

@@ -1,4 +1,4 @@
-"""data_clean.py: what is mended, what is masked, which lines are junk and which documents are dropped and why."""
+"""corpora/clean.py: what is mended, what is masked, which lines are junk and which documents are dropped and why."""
 
 import importlib.util
 import json
@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import data_clean
 from configs.data_process import config
-from data_clean import (
+from corpora import clean
+from corpora.clean import (
     clean_document,
     clean_text,
     content_key,
@@ -205,7 +205,7 @@ def test_to_simplified():
 
 def test_to_simplified_without_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "opencc", None)
-    data_clean._opencc.cache_clear()
+    clean._opencc.cache_clear()
     with pytest.raises(ImportError, match="to_simplified needs the package opencc"):
         clean_text("後", dict(to_simplified=True))
 
@@ -273,7 +273,7 @@ def test_repeated_ngrams_against_a_plain_loop():
 
 def test_repetition_far_apart_is_not_counted():
     rng = np.random.default_rng(0)
-    part = "".join(map(chr, rng.integers(0x4E00, 0x9FA0, data_clean.NGRAM_WINDOW)))
+    part = "".join(map(chr, rng.integers(0x4E00, 0x9FA0, clean.NGRAM_WINDOW)))
     near = part[: len(part) // 4] * 4
     assert clean_document(part + part, DEFAULTS)[1] is None
     assert clean_document(near, DEFAULTS)[1] == "repeated n-grams"

@@ -1,4 +1,4 @@
-"""data_dedup.py: signatures against exact similarity, groups against a slow reference, planted copies and questions."""
+"""corpora/dedup.py: signatures beside exact similarity, groups beside slow ones, planted copies and questions."""
 
 import json
 import os
@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_clean import content_key
-from data_dedup import BANDS, ROWS, SHINGLE, THRESHOLD, Decontaminator, _candidates, near_duplicates, signature
-from dataset import DataError
+from corpora.clean import content_key
+from corpora.dedup import BANDS, ROWS, SHINGLE, THRESHOLD, Decontaminator, _candidates, near_duplicates, signature
+from dataset.formats import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH = BANDS * ROWS
@@ -51,7 +51,7 @@ def test_signature_never_changes():
 
 
 def test_signature_is_the_same_in_another_process():
-    code = f"from data_dedup import signature; print(signature({TEXT!r}).tolist())"
+    code = f"from corpora.dedup import signature; print(signature({TEXT!r}).tolist())"
     environment = os.environ | {"PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "2", "PYTHONUTF8": "1"}
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True)
     assert json.loads(ran.stdout) == signature(TEXT).tolist()

@@ -1,4 +1,4 @@
-"""data_files.py, read through data_sources: every file format, and what real files do to a reader."""
+"""corpora/files.py, read through data_sources: every file format, and what real files do to a reader."""
 
 import gzip
 import json
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import data_files
-from data_sources import Unit, hub_units, list_units, read_records
-from dataset import DataError
+from corpora import files
+from corpora.sources import Unit, hub_units, list_units, read_records
+from dataset.formats import DataError
 
 
 def read(layout, path, unit_bytes=64 << 20):
@@ -118,7 +118,7 @@ def test_neither_encoding(tmp_path):
 
 @pytest.mark.parametrize("block", [4, 5, 50, 1 << 20])
 def test_json_array_through_a_moving_window(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(data_files, "BLOCK", block)
+    monkeypatch.setattr(files, "BLOCK", block)
     rows = [
         {"text": '引"号]\\'},
         12345,
@@ -201,7 +201,7 @@ def test_csv(tmp_path):
 
 
 def test_csv_with_an_open_quote_is_not_swallowed(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_files, "CSV_FIELD", 1000)
+    monkeypatch.setattr(files, "CSV_FIELD", 1000)
     path = write(tmp_path / "a.csv", 'text\n好\n"开\n' + "行\n" * 2000)
     with pytest.raises(DataError, match=r"a.csv:3: field larger than field limit"):
         read("text_rows", path)

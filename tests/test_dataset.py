@@ -10,8 +10,8 @@ import pytest
 import torch
 from packing import pack_examples
 
-from corpus import Corpus
-from dataset import (
+from dataset.corpus import Corpus
+from dataset.formats import (
     BinWriter,
     DataError,
     Examples,

@@ -15,12 +15,12 @@ import torch
 from packing import pack, pack_examples
 
 import eval_generate
+from alignment.rollout import rollout, snownlp_judge
 from common import checkpoint
 from common.checkpoint import CheckpointError
 from common.config import ConfigError, UserError
 from common.metrics import distinct_2, wilson_interval
-from common.rollout import rollout, snownlp_judge
-from dataset import BinWriter, DataError, save_meta, save_pkl, token_dtype
+from dataset.formats import BinWriter, DataError, save_meta, save_pkl, token_dtype
 from model import Llama, ModelConfig
 from tokenizer import Tokenizer, encode_example, encode_prompt
 

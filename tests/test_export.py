@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 import eval_generate
 import export
 import quantize
+from alignment.rollout import sequence_scores
 from common import checkpoint
 from common.config import ConfigError, UserError
-from common.rollout import sequence_scores
 from model import Llama, ModelConfig
 from tokenizer import Tokenizer, TokenizerError, encode_example, encode_opening, encode_prompt
 

@@ -12,8 +12,10 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from safetensors.torch import load_file
 
 import export
-from common import checkpoint, compressed, lowbit
+from common import checkpoint
 from common.config import UserError
+from interop import compressed
+from lowbit import layers
 from model import Llama, ModelConfig
 from tokenizer import Tokenizer, encode_prompt
 
@@ -48,9 +50,9 @@ def make(directory, tok, quant, stage="sft", **changes):
     """A run directory with a quantized model of random codes, scales, zeros and padding."""
     torch.manual_seed(0)
     shape = dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=4, vocab_size=tok.vocab_size, max_seq_len=256)
-    model = lowbit.build(Llama(ModelConfig(**shape | changes)).eval(), quant)
+    model = layers.build(Llama(ModelConfig(**shape | changes)).eval(), quant)
     for layer in model.modules():
-        if isinstance(layer, lowbit.LowBitWeight):
+        if isinstance(layer, layers.LowBitWeight):
             eight = layer.q.dtype == torch.int8
             layer.q.random_(-127 if eight else 0, 128 if eight else 256)
             layer.scale.uniform_(0.5, 1.5).mul_(0.05 / (74 if eight else 4.6))  # weights of standard deviation 0.05
@@ -153,7 +155,7 @@ def test_words_by_hand():
     assert compressed.to_words(codes, 4).tolist() == [[0x76543210, 0xDEF]]
     assert compressed.to_words(codes[:, 1:6], 8).tolist() == [[0x04030201, 5]]
     # int8: code = q + 128; columns 127, -127, 0, -1
-    layer = lowbit.Int8Linear(1, 4)
+    layer = layers.Int8Linear(1, 4)
     layer.q.copy_(torch.tensor([[127, -127, 0, -1]]))
     layer.scale.fill_(0.5)
     args = compressed.weight_args(dict(w=layer), "x")

@@ -1,4 +1,4 @@
-"""common/gptq.py: int4 by hand and GPTQ against an independent, slow one; quantize.py: what it is calibrated on."""
+"""lowbit/gptq.py: int4 by hand and GPTQ against an independent, slow one; quantize.py: what it is calibrated on."""
 
 import numpy as np
 import pytest
@@ -6,11 +6,12 @@ import torch
 from packing import pack
 
 import quantize
-from common import checkpoint, lowbit
+from common import checkpoint
 from common.checkpoint import CheckpointError
 from common.config import ConfigError
-from common.gptq import SHRINK, gptq, quantize_int4
-from dataset import BinWriter, DataError, save_meta, save_pkl, token_dtype
+from dataset.formats import BinWriter, DataError, save_meta, save_pkl, token_dtype
+from lowbit import layers
+from lowbit.gptq import SHRINK, gptq, quantize_int4
 from model import Llama, ModelConfig
 
 
@@ -273,7 +274,7 @@ def inputs_seen(model, data):
     seen, hooks = {}, []
     (ids, real), *_ = data
     for name, layer in model.named_modules():
-        if isinstance(layer, lowbit.LowBitWeight | torch.nn.Linear):
+        if isinstance(layer, layers.LowBitWeight | torch.nn.Linear):
             keep = lambda _, inputs, name=name: seen.update({name: inputs[0]})  # noqa: E731
             hooks.append(layer.register_forward_pre_hook(keep))
     with torch.no_grad():
@@ -340,7 +341,7 @@ def test_calibrated_layers_lose_less_on_what_they_saw_and_the_others_stay(tmp_pa
         was = (quantize_int4(wanted.float(), 32, symmetric), wanted.size(1))
         nearest = ((wanted - dequantized(*was[0], was[1])) @ x.T).norm()
         found = ((wanted - layer.weight.double()) @ x.T).norm()
-        assert found < (0.98 * nearest if lowbit.bits_of(name, quant) == 4 else 0.2 * nearest)
+        assert found < (0.98 * nearest if layers.bits_of(name, quant) == 4 else 0.2 * nearest)
         if name.endswith(".wo"):
             assert torch.equal(layer.q, before[f"{name}.q"])
     lines = capsys.readouterr().out.splitlines()

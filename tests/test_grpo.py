@@ -17,8 +17,8 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.rloo_trainer import RLOOTrainer
 
 import grpo_train
+from alignment.rollout import Rollout, entropy_bonus, in_batches, rollout
 from common import checkpoint
-from common.rollout import Rollout, entropy_bonus, in_batches, rollout
 
 LOSSES = list(grpo_train.LOSSES)
 CONFIG = dict(temperature=TEMPERATURE, epochs=1, minibatch_size=4, micro_batch_size=4, cliprange=0.2, max_new_tokens=16)

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from packing import pack_examples
 
+from alignment.rollout import Rollout, in_batches, masked_mean, masked_whiten, sequence_scores
 from common.distributed import Env
-from common.rollout import Rollout, in_batches, masked_mean, masked_whiten, sequence_scores
-from dataset import Examples, pad_batch
+from dataset.formats import Examples, pad_batch
 from model import Llama, ModelConfig
 from tokenizer import Example
 

@@ -1,4 +1,4 @@
-"""common/lowbit.py: the layers of int8 and int4 models, their storage, their two ways to multiply, and `build`."""
+"""lowbit/layers.py: the layers of int8 and int4 models, their storage, their two ways to multiply, and `build`."""
 
 import copy
 import io
@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common import lowbit
+from lowbit import layers
 from model import Llama, ModelConfig
 
-kernel_only = pytest.mark.skipif(not lowbit.HAS_KERNEL, reason="torch has no vectorised kernels on this CPU")
+kernel_only = pytest.mark.skipif(not layers.HAS_KERNEL, reason="torch has no vectorised kernels on this CPU")
 INT4 = {"method": "int4", "group_size": 32, "symmetric": False, "algorithm": "rtn", "int8": []}
 KINDS = [(8,), (4, 32, False), (4, 64, False), (4, 128, False), (4, 32, True), (4, 128, True)]
 KIND_NAMES = ["int8", "int4 32", "int4 64", "int4 128", "int4 32 symmetric", "int4 128 symmetric"]
@@ -31,7 +31,7 @@ def fill(layer, seed=0):
 
 def make(kind, n, k, embedding=False):
     bits, *rest = kind
-    classes = (lowbit.Int8Linear, lowbit.Int8Embedding) if bits == 8 else (lowbit.Int4Linear, lowbit.Int4Embedding)
+    classes = (layers.Int8Linear, layers.Int8Embedding) if bits == 8 else (layers.Int4Linear, layers.Int4Embedding)
     return fill(classes[embedding](n, k, *rest))
 
 
@@ -61,20 +61,20 @@ def relative_error(y, reference):
 
 def test_nibbles_by_hand():
     q = torch.tensor([[1, 2, 15, 0], [0, 15, 7, 8]], dtype=torch.uint8)
-    packed = lowbit.pack_nibbles(q)
+    packed = layers.pack_nibbles(q)
     assert packed.dtype == torch.uint8 and packed.tolist() == [[0x21, 0x0F], [0xF0, 0x87]]
-    assert lowbit.unpack_nibbles(packed).tolist() == q.tolist()
+    assert layers.unpack_nibbles(packed).tolist() == q.tolist()
 
 
 def test_every_byte_survives_unpacking_and_packing():
     packed = torch.arange(256, dtype=torch.uint8).view(4, 64)
-    q = lowbit.unpack_nibbles(packed)
+    q = layers.unpack_nibbles(packed)
     assert q.dtype == torch.uint8 and q.shape == (4, 128) and q.max() == 15
-    assert torch.equal(lowbit.pack_nibbles(q), packed)
+    assert torch.equal(layers.pack_nibbles(q), packed)
 
 
 def test_int4_weight_by_hand():
-    layer = lowbit.Int4Linear(2, 40, 32, symmetric=False)  # 40 columns: a whole group and 8 columns of a second
+    layer = layers.Int4Linear(2, 40, 32, symmetric=False)  # 40 columns: a whole group and 8 columns of a second
     assert layer.q.shape == (2, 32) and layer.scale.shape == layer.zero.shape == (2, 2)
     layer.q[0, 0], layer.q[0, 16], layer.q[1, 19] = 0xF0, 0x3A, 0x07
     layer.scale.copy_(torch.tensor([[0.5, 0.25], [1.0, 2.0]]))
@@ -87,7 +87,7 @@ def test_int4_weight_by_hand():
 
 
 def test_symmetric_int4_has_zero_eight_and_no_buffer_for_it():
-    layer = lowbit.Int4Linear(1, 32, 32, symmetric=True)
+    layer = layers.Int4Linear(1, 32, 32, symmetric=True)
     layer.q[0, 0] = 0xF8
     layer.scale.fill_(0.5)
     assert set(layer.state_dict()) == {"q", "scale"}
@@ -117,10 +117,10 @@ def test_kernel_agrees_with_the_format(kind, n, k, rows):
     layer = make(kind, n, k)
     x = torch.randn(rows, k, generator=torch.Generator().manual_seed(1))
     exact, terms = x.double() @ layer.weight.double().T, x.double().abs() @ layer.weight.double().abs().T
-    if kind == (8,) and k % lowbit.KERNEL_ALIGNMENT:
-        assert not lowbit.use_kernel(x, layer.q)  # would read other rows
+    if kind == (8,) and k % layers.KERNEL_ALIGNMENT:
+        assert not layers.use_kernel(x, layer.q)  # would read other rows
     else:
-        assert lowbit.use_kernel(x, layer.q)
+        assert layers.use_kernel(x, layer.q)
         y = layer.kernel()(x)
         assert y.shape == (rows, n) and y.dtype == torch.float32 and y.is_contiguous()
         # x, the result and in int4 the shift -zero * scale, up to twice the largest weight, are rounded to 8 bits
@@ -149,7 +149,7 @@ def test_a_vocabulary_of_64793(kind):
     for h in (x, x[:3], x[:1]):
         y = table.linear(h)
         assert y.shape == (len(h), 64793)
-        assert relative_error(y, h @ weight.T) < (1e-6 if len(h) > lowbit.KERNEL_ROWS else 0.01)
+        assert relative_error(y, h @ weight.T) < (1e-6 if len(h) > layers.KERNEL_ROWS else 0.01)
     ids = torch.tensor([[0, 64792], [4095, 4096]])
     assert torch.equal(table(ids), weight[ids])
 
@@ -195,7 +195,7 @@ def test_gradient_reaches_the_input(kind, rows):
 
 @pytest.mark.parametrize("kind", KINDS, ids=KIND_NAMES)
 def test_without_kernels_every_product_is_exact(kind, monkeypatch):
-    monkeypatch.setattr(lowbit, "HAS_KERNEL", False)
+    monkeypatch.setattr(layers, "HAS_KERNEL", False)
     layer = make(kind, 20, 96)
     x = torch.randn(1, 96)
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight), atol=1e-5, rtol=1e-6)
@@ -311,9 +311,9 @@ QUANT_NAMES = ["int8", "int4", "int8 embedding", "mixed", "symmetric"]
 def build(shape, quant, seed=0):
     torch.manual_seed(seed)
     config = dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=4, vocab_size=320, max_seq_len=64) | shape
-    model = lowbit.build(Llama(ModelConfig(**config)), quant).eval()
+    model = layers.build(Llama(ModelConfig(**config)), quant).eval()
     for module in model.modules():
-        if isinstance(module, lowbit.LowBitWeight):
+        if isinstance(module, layers.LowBitWeight):
             fill(module).scale.mul_(0.05 if module.q.dtype == torch.int8 else 0.5)
     return model
 
@@ -370,7 +370,7 @@ def test_model_in_bfloat16_and_back():
 
 def test_scalar_head():
     model = build(dict(scalar_head=True), INT4)
-    assert isinstance(model.scalar, lowbit.Int4Linear)
+    assert isinstance(model.scalar, layers.Int4Linear)
     ids = torch.arange(40)[None]
     with torch.no_grad():
         torch.testing.assert_close(model.values(ids), dequantized(model).values(ids), atol=1e-5, rtol=1e-5)
@@ -384,10 +384,10 @@ def test_which_layer_has_how_many_bits():
     bits = {"tok_embeddings": 8, "output": 4, "layers.0.attention.wq": 8, "layers.0.feed_forward.w2": 8}
     bits |= {"layers.1.attention.wv": 8, "layers.1.attention.wq": 4, "layers.1.feed_forward.w3": 4}
     for name, width in bits.items():
-        assert lowbit.bits_of(name, quant) == width
-        assert lowbit.bits_of(name, {"method": "int8"}) == 8
-        assert isinstance(model.get_submodule(name), lowbit.Int8Weight if width == 8 else lowbit.Int4Weight)
-    assert isinstance(model.tok_embeddings, lowbit.Int8Embedding) and isinstance(model.output, lowbit.Int4Linear)
+        assert layers.bits_of(name, quant) == width
+        assert layers.bits_of(name, {"method": "int8"}) == 8
+        assert isinstance(model.get_submodule(name), layers.Int8Weight if width == 8 else layers.Int4Weight)
+    assert isinstance(model.tok_embeddings, layers.Int8Embedding) and isinstance(model.output, layers.Int4Linear)
     assert {name: p.dtype for name, p in model.named_parameters() if p.dtype != torch.float32} == {}
     assert all("norm" in name for name, _ in model.named_parameters())
 
@@ -438,5 +438,5 @@ def test_a_zero_too_few_or_too_many_is_refused():
 def test_other_specs_are_refused(quant, message):
     model = Llama(ModelConfig(dim=32, n_layers=1, n_heads=2, n_kv_heads=2, vocab_size=40, max_seq_len=8))
     with pytest.raises(ValueError, match=rf'quantization {message}.*: this code reads .*"int8".*"int4".*32, 64 or 128'):
-        lowbit.build(model, quant)
+        layers.build(model, quant)
     assert isinstance(model.tok_embeddings, torch.nn.Embedding)  # nothing was replaced

@@ -31,8 +31,8 @@ from common.metrics import (
 from common.optim import build_optimizer
 from common.stage import Stage
 from configs.pretrain import config as pretraining
-from corpus import Corpus
-from dataset import BinWriter, DataError, save_meta
+from dataset.corpus import Corpus
+from dataset.formats import BinWriter, DataError, save_meta
 from model import Llama, ModelConfig
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from configs.sizes import count_parameters, sizes
-from dataset import document_numbers
+from dataset.formats import document_numbers
 from model import KVCache, Llama, ModelConfig, sample
 
 SHAPES = {"MHA": dict(), "GQA": dict(n_kv_heads=2), "untied": dict(tied=False), "MQA": dict(n_kv_heads=1, tied=False)}

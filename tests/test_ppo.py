@@ -13,8 +13,7 @@ from test_losses import ENV, EOS, TEMPERATURE, assert_same, float64, gradients, 
 from test_rewards import own_rewards, rl_options, small  # noqa: F401
 
 import ppo_train
-from common import checkpoint
-from common.rollout import (
+from alignment.rollout import (
     Rollout,
     entropy_bonus,
     in_batches,
@@ -24,6 +23,7 @@ from common.rollout import (
     rollout,
     sequence_kl,
 )
+from common import checkpoint
 
 LOG_2 = math.log(2)
 

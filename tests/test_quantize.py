@@ -11,12 +11,13 @@ from packing import pack
 
 import eval_generate
 import quantize
-from common import checkpoint, lowbit
+from common import checkpoint
 from common.checkpoint import CheckpointError
 from common.config import ConfigError
 from common.distributed import Env
-from corpus import Corpus
-from dataset import BinWriter, save_meta, save_pkl, token_dtype
+from dataset.corpus import Corpus
+from dataset.formats import BinWriter, save_meta, save_pkl, token_dtype
+from lowbit import layers
 from model import Llama, ModelConfig
 from tokenizer import StreamDecoder, Tokenizer
 
@@ -342,12 +343,12 @@ def test_every_recipe_through_the_stage(tmp_path, data_dir, tokenizer_bytes, cap
     calibrated = [line for line in capsys.readouterr().out.splitlines() if "relative error of its output" in line]
     ckpt = checkpoint.load(out)
     model = checkpoint.build_model(ckpt).eval()
-    layers = {name for name, module in model.named_modules() if isinstance(module, lowbit.LowBitWeight)}
-    in_four_bits = {name for name in layers if lowbit.bits_of(name, ckpt.quant) == 4}
+    low = {name for name, module in model.named_modules() if isinstance(module, layers.LowBitWeight)}
+    in_four_bits = {name for name in low if layers.bits_of(name, ckpt.quant) == 4}
     assert len(calibrated) == (len(in_four_bits - {"tok_embeddings"}) if "gptq" in recipe or "all" in recipe else 0)
     for name in layers:
         bits = 4 if name in in_four_bits else 8
-        assert isinstance(model.get_submodule(name), lowbit.Int4Weight if bits == 4 else lowbit.Int8Weight)
+        assert isinstance(model.get_submodule(name), layers.Int4Weight if bits == 4 else layers.Int8Weight)
     if recipe == "all in int4":
         assert in_four_bits == layers
     elif recipe != "int8":

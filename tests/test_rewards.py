@@ -10,11 +10,11 @@ from test_losses import ragged
 
 import data_process
 import tokenizer.train
+from alignment.rewards import Reward, checked, final_scores, length_reward, plot_score_kl, reward_function
+from alignment.rollout import Watch, add_up, average, reply_metrics, rollout
 from common import checkpoint
 from common.config import ConfigError
 from common.metrics import MetricLog
-from common.rewards import Reward, checked, final_scores, length_reward, plot_score_kl, reward_function
-from common.rollout import Watch, add_up, average, reply_metrics, rollout
 from model import Llama, ModelConfig
 from tokenizer import Tokenizer
 

@@ -30,7 +30,7 @@ import tokenizer.train
 from common import checkpoint
 from common.checkpoint import CheckpointError
 from common.config import ConfigError
-from dataset import pack_batch, pad_batch
+from dataset.formats import pack_batch, pad_batch
 from model import Llama, ModelConfig
 from tokenizer import Tokenizer
 

@@ -1,4 +1,4 @@
-"""common/tradeoff.py: best of n, and the picture of the positive share against KL."""
+"""alignment/tradeoff.py: best of n, and the picture of the positive share against KL."""
 
 import itertools
 import math
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from alignment.tradeoff import best_of, best_of_kl, draw, obstacles, short_names, signed_sqrt
 from common.metrics import png, wilson_interval
-from common.tradeoff import best_of, best_of_kl, draw, obstacles, short_names, signed_sqrt
 
 
 def row(name, kl, positive, n=200):

@@ -7,10 +7,10 @@ from functools import partial
 
 import torch
 
+from alignment.rollout import in_batches, rollout, sequence_kl, sequence_scores
 from common import checkpoint
 from common.config import ConfigError, UserError, write_atomic
 from common.metrics import distinct_2, new_figure, png, points
-from common.rollout import in_batches, rollout, sequence_kl, sequence_scores
 
 
 def length_reward(prompts, replies, lo, hi):

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from common.config import UserError
 from common.metrics import distinct_2
-from dataset import pad_batch
+from dataset.formats import pad_batch
 
 
 @dataclass

@@ -22,7 +22,7 @@ import numpy as np
 
 from common.config import UserError
 from common.metrics import Progress
-from dataset import DataError
+from dataset.formats import DataError
 
 SAMPLES = 20  # dropped records kept of each reason, to look at
 SHOWN = 500  # characters of a sample

@@ -7,7 +7,7 @@ on their own; `read_records` turns a piece into records, and says of every row t
     sft       {"messages": [{"role", "content"}, ...]}, maybe a system text, then user and assistant in turn
     rm        {"messages": [..., user], "chosen": str, "rejected": str}
 
-How the files themselves are read is in data_files.py.
+How the files themselves are read is in files.py.
 """
 
 import difflib
@@ -17,9 +17,9 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import data_files
-from data_files import Unit
-from dataset import DataError
+from corpora import files
+from corpora.files import Unit
+from dataset.formats import DataError
 
 __all__ = ["SOURCES", "Source", "Unit", "hub_units", "list_sources", "list_units", "parse_sources", "read_records"]
 
@@ -364,18 +364,18 @@ def list_units(label, layout, path, unit_bytes=64 << 20):
     """The units of a file or folder, or if path is None of the layout's dataset on the hub, always in one order."""
     if path is None:
         return hub_units(label, layout, SOURCES[layout].hub)
-    return data_files.file_units(label, layout, path, SOURCES[layout].files, unit_bytes)
+    return files.file_units(label, layout, path, SOURCES[layout].files, unit_bytes)
 
 
 def hub_units(label, layout, name):
     """The units of a Hugging Face dataset, given by its id or as a local directory laid out like one."""
-    return data_files.hub_units(label, layout, name, SOURCES[layout].files)
+    return files.hub_units(label, layout, name, SOURCES[layout].files)
 
 
 def read_records(unit):
     """(place, record or None, remark or the reason for None); at least one of everything in the unit."""
     source = SOURCES[unit.layout]
-    for place, row, remark in data_files.read_rows(unit, source.files):
+    for place, row, remark in files.read_rows(unit, source.files):
         if row is None and remark:
             yield place, None, remark
         elif not isinstance(row, dict):

@@ -11,9 +11,9 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_clean import content_key, is_validation, normalise, text_hash
-from data_sources import Source
-from dataset import DataError
+from corpora.clean import content_key, is_validation, normalise, text_hash
+from corpora.sources import Source
+from dataset.formats import DataError
 
 WRITE_ASKED = {
     1: ("写一条{}好评。", "请写一条正面的{}评价。"),

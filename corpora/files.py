@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from dataset import DataError
+from dataset.formats import DataError
 
 ENCODINGS = {"utf-8": "UTF-8", "gb18030": "GB18030", "utf-16": "UTF-16"}
 TEXT_LAYOUTS = ("txt", "lines")  # whose files are plain text
@@ -36,7 +36,7 @@ class Unit:
     """A piece of input that one worker reads on its own."""
 
     source: str  # the user's label
-    layout: str  # key in data_sources.SOURCES
+    layout: str  # key in corpora.sources.SOURCES
     path: str  # a file; of kind "hub" a dataset id or a local directory
     kind: str  # "lines", "json", "csv", "parquet", "text" or "hub"
     start: int = 0  # lines: those that start in bytes [start, stop), or all if stop is 0;

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import rensa
 
-from data_clean import char_ngrams, content_key
-from dataset import DataError
+from corpora.clean import char_ngrams, content_key
+from dataset.formats import DataError
 
 # A copy with 10 % of its characters edited keeps a shingle of three with 0.9**3 = 0.73, so its Jaccard similarity
 # is s = 0.73 / (2 - 0.73) = 0.57 (measured on 500 characters: 0.58 to 0.60 +- 0.02); neighbouring pages of one novel

@@ -1,6 +1,6 @@
 """The quantized layers of a model as compressed-tensors packs them (`pack-quantized`), for transformers and vLLM.
 
-Its codes are ours: int4 has the nibbles of common/lowbit.py, int8 those numbers plus 128, each 32 bits of a row's codes
+Its codes are ours: int4 has the nibbles of lowbit/layers.py, int8 those numbers plus 128, each 32 bits of a row's codes
 one int32, the first code lowest. Zero points are packed the same way, but down the rows. A file packs the linear layers
 of the blocks, of one width. The embedding and the output projection stay unpacked: vLLM's source has no packed
 embedding, and transformers 5.23 loads one only where `dequantize` is set and all layers are of its width.
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import int32, tensor, uint8
 
 from common.config import UserError
-from common.lowbit import Int4Weight, LowBitWeight, pack_nibbles, unpack_nibbles
+from lowbit.layers import Int4Weight, LowBitWeight, pack_nibbles, unpack_nibbles
 
 SMALLEST_GROUP = 32  # of vLLM's kernels
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-import dataset
 from common.checkpoint import file_sha256
 from common.config import read_json, write_atomic
 from common.metrics import markdown_table, new_figure, png
-from corpus import Corpus
-from dataset import DataError, Examples
+from dataset import formats
+from dataset.corpus import Corpus
+from dataset.formats import DataError, Examples
 
 PARTS = ("text", "pretrain", "sft", "rm", "prompts")  # in the order that they are shown
 
@@ -24,7 +24,7 @@ def start_meta(out, parts, val_share, tokenizer):
     another part's training data, or the parts' ids could mean different things.
     """
     path = Path(out) / "meta.json"
-    meta = dataset.load_meta(out) if path.exists() and not outdated(path) else {}
+    meta = formats.load_meta(out) if path.exists() and not outdated(path) else {}
     if "pretrain" in parts:
         meta.pop("sources", None)
     files = {name: entry for name, entry in meta.get("files", {}).items() if entry["part"] not in parts}
@@ -39,15 +39,15 @@ def start_meta(out, parts, val_share, tokenizer):
                 "make those parts in this run too, or remove the file to start over"
             )
     if tokenizer:
-        facts["dtype"] = dataset.token_dtype(tokenizer.vocab_size).name
+        facts["dtype"] = formats.token_dtype(tokenizer.vocab_size).name
     replaced = meta.get("files", {}).keys() - files.keys()
-    return meta | dict(format_version=dataset.FORMAT_VERSION, files=files) | facts, replaced
+    return meta | dict(format_version=formats.FORMAT_VERSION, files=files) | facts, replaced
 
 
 def outdated(path):
     """Whether an older version of this code wrote a meta.json: nothing that it describes can still be read."""
     meta = read_json(path)
-    old = meta.get("format_version", dataset.FORMAT_VERSION) < dataset.FORMAT_VERSION
+    old = meta.get("format_version", formats.FORMAT_VERSION) < formats.FORMAT_VERSION
     if old:
         print(f"{path}: of an older format, starting anew", file=sys.stderr)
     return old
@@ -61,7 +61,7 @@ def add_part(out, meta, part, said, command):
         entry.setdefault("sha256", file_sha256(path))
     for key, value in (said | dict(command={part: command})).items():
         meta.setdefault(key, {}).update(value)
-    dataset.save_meta(out, meta)
+    formats.save_meta(out, meta)
 
 
 # for people
@@ -137,7 +137,7 @@ def draw_lengths(histograms):
 def verify(out):
     """Read every file of a data directory again; returns a line a file, or raises DataError at the first fault."""
     out, lines = Path(out), []
-    meta = dataset.load_meta(out)
+    meta = formats.load_meta(out)
     for name, entry in meta["files"].items():
         path = out / name
         if not path.exists():
@@ -169,7 +169,7 @@ def verify_bins(corpus, meta, at_once=1 << 22):
 
 
 def verify_pkl(path, entry, vocab_size):
-    arrays = dataset.load_pkl(path)
+    arrays = formats.load_pkl(path)
     sides = ["chosen_", "rejected_"] if "chosen_tokens" in arrays else [""]
     for side in sides:
         examples = Examples(arrays, side, vocab_size, path)

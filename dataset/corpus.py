@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dataset import DataError, check_ids, load_meta, token_dtype
+from dataset.formats import DataError, check_ids, load_meta, token_dtype
 
 BLOCK = 1000  # training rows, in each of which every source of a mixture has its exact share
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-import dataset
-from common.shards import SAMPLES, Outcomes
+from corpora.shards import SAMPLES, Outcomes
+from dataset import formats
 
 REASONS = ["", "duplicate", "near-duplicate", "not needed"]  # why (N,) is an index: 0 is kept, else not
 SPLITS = {"train": False, "val": True}
@@ -58,7 +58,7 @@ def count_records(shards, keep, is_val):
 def write_text(out, shards, keep):
     """corpus.txt: the documents, a line or several each."""
     documents = characters = 0
-    with dataset.atomic_write(Path(out) / "corpus.txt") as file:
+    with formats.atomic_write(Path(out) / "corpus.txt") as file:
         for shard, columns, mask in per_shard(shards, keep):
             for (text,) in shard.read("text", columns["text_lengths"], mask):
                 file.write(text.tobytes())
@@ -72,7 +72,7 @@ def write_bins(out, shards, keep, is_val, vocab_size):
     files = {}
     for source in dict.fromkeys(shard.source for shard in shards):
         paths = [Path(out) / f"{split}.{source}.bin" for split in SPLITS]
-        with dataset.BinWriter(paths[0], vocab_size) as train, dataset.BinWriter(paths[1], vocab_size) as val:
+        with formats.BinWriter(paths[0], vocab_size) as train, formats.BinWriter(paths[1], vocab_size) as val:
             for shard, columns, kept, held_out in per_shard(shards, keep, is_val):
                 if shard.source != source:
                     continue
@@ -101,7 +101,7 @@ def write_pkl(path, shards, keep, is_val):
         else:
             arrays[stream.replace("tokens", "offsets")] = np.cumsum([0, *lengths], dtype=np.int64)
         arrays[stream] = items
-    dataset.save_pkl(path, arrays)
+    formats.save_pkl(path, arrays)
     tokens = np.concatenate([shard.tokens(c) for shard, c in zip(shards, columns, strict=True)])[keep]
     splits = {split: arrays["is_val"] == value for split, value in SPLITS.items()}
     return {split: dict(examples=int(m.sum()), tokens=int(tokens[m].sum())) for split, m in splits.items()}
