@@ -8,11 +8,11 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece
+from chains import ROOT
 
 from common.config import ConfigError, UserError
 from configs.data_process import config
@@ -26,7 +26,6 @@ from tokenizer import Tokenizer
 from tokenizer.train import Corpus as TrainingText
 from tokenizer.train import train_bpe
 
-ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT.parent / "shared" / "data"
 WORDS = (
     "山川河流城市乡村老师学生清晨夜晚春天秋雨读书写字唱歌跳舞高兴安静美丽明亮温暖寒冷走过看见想起遇到一座一条一本一位"

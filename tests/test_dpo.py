@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_chain import argv, assert_same_tensors, data_options, losses, metrics, options_of, write_corpora
-from test_losses import ENV, assert_same, conversations, examples, float64, gradients, tiny
+from chains import argv, assert_same_tensors, data_options, losses, metrics, options_of, write_corpora
+from tiny import ENV, assert_same, conversations, examples, float64, gradients, tiny
 
 import data_process
 import dpo_train

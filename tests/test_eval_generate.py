@@ -6,12 +6,12 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece
 import torch
+from chains import ROOT
 from packing import pack, pack_examples
 
 import eval_generate
@@ -24,7 +24,6 @@ from dataset.formats import BinWriter, DataError, save_meta, save_pkl, token_dty
 from model import Llama, ModelConfig
 from tokenizer import Tokenizer, encode_example, encode_prompt
 
-ROOT = Path(__file__).resolve().parents[1]
 TEXT = "这本书很好看，我很喜欢。酒店的房间很干净，服务也不错。差评好评写一条"
 LONG = "龘" * 40  # not in the vocabulary: 120 byte tokens
 VOCAB, GAP = 320, 20.0  # GAP: how far a chain's next token is above the others, in nats

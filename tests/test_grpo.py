@@ -1,7 +1,5 @@
 """GRPO, Dr. GRPO and RLOO: advantages and losses beside TRL's, what must not change a gradient, and small runs."""
 
-# ruff: noqa: F811 - imported fixtures are arguments of tests
-
 import shutil
 from collections import defaultdict
 from types import SimpleNamespace
@@ -9,10 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_chain import argv, assert_same_tensors, failure, metrics
-from test_losses import ENV, EOS, TEMPERATURE, assert_same, float64, gradients, ragged, tiny
-from test_ppo import BETA, PROMPTS, logps_of, play
-from test_rewards import own_rewards, rl_options, small  # noqa: F401
+from bandit import BETA, PROMPTS, logps_of, play
+from chains import argv, assert_same_tensors, failure, metrics, rl_options
+from tiny import ENV, EOS, TEMPERATURE, assert_same, float64, gradients, ragged, tiny
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.rloo_trainer import RLOOTrainer
 

@@ -5,11 +5,10 @@ import importlib
 import io
 import re
 import tokenize
-from pathlib import Path
 
 import pytest
+from chains import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 BASE = {"model", "dataset", "tokenizer", "lowbit", "configs"}  # what everything may lean on, and they on nothing
 WINGS = {"corpora", "alignment", "interop"}
 STAGES = sorted({path.stem for path in ROOT.glob("*.py")} - BASE)

@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from test_losses import assert_same, float64
+from tiny import assert_same, float64
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_chain import argv
-from test_losses import ENV, assert_same, conversations, examples, float64, gradients, tiny
+from chains import argv
+from tiny import ENV, assert_same, conversations, examples, float64, gradients, tiny
 
 import rm_train
 from common.config import ConfigError

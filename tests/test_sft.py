@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from test_chain import (
+from chains import (
     HALF,
     argv,
     assert_same_run,
@@ -20,8 +20,8 @@ from test_chain import (
     train_rows,
     write_corpora,
 )
-from test_distributed import assert_same_training, torchrun_stage
-from test_losses import VOCAB, assert_same, conversations, examples, float64, gradients, tiny, widen
+from parallel import assert_same_training, torchrun_stage
+from tiny import VOCAB, assert_same, conversations, examples, float64, gradients, tiny, widen
 
 import data_process
 import export

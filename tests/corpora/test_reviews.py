@@ -5,10 +5,10 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
+from chains import ROOT
 
 from common.config import ConfigError
 from configs.tokenizer import config as tokenizer_defaults
@@ -21,7 +21,6 @@ from tokenizer import Tokenizer, TokenizerError
 from tokenizer.train import Corpus as TrainingText
 from tokenizer.train import train_bpe
 
-ROOT = Path(__file__).parents[1]
 SUBJECTS = ["酒店的房间", "宾馆的早餐", "这本小说", "作者的书", "电脑的键盘", "笔记本的屏幕"]
 DEGREES = ["很", "非常", "真的", "一直", "确实", "有点", "实在", "总是"]
 VERDICTS = {"positive": ["好，推荐大家。", "棒！下次还来"], "negative": ["差，不推荐。", "糟！再也不来"]}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from chains import ROOT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,7 +24,6 @@ from model import Llama, ModelConfig
 from tokenizer import Tokenizer
 from tokenizer.train import Corpus, train_bpe
 
-ROOT = Path(__file__).resolve().parents[1]
 SHAPE = dict(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=512, max_seq_len=64)
 
 

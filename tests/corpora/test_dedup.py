@@ -6,16 +6,15 @@ import random
 import subprocess
 import sys
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
+from chains import ROOT
 
 from corpora.clean import content_key
 from corpora.dedup import BANDS, ROWS, SHINGLE, THRESHOLD, Decontaminator, _candidates, near_duplicates, signature
 from dataset.formats import DataError
 
-ROOT = Path(__file__).resolve().parents[1]
 WIDTH = BANDS * ROWS
 TEXT = "滚滚长江东逝水，浪花淘尽英雄。是非成败转头空，青山依旧在，几度夕阳红。"
 

@@ -5,17 +5,13 @@ import math
 
 import pytest
 import torch
-from test_chain import OPTIONS, argv, data_options, write_corpora
-from test_losses import ragged
+from tiny import ragged
 
-import data_process
-import tokenizer.train
 from alignment.rewards import Reward, checked, final_scores, length_reward, plot_score_kl, reward_function
 from alignment.rollout import Watch, add_up, average, reply_metrics, rollout
 from common import checkpoint
 from common.config import ConfigError
 from common.metrics import MetricLog
-from model import Llama, ModelConfig
 from tokenizer import Tokenizer
 
 
@@ -93,15 +89,6 @@ def test_length_reward_falls_to_nothing_at_none_and_twice_the_longest():
     assert function(["", ""], ["", "字"]) == [0, 1]
 
 
-@pytest.fixture
-def own_rewards(tmp_path, monkeypatch):
-    (tmp_path / "own_rewards.py").write_text(
-        "def starts(prompts, replies):\n    return [r[:1] == '好' for r in replies]\n"
-        "def odd(prompts, replies):\n    return [len(r) % 2 for r in replies]\n"  # never all alike
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-
-
 def test_own_function_is_found(own_rewards):
     function = reward_function(dict(reward="own_rewards:starts"))
     assert checked("own_rewards:starts", function(["", ""], ["好", "差"]), 2) == [1, 0]
@@ -155,34 +142,6 @@ def test_score_kl_picture_is_drawn_from_what_there_is(tmp_path):
 
 
 # what runs of RL start from
-
-
-@pytest.fixture(scope="session")
-def small(tmp_path_factory):
-    """A folder with data, a language model "sft" and a reward model "rm" that were never trained."""
-    folder = tmp_path_factory.mktemp("small")
-    write_corpora(folder)
-    options = data_options(folder, folder / "data", folder / "tokenizer")
-    data_process.main(argv(**options, parts="text"))
-    tokenizer.train.main(argv(input=folder / "data" / "corpus.txt", vocab_size=440, out=folder / "tokenizer"))
-    data_process.main(argv(**options, parts="prompts"))
-    model_bytes = Tokenizer.load(folder / "tokenizer").model_bytes
-    for seed, stage in enumerate(("sft", "rm")):
-        torch.manual_seed(seed)
-        shape = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=440, max_seq_len=64)
-        model = Llama(ModelConfig(**shape, scalar_head=stage == "rm"))
-        if stage == "rm":
-            torch.nn.init.normal_(model.scalar.weight)
-        (folder / stage).mkdir()
-        checkpoint.save(
-            folder / stage, stage=stage, step=1, tokens_seen=1, model=model, tokenizer=model_bytes, config={}
-        )
-    return folder
-
-
-def rl_options(small, out, **changes):
-    options = OPTIONS["ppo"] | dict(data=small / "data", init_from=small / "sft", reward_model=small / "rm", out=out)
-    return options | dict(kl_target=0.0, max_steps=2, max_new_tokens=12) | changes
 
 
 def test_a_function_reads_the_texts_and_a_constant_one_is_not_scaled(small, capsys):

@@ -1,26 +1,20 @@
 """Device choice, and several gloo processes, replicated or sharded, against one process on the joint batch."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from test_chain import argv, data_options, options_of, train, train_rows, write_corpora
+from chains import argv, data_options, options_of, train, write_corpora
+from parallel import SCRIPTS, assert_same_training, torchrun, torchrun_stage
 
 import data_process
 import tokenizer.train
-from common import checkpoint
 from common.config import ConfigError, UserError
 from common.distributed import Env, all_sum, cleanup, clip_gradients, compiled, restarted, setup, sync, wrap
 from model import Llama, ModelConfig
 
 # several processes add up in another order than one, and what AdamW makes of a tiny gradient knows no bound in float32
 pytestmark = pytest.mark.usefixtures("module_in_float64")
-ROOT = Path(__file__).parents[1]
-SCRIPTS = dict(pretrain="pretrain.py", sft="sft.py", rm="rm_train.py", dpo="dpo_train.py")
 TINY = dict(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=32, max_seq_len=8, scalar_head=True)
 
 # rank r of 2 gets rows r and 2 + r of the batch below, one a micro-batch
@@ -54,14 +48,6 @@ def main(folder, parallel, tiny):
 main(*sys.argv[1:])
 """
 
-# a stage in float64
-SCRIPT = """
-import runpy, sys, torch
-torch.set_default_dtype(torch.float64)
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
 # the stage, whose second process is killed once
 KILLED = """
 import os, signal, sys
@@ -80,22 +66,6 @@ def log_and_die(self, step, *args, **kwargs):
 Stage.log = log_and_die
 pretrain.main(sys.argv[1:])
 """
-
-
-def torchrun_stage(folder, processes, stage, options):
-    """Standard output of a stage's script in so many processes, in float64; folder is for this launcher's own file."""
-    (folder / "script.py").write_text(SCRIPT)
-    return torchrun(processes, folder / "script.py", ROOT / SCRIPTS[stage], *options)
-
-
-def torchrun(processes, *command, restarts=0):
-    """Standard output of a script in so many gloo processes of one thread each."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [*launcher, f"--max-restarts={restarts}", *map(str, command)]
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 @pytest.mark.slow
@@ -165,20 +135,6 @@ def folder(tmp_path_factory, module_in_float64):
     for stage in SCRIPTS:
         train(folder, stage, folder / stage, batch_size=4, grad_accumulation_steps=4)
     return folder
-
-
-def assert_same_training(found_dir, expected_dir, atol=1e-6):
-    """The logs to their six digits; weights, which checkpoints round to float32, and optimizer states to atol."""
-    found, expected = train_rows(found_dir), train_rows(expected_dir)
-    assert [row["train/tokens"] for row in found] == [row["train/tokens"] for row in expected]
-    for name in ("train/loss", "train/grad_norm"):
-        assert [row[name] for row in found] == pytest.approx([row[name] for row in expected], rel=1.5e-5)
-    found, expected = checkpoint.load(found_dir), checkpoint.load(expected_dir)
-    assert found.weights.keys() == expected.weights.keys()
-    for name, tensor in expected.weights.items():
-        torch.testing.assert_close(found.weights[name], tensor, atol=atol, rtol=0, msg=name)
-    (state,), (expected_state,) = (each.training["optimizer"] for each in (found, expected))
-    torch.testing.assert_close(state, expected_state, atol=atol, rtol=0)
 
 
 @pytest.mark.slow

@@ -1,14 +1,13 @@
 """corpora/sources.py: what a row of every layout becomes, and the samples of real corpora."""
 
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from chains import ROOT
 
 from corpora.sources import SOURCES, list_sources, list_units, parse_source, read_records
 from dataset.formats import DataError
 
-ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = ROOT.parent / "shared" / "data"
 
 

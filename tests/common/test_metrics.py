@@ -5,11 +5,11 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from chains import ROOT
 
 from common import compare
 from common.config import ConfigError, UserError
@@ -35,7 +35,6 @@ from dataset.corpus import Corpus
 from dataset.formats import BinWriter, DataError, save_meta
 from model import Llama, ModelConfig
 
-ROOT = Path(__file__).resolve().parents[1]
 ENV = Env(0, 1, torch.device("cpu"))
 
 

@@ -4,13 +4,11 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from chains import ROOT
 
 from common.config import ConfigError, UserError, parse_config, run, save_config, write_atomic
-
-ROOT = Path(__file__).resolve().parents[1]
 
 DEFAULTS = """
 config = dict(

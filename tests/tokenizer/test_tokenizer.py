@@ -6,9 +6,9 @@ import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from chains import ROOT
 
 from configs.tokenizer import config as train_defaults
 from tokenizer import (
@@ -22,7 +22,6 @@ from tokenizer import (
 )
 from tokenizer.train import Corpus, characters_per_token, main, train_bpe
 
-ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT.parent / "shared" / "data" / "tokenizer"
 LINES = [
     "酒店很好，房间干净",

@@ -18,13 +18,13 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
+from chains import ROOT
 
 from common import checkpoint
 from common.checkpoint import CheckpointError, begin, build_model, find, load, restore, save
 from common.stage import Interrupt
 from model import Llama, ModelConfig
 
-ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = bytes(range(256))
 CONFIG = dict(out="", lr=1e-3, max_steps=10, betas=(0.9, 0.95), model=dict(dim=16), resume=False, overwrite=False)
 
