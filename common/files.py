@@ -1,0 +1,347 @@
+"""Stage configs (configs/<stage>.py, then a file, then --key=value), and how a script ends on bad input."""
+
+import ast
+import difflib
+import errno
+import io
+import json
+import math
+import os
+import runpy
+import shutil
+import sys
+import tokenize
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+class UserError(Exception):
+    """A mistake or a state the user can act on: shown as one line, without a traceback."""
+
+
+class ConfigError(UserError):
+    """An unknown key, a value of the wrong type, or an unreadable config file."""
+
+
+def parse_config(
+    stage: str, argv: list[str] | None, doc: str, configs_dir: Path = CONFIGS, file: TextIO | None = None
+) -> dict:
+    """configs/<stage>.py <- [config.py] <- [--key=value ...]; prints what differs from the defaults to `file`."""
+    argv = sys.argv[1:] if argv is None else argv
+    defaults_path = configs_dir / f"{stage}.py"
+    defaults = _flatten(_load(defaults_path, configs_dir))
+    if "--help" in argv or "-h" in argv:
+        print(_help(doc, defaults, _describe(defaults_path, configs_dir)))
+        raise SystemExit(0)
+
+    config = dict(defaults)
+    files = [arg for arg in argv if not arg.startswith("-")]
+    if len(files) > 1:
+        raise ConfigError(f"at most one config file, got {' '.join(files)} (options are written --key=value)")
+    for path in files:
+        config |= _read_file(Path(path), defaults, configs_dir)
+    for option in argv:
+        if option.startswith("-"):
+            config |= _read_option(option, defaults)
+
+    if os.environ.get("RANK", "0") == "0":  # torchrun starts this once per process
+        for key, value in config.items():
+            if value != defaults[key]:
+                print(f"{key} = {_text(value)} (default {_text(defaults[key])})", file=file)
+    return _unflatten(config)
+
+
+def save_config(config: dict, out_dir: str | Path) -> None:
+    """Write the resolved config to out_dir/config.json."""
+    write_json(Path(out_dir) / "config.json", config)
+
+
+def write_atomic(path: str | Path, data: bytes) -> None:
+    """Replace `path` by `data` in one step, so that a reader sees the old file or the new one, never half."""
+    from dataset.formats import atomic_write
+
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def new_folder(out: str | Path, names: set[str], overwrite: bool) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` when the block ends well and vanishes when it does not.
+
+    With `overwrite` it replaces one that holds nothing but files of these names.
+    """
+    out = Path(out)
+    new, old = (out.with_name(f"{out.name}.{ending}") for ending in ("tmp", "old"))
+    if out.exists() and not overwrite:
+        raise ConfigError(f"{out} exists: give --overwrite to replace it, or another --out")
+    others = {path.name for path in out.iterdir()} - names if out.is_dir() else {out.name} if out.exists() else set()
+    if others:
+        raise ConfigError(f"{out} holds {min(others)}, which was not written here: choose another --out")
+    shutil.rmtree(new, ignore_errors=True)  # left by one that was killed, as the next
+    if out.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    try:
+        new.mkdir(parents=True)
+        yield new
+        for path in new.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        if out.is_dir():
+            os.rename(out, old)
+        os.rename(new, out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        if old.is_dir() and not out.exists():
+            os.rename(old, out)
+        for left in (new, old):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object, or UserError that says what is wrong with the file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return values
+
+
+def write_json(path: Path, values: dict) -> None:
+    write_atomic(path, (json.dumps(values, ensure_ascii=False, indent=2) + "\n").encode())
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Call main(); bad input ends as one line on stderr and exit code 2, Ctrl-C as one line and 130."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if not _is_users(error):
+            raise
+        message = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            message = f"{error.strerror}: {error.filename}"
+        print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether the user can act on this error; anything else is a bug and deserves its traceback."""
+    kinds = [UserError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError]
+    # Looked up rather than imported: only a module that is loaded can have raised.
+    for module, name in (("dataset.formats", "DataError"), ("tokenizer", "TokenizerError")):
+        if kind := getattr(sys.modules.get(module), name, None):
+            kinds.append(kind)
+    disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, tuple(kinds)) or disk_full
+
+
+def _read_file(path: Path, defaults: dict, configs_dir: Path) -> dict:
+    """Flat values of a config file, each key known and of its default's type."""
+    if path.suffix != ".py":
+        raise ConfigError(f"{path}: a config file ends in .py, and options are written --key=value")
+    values = _flatten(_load(path, configs_dir))
+    for key, value in values.items():
+        try:
+            values[key] = _checked(key, value, defaults)
+        except ConfigError as error:
+            file, line, _ = _describe(path, configs_dir).get(key, (path, None, ""))
+            raise ConfigError(f"{file}:{line}: {error}" if line else f"{file}: {error}") from None
+    return values
+
+
+def _read_option(option: str, defaults: dict) -> dict:
+    """{key: value} of one --key=value; a bare --key is true."""
+    if not option.startswith("--"):
+        raise ConfigError(f"{option}: options are written --key=value")
+    key, equals, text = option[2:].partition("=")
+    default = defaults.get(key)
+    if not equals and key in defaults and not isinstance(default, bool):
+        raise ConfigError(f"{option}: needs a value, written {option}=VALUE (default {_text(default)})")
+    try:
+        return {key: _checked(key, _parse(text, default) if equals else True, defaults)}
+    except ConfigError as error:
+        raise ConfigError(f"{option}: {error}") from None
+
+
+def _checked(key: str, value: Any, defaults: dict) -> Any:
+    """The value in its default's type, or ConfigError naming the key."""
+    if key not in defaults:
+        raise ConfigError(f"unknown key {key} = {_text(value)}, the nearest is {_nearest(key, defaults)}")
+    try:
+        return _typed(value, defaults[key])
+    except TypeError as error:
+        raise ConfigError(f"{key} must be {error}, not {value!r}") from None
+
+
+def _nearest(key: str, defaults: dict) -> str:
+    """The known key most like this one; `dim` means model.dim, `modl.dim` too."""
+    same_leaf = [known for known in defaults if known.split(".")[-1] == key.split(".")[-1]]
+    return difflib.get_close_matches(key, same_leaf or list(defaults), n=1, cutoff=0.0)[0]
+
+
+def _parse(text: str, default: Any) -> Any:
+    """Command-line text as a value of the default's type; else it stays text, for _typed to refuse."""
+    if default is None:
+        return None if text.lower() == "none" else text
+    if isinstance(default, bool):
+        return {"true": True, "false": False}.get(text.lower(), text)
+    try:
+        if isinstance(default, int | float):
+            return type(default)(text)
+        if isinstance(default, list | tuple):
+            if text.startswith(("[", "(")):
+                return ast.literal_eval(text)
+            element = default[0] if default else ""
+            return [_parse(part.strip(), element) for part in text.split(",")] if text else []
+    except (ValueError, SyntaxError):
+        pass
+    return text
+
+
+def _typed(value: Any, default: Any) -> Any:
+    """The value if it has the default's type (an int may be a float), else TypeError: what was expected."""
+    if default is None:
+        if value is not None and not isinstance(value, str):
+            raise TypeError("text or none")
+    elif isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise TypeError("true or false")
+    elif isinstance(default, float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+            raise TypeError("a number")
+        return float(value)
+    elif isinstance(default, int):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError("a whole number")
+    elif isinstance(default, list | tuple):
+        if not isinstance(value, list | tuple):
+            raise TypeError("a list")
+        if len({type(element) for element in default}) == 1:
+            try:
+                value = [_typed(element, default[0]) for element in value]
+            except TypeError as error:
+                raise TypeError(f"a list, each element {error}") from None
+        return type(default)(value)
+    elif not isinstance(value, type(default)):
+        raise TypeError("text" if isinstance(default, str) else f"a {type(default).__name__}")
+    return value
+
+
+def _text(value: Any) -> str:
+    """The value as one would write it after --key=."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        parts = [str(element) for element in value]
+        text = ",".join(parts)
+        splits_back = text[:1] not in ("[", "(") and [part.strip() for part in text.split(",")] == parts
+        return text if (splits_back and text) or not value else str(list(value))
+    return str(value)
+
+
+def _flatten(config: dict, prefix: str = "") -> dict:
+    """{"model": {"dim": 64}} -> {"model.dim": 64}"""
+    flat = {}
+    for key, value in config.items():
+        nested = isinstance(value, dict) and value
+        flat |= _flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
+
+
+def _unflatten(flat: dict) -> dict:
+    """{"model.dim": 64} -> {"model": {"dim": 64}}"""
+    config = {}
+    for key, value in flat.items():
+        *parents, leaf = key.split(".")
+        inner = config
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[leaf] = value
+    return config
+
+
+def _load(path: Path, configs_dir: Path) -> dict:
+    """Run a config file and return its `config` dict."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such config file")
+    root = str(configs_dir.parent)  # `from configs.sft import config as base` works from any directory
+    sys.path.insert(0, root)
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else "?"
+        message = error.msg if isinstance(error, SyntaxError) else error
+        raise ConfigError(f"{path}:{line}: {type(error).__name__}: {message}") from error
+    finally:
+        sys.path.remove(root)
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: defines no dict named config")
+    return config
+
+
+def _describe(path: Path, configs_dir: Path, name: str = "config") -> dict[str, tuple[Path, int, str]]:
+    """{dotted key: (file, line, comment at line's end)}, following `from configs.x import config as base`."""
+    source = path.read_text(encoding="utf-8")
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+    names: dict[str, dict] = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{configs_dir.name}."):
+            module = configs_dir.parent.joinpath(*node.module.split(".")).with_suffix(".py")
+            for alias in node.names if module.is_file() else []:
+                names[alias.asname or alias.name] = _describe(module, configs_dir, alias.name)
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            names[node.targets[0].id] = _entries(node.value, names, path, comments)
+    return names.get(name, {})
+
+
+def _entries(node: ast.expr, names: dict[str, dict], path: Path, comments: dict[int, str]) -> dict:
+    """The _describe entries of one expression: dict(...), {...}, a known name, or these joined by |."""
+    if isinstance(node, ast.Name):
+        return names.get(node.id, {})
+    if isinstance(node, ast.BinOp):
+        parts = [(None, node.left, 0), (None, node.right, 0)]
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
+        parts = [(None, arg, 0) for arg in node.args] + [(kw.arg, kw.value, kw.lineno) for kw in node.keywords]
+    elif isinstance(node, ast.Dict):
+        keys = [(key.value, key.lineno) if isinstance(key, ast.Constant) else (None, 0) for key in node.keys]
+        parts = [(key, value, line) for (key, line), value in zip(keys, node.values, strict=True)]
+    else:
+        return {}
+    entries: dict[str, tuple[Path, int, str]] = {}
+    for key, value, line in parts:
+        inner = _entries(value, names, path, comments)
+        if key is not None:
+            inner = {f"{key}.{nested}": entry for nested, entry in inner.items()}
+            inner |= {key: (path, line, comments.get(value.end_lineno) or comments.get(line, ""))}
+        for dotted, (file, at, comment) in inner.items():
+            inherited = entries.get(dotted, (file, at, ""))[2]  # an override without a comment keeps the base's
+            entries[dotted] = (file, at, comment or inherited)
+    return entries
+
+
+def _help(doc: str, defaults: dict, described: dict) -> str:
+    """The doc's first paragraph, then every key with its default and comment."""
+    lines = [
+        doc.strip().split("\n\n")[0],
+        "",
+        "usage: [config.py] [--key=value ...]  (a list: a,b or \"['a, b', 'c']\")",
+        "",
+    ]
+    options = {f"--{key}={_text(value)}": described.get(key, (None, 0, ""))[2] for key, value in defaults.items()}
+    width = min(40, max(map(len, options), default=0))
+    lines += [f"  {option:<{width}}  {comment}".rstrip() for option, comment in options.items()]
+    return "\n".join(lines)

@@ -1,0 +1,393 @@
+"""What a run says about itself: metrics.jsonl, samples.txt, loss.png, progress, tables and small statistics."""
+
+import io
+import json
+import math
+import re
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from datetime import timedelta
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common.config import UserError, run, write_atomic
+from dataset.formats import DataError
+
+# what Markdown takes for markup; an underscore within a word is none
+MARKUP = re.compile(r"[\\|<>&`*~$\[\]]|(?<![^\W_])_|_(?![^\W_])")
+
+
+class NonFiniteError(UserError):
+    """Training diverged: too many updates in a row had a loss or a gradient that is not finite."""
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl, none where there is no file; a last line cut by a crash is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+class MetricLog:
+    """metrics.jsonl, samples.txt, loss.png of one run directory; without `resume_step` they start anew.
+
+    `logger`, of common/loggers.py, gets each row too.
+    """
+
+    def __init__(self, out_dir: str | Path, resume_step: int | None = None, logger=None):
+        self.out_dir, self.logger = Path(out_dir), logger
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        self.metrics_path = self.out_dir / "metrics.jsonl"
+        self.samples_path = self.out_dir / "samples.txt"
+        seconds = 0.0
+        if resume_step is None:
+            self.metrics_path.unlink(missing_ok=True)
+            self.samples_path.unlink(missing_ok=True)
+        else:
+            rows = [row for row in self.read() if row["step"] <= resume_step]
+            seconds = rows[-1]["seconds"] if rows else 0.0
+            self._keep(self.metrics_path, [json.dumps(row, ensure_ascii=False) for row in rows])
+            self._keep(self.samples_path, self._samples_until(resume_step))
+        self.start = time.monotonic() - seconds
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        """Append a line: step, seconds of training, metrics (6 significant digits, null if not finite)."""
+        row = {"step": step, "seconds": round(time.monotonic() - self.start, 3)}
+        row |= {name: plain(value) for name, value in metrics.items()}
+        with open(self.metrics_path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+        if self.logger:
+            self.logger.log(row)
+
+    def close(self) -> None:
+        if self.logger:
+            self.logger.close()
+
+    def samples(self, step: int, pairs: list[tuple[str, str]]) -> None:
+        """Append (prompt, reply) pairs; texts are indented, so that none can look like a `step N` line."""
+        lines = [f"step {step}"]
+        for prompt, reply in pairs:
+            for label, text in (("prompt", prompt), ("reply", reply)):
+                first, *rest = text.splitlines() or [""]
+                lines += [f"  {label}: {first}", *(f"    {line}" for line in rest)]
+            lines.append("")
+        with open(self.samples_path, "a", encoding="utf-8") as f:
+            f.write("\n".join(lines) + "\n")
+
+    def read(self) -> list[dict]:
+        return read_metrics(self.metrics_path)
+
+    def plot(self, panels: list[tuple[str, list[str]]]) -> None:
+        """Draw loss.png from metrics.jsonl: a panel per (y label with unit, [metric names]) that has data.
+
+        A name may be a pattern, such as val/bits_per_char*.
+        """
+        rows = self.read()
+        known = dict.fromkeys(name for row in rows for name in row)
+        drawn = []
+        for label, patterns in panels:
+            names = dict.fromkeys(name for pattern in patterns for name in known if fnmatch(name, pattern))
+            lines = [Line(name, name, *points(rows, name)) for name in names]
+            drawn.append(("step", label, [line for line in lines if len(line.x)]))
+        if any(lines for *_, lines in drawn):
+            write_atomic(self.out_dir / "loss.png", draw(drawn))
+
+    def _samples_until(self, step: int) -> list[str]:
+        """Lines of samples.txt up to and including the block of `step`."""
+        if not self.samples_path.exists():
+            return []
+        lines = self.samples_path.read_text(encoding="utf-8", errors="replace").splitlines()
+        for i, line in enumerate(lines):
+            if line.startswith("step ") and int(line.split()[1]) > step:
+                return lines[:i]
+        return lines
+
+    @staticmethod
+    def _keep(path: Path, lines: list[str]) -> None:
+        """Replace a file that exists by these lines."""
+        if path.exists():
+            write_atomic(path, "".join(line + "\n" for line in lines).encode())
+
+
+def plain(value: Any) -> Any:
+    """A JSON value: tensors and numpy scalars unwrapped, floats to 6 digits, None where not finite."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [plain(inner) for inner in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def points(rows: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values) of one metric, without the rows that lack it."""
+    found = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    steps, values = zip(*found, strict=True) if found else ((), ())
+    return np.array(steps), np.array(values, dtype=float)
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Centred moving average; near the ends it averages what there is."""
+    ones = np.ones(window)
+    half = window // 2
+    total = np.convolve(values, ones)[half : half + len(values)]
+    count = np.convolve(np.ones(len(values)), ones)[half : half + len(values)]
+    return total / count
+
+
+@dataclass(frozen=True)
+class Line:
+    """One metric of one run, as it is drawn."""
+
+    name: str  # of the metric, which decides the style
+    label: str  # in the legend
+    x: np.ndarray
+    y: np.ndarray
+
+
+def new_figure(width: float, height: float):
+    """An empty matplotlib Figure of that many inches, drawn by Agg, which needs no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only needed here
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def png(figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+def draw(panels: list[tuple[str, str, list[Line]]]) -> bytes:
+    """PNG of the panels (x label, y label, lines) that have lines, two a row; 8.4 inches at 150 dpi stay legible at the
+    800 pixels of a README."""
+    panels = [panel for panel in panels if panel[2]]
+    columns = min(2, len(panels))
+    n_rows = math.ceil(len(panels) / columns)
+    figure = new_figure(8.4, (3.2 if columns == 2 else 4.0) * n_rows)
+    for i, (x_label, y_label, lines) in enumerate(panels):
+        axes = figure.add_subplot(n_rows, columns, i + 1)
+        for color, line in enumerate(lines):
+            style = dict(color=f"C{color}", label=line.label)
+            if line.name == "train/learning_rate":
+                axes.plot(line.x, line.y, linewidth=1.6, **style)
+            elif line.name.startswith("val/") or len(line.y) < 20:
+                axes.plot(line.x, line.y, marker="o", markersize=4, linewidth=1.2, zorder=3, **style)
+            else:
+                axes.plot(line.x, line.y, color=f"C{color}", linewidth=0.6, alpha=0.35)
+                axes.plot(line.x, smooth(line.y, len(line.y) // 20 | 1), linewidth=1.6, **style)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False)
+    return png(figure)
+
+
+class Progress:
+    """Speed and time left: a tqdm bar on a terminal, else a plain line on stderr at most every 10 seconds."""
+
+    def __init__(self, total: int, initial: int = 0, desc: str = "", counted: str = "tokens"):
+        self.total, self.step, self.desc, self.counted = total, initial, desc, counted
+        self.tokens = 0
+        # Rates are taken over the last 100 updates, so that a pause for evaluation fades out.
+        self.window = deque([(time.monotonic(), initial, 0)], maxlen=100)
+        self.line, self.printed_at = "", -math.inf
+        self.bar = None
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=total, initial=initial, desc=desc, unit="step", dynamic_ncols=True)
+
+    def update(self, step: int, tokens: int, **shown: float) -> None:
+        """`step` steps are done; `tokens`, or what else is counted, were processed since the last call; `shown` numbers
+        go beside."""
+        now = time.monotonic()
+        self.tokens += tokens
+        self.window.append((now, step, self.tokens))
+        then, old_step, old_tokens = self.window[0]
+        elapsed = max(now - then, 1e-9)
+        speed = f"{(self.tokens - old_tokens) / elapsed:,.0f} {self.counted}/s"
+        numbers = [f"{name} {value:.4g}" for name, value in shown.items()]
+        if self.bar is not None:
+            self.bar.set_postfix_str(", ".join([speed, *numbers]), refresh=False)
+            self.bar.update(step - self.step)
+        self.step = step
+        steps_per_second = (step - old_step) / elapsed
+        left = "?"
+        if steps_per_second > 0:
+            left = timedelta(seconds=round((self.total - step) / steps_per_second))
+        self.line = f"{self.desc} {step}/{self.total} {', '.join([speed, f'ETA {left}', *numbers])}".strip()
+        if self.bar is None and now - self.printed_at >= 10:
+            self._print(now)
+
+    def close(self) -> None:
+        """Finish the bar, or print the last line if it was held back."""
+        if self.bar is not None:
+            self.bar.close()
+        elif self.line:
+            self._print(time.monotonic())
+
+    def _print(self, now: float) -> None:
+        print(self.line, file=sys.stderr, flush=True)
+        self.line, self.printed_at = "", now
+
+
+def peak_memory_gb() -> float:
+    """Largest resident memory of this process so far; nan where the system does not tell (Windows)."""
+    status = Path("/proc/self/status")  # Linux; getrusage would count what the parent had before this began
+    if status.exists() and (peak := re.search(r"VmHWM:\s*(\d+)", status.read_text())):
+        return int(peak[1]) * 1024 / 1e9
+    try:
+        import resource
+    except ImportError:
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+class FiniteGuard:
+    """Skips updates whose loss or gradient is not finite, and gives up after `limit` of them in a row."""
+
+    def __init__(self, limit: int = 10):
+        self.limit = limit
+        self.in_a_row = 0
+
+    def ok(self, step: int, loss: float, grad_norm: float) -> bool:
+        """False: do not apply this step's gradients."""
+        loss, grad_norm = float(loss), float(grad_norm)
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.in_a_row = 0
+            return True
+        self.in_a_row += 1
+        found = f"step {step}: loss {loss:g}, gradient norm {grad_norm:g}"
+        if self.in_a_row >= self.limit:
+            raise NonFiniteError(
+                f"{found}: not finite {self.in_a_row} times in a row; the last good checkpoint is kept. "
+                "Try a lower learning rate, a smaller grad_clip, or dtype=float32"
+            )
+        tqdm.write(f"{found}: update skipped ({self.in_a_row} in a row, stops at {self.limit})", file=sys.stderr)
+        return False
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown that shows the texts as they are: line ends and what would be markup are escaped."""
+
+    def line(cells):
+        escaped = [MARKUP.sub(r"\\\g<0>", cell) for cell in cells]
+        return "| " + " | ".join(escaped).replace("\r", "\\r").replace("\n", "\\n") + " |"
+
+    return "\n".join([line(header), "|---" * len(header) + "|", *map(line, rows)])
+
+
+def format_table(columns: dict[str, str], rows: list[dict]) -> str:
+    """The table of rows under columns {title: format string over a row's keys}."""
+    return markdown_table(list(columns), [[form.format(**row) for form in columns.values()] for row in rows])
+
+
+def share(hits: list[bool]) -> float:
+    """The share that is true, nan of nothing."""
+    return sum(hits) / len(hits) if hits else math.nan
+
+
+@dataclass(frozen=True)
+class TextLoss:
+    """What a model's loss on some text adds up to."""
+
+    nats: float
+    tokens: int  # those that were predicted
+    characters: float  # of the text in them
+
+    @property
+    def per_token(self) -> float:
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.per_token)
+
+    @property
+    def bits_per_char(self) -> float:
+        """Comparable between tokenizers, which perplexity is not."""
+        return self.nats / self.characters / math.log(2)
+
+
+@torch.no_grad()
+def source_losses(model, tokens, env, max_tokens=None, batch_size=16) -> tuple[TextLoss, dict[str, TextLoss]]:
+    """Loss on about max_tokens of a Corpus (None: all of it) in rows of full context: over all, and by source.
+
+    The rows are evenly spaced, so that each source has its share; its characters are in proportion to its tokens.
+    """
+    was_training = model.training
+    model.eval()
+    every, losses = max(1, len(tokens) // (max_tokens or len(tokens))) if len(tokens) else 1, {}
+    for name, (start, stop) in tokens.segments.items():
+        x, y = tokens.windows(start, stop, model.config.max_seq_len)  # (N, T)
+        x, y = x[::every], y[::every]
+        nats, scored = 0.0, int((y != -100).sum())
+        if not scored:
+            continue
+        for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True):
+            with env.autocast():
+                nats += model(xs.to(env.device), ys.to(env.device)).item() * int((ys != -100).sum())
+        counts = tokens.meta["sources"][name][tokens.split]
+        losses[name] = TextLoss(nats, scored, counts["characters"] * scored / counts["tokens"])
+    model.train(was_training)
+    if not losses:
+        raise DataError(f"{tokens.path}: no source in it has two tokens to measure a loss on")
+    columns = zip(*((loss.nats, loss.tokens, loss.characters) for loss in losses.values()), strict=True)
+    return TextLoss(*map(sum, columns)), losses
+
+
+def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson score interval of a proportion; z = 1.96 gives 95 %. (0, 1) when nothing was observed.
+
+    https://en.wikipedia.org/wiki/Binomial_proportion_confidence_interval#Wilson_score_interval
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes out of {n}")
+    if n == 0:
+        return 0.0, 1.0
+    p = successes / n
+    scale = 1 + z * z / n
+    centre = (p + z * z / (2 * n)) / scale
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / scale
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def distinct_2(texts: list[str], n_chars: int) -> float:
+    """Distinct character bigrams in the first `n_chars` characters of the texts, divided by `n_chars`.
+
+    The share of new bigrams falls with length, so systems are comparable only at one `n_chars`: nan when
+    the texts are shorter than that. Bigrams do not cross from one text into the next.
+    """
+    if n_chars <= 0 or sum(map(len, texts)) < n_chars:
+        return math.nan
+    bigrams, left = set(), n_chars
+    for text in texts:
+        text = text[:left]
+        left -= len(text)
+        bigrams.update(text[i : i + 2] for i in range(len(text) - 1))
+    return len(bigrams) / n_chars
+
+
+if __name__ == "__main__":
+    from common.compare import main
+
+    run(main)

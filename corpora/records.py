@@ -1,0 +1,398 @@
+"""Turn raw Chinese corpora into the artifacts that every training stage reads, with flat memory and on all cores.
+
+Reads the sources that `sources` names (--list_sources shows what is known), cleans them, drops duplicates, splits by
+a hash of the text, so that no validation text stands in training and new data moves no old document, and writes to
+`out`, as far as `parts` asks for it:
+
+    text      corpus.txt          training documents, for tokenizer.train
+    pretrain  train.<source>.bin, val.<source>.bin
+    sft       sft.pkl             conversations
+    rm        rm.pkl              prompts with a chosen and a rejected answer
+    prompts   prompts.pkl         prompts for PPO and GRPO; without a source of their own, those of the pairs
+
+and meta.json, which says what they hold, report.md and dropped.jsonl, which say what was left out. The input is cut
+into units, each worker turns one at a time into a shard (out/work), and the shards are merged in order: the result
+does not depend on the number of workers, and a run that was killed goes on where it was. Several machines make the
+shards with --shard=i/n, and one merges them with --merge.
+
+    python data_process.py --list_sources
+    python data_process.py configs/demo/data.py --parts=text
+    python -m tokenizer.train configs/demo/tokenizer.py
+    python data_process.py configs/demo/data.py --parts=pretrain,sft,rm,prompts
+    python data_process.py --sources=wikipedia=wiki.json,novels:txt=novels --parts=pretrain --out=data/zh
+"""
+
+import functools
+import importlib.util
+import json
+import os
+import re
+import shlex
+import sys
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.config import ConfigError, UserError, parse_config, run
+from corpora import reviews, sources
+from corpora.clean import clean_document, clean_text, content_key, text_hash
+from corpora.dedup import Decontaminator, near_duplicates, signature
+from corpora.files import is_clean
+from corpora.merge import REASONS, merge, per_shard
+from corpora.meta import add_part, start_meta, verify, write_report
+from corpora.shards import Outcomes, Shard, ShardWriter, content_mark, make_missing, remove_all, unmade
+from dataset import formats
+from dataset.formats import DataError, token_dtype
+from tokenizer import Tokenizer, encode_documents, encode_example, encode_prompt
+
+SOURCES = sources.SOURCES | reviews.SOURCES
+STAGES = dict(text="pretrain", pretrain="pretrain", sft="sft", rm="rm", prompts="prompts")  # of each part's sources
+STREAMS = dict(
+    text=["text"],
+    pretrain=["tokens"],
+    sft=["tokens", "loss_mask"],
+    rm=["chosen_tokens", "chosen_loss_mask", "rejected_tokens", "rejected_loss_mask"],
+    prompts=["tokens"],
+)
+COLUMNS = dict(content=np.uint64, key=np.uint64, characters=np.uint32, label=np.int8)
+# Settings that no shard depends on: changing them makes none anew. The demo's own sources depend on all others.
+FREE = "out parts sources tokenizer workers unit_bytes shard merge keep_work verify list_sources".split()
+
+
+@dataclass(frozen=True)
+class Job:
+    """One unit of input on its way to a shard folder."""
+
+    part: str
+    unit: sources.Unit
+    folder: Path
+    config: dict
+    tokenizer: bytes
+    fingerprint: dict  # what the shard is made from
+
+
+# records -> what is stored of them
+
+
+def texts_of(record):
+    """All texts of a record, the first user's first: that one decides the split."""
+    if "text" in record:
+        return [record["text"]]
+    texts = [message["content"] for message in record["messages"]]
+    first = next(i for i, message in enumerate(record["messages"]) if message["role"] == "user")
+    answers = [record[side] for side in ("chosen", "rejected") if side in record]
+    return [texts[first], *texts[:first], *texts[first + 1 :], *answers]
+
+
+def clean_record(record, options):
+    """(record or None, why dropped): documents are cleaned and filtered, every turn of a conversation is cleaned."""
+    if "text" in record:
+        text, why = clean_document(record["text"], options)
+        return (None, why) if text is None else (record | dict(text=text), None)
+    messages = [message | dict(content=clean_text(message["content"], options)) for message in record["messages"]]
+    answers = {side: clean_text(record[side], options) for side in ("chosen", "rejected") if side in record}
+    return record | dict(messages=messages) | answers, None
+
+
+def encode_records(part, records, tokenizer, max_len):
+    """[({stream: values} or None, note), ...] of the records of one part."""
+    if part == "text":
+        return [(dict(text=np.frombuffer((r["text"] + "\n").encode(), np.uint8)), None) for r in records]
+    if part == "pretrain":
+        rows = encode_documents(tokenizer, [record["text"] for record in records])
+        return [(dict(tokens=np.array(ids, np.int64)), None) for ids in rows]
+    return [encode_conversation(part, record, tokenizer, max_len) for record in records]
+
+
+def encode_conversation(part, record, tokenizer, max_len):
+    """({stream: values} or None, note) of one record of sft, rm or prompts."""
+    prompt = record["messages"]
+    if part == "prompts":
+        ids = encode_prompt(tokenizer, prompt)
+        cut = "cut question" if len(ids) > max_len else None
+        return dict(tokens=encode_prompt(tokenizer, prompt, max_len) if cut else ids), cut
+    if part == "sft":
+        example, note = encode_example(tokenizer, prompt, max_len)
+        return example and dict(tokens=example.ids, loss_mask=example.loss_mask), note
+    streams = {}
+    for side in ("chosen", "rejected"):
+        messages = [*prompt, dict(role="assistant", content=record[side])]
+        example, note = encode_example(tokenizer, messages, max_len)
+        if note:  # also one whose question was cut: both answers of a pair stand under the same prompt
+            return None, f"{side}: {note}"
+        streams |= {f"{side}_tokens": example.ids, f"{side}_loss_mask": example.loss_mask}
+    return streams, None
+
+
+def compares(part, config):
+    """Whether near-duplicates are looked for; not among pairs, as those of one question are alike by nature."""
+    return config["dedup"] == "near" and part != "rm"
+
+
+def shard_dtypes(part, config, vocab_size):
+    """{stream: dtype} of a part's shards."""
+    dtypes = {name: token_dtype(vocab_size) if name.endswith("tokens") else np.uint8 for name in STREAMS[part]}
+    return dtypes | (dict(signature=np.uint16) if compares(part, config) else {})
+
+
+def read_unit(job, tokenizer, outcomes):
+    """(place, cleaned record, remark or None) of a unit; what is dropped is counted."""
+    source, config = SOURCES[job.unit.layout], job.config
+    if source.generate:  # these clean their own text and drop its duplicates
+        records = source.generate(config, tokenizer)
+    else:
+        records = sources.read_records(job.unit)
+    decontaminator = load_decontaminator(*config["decontaminate"])
+    for place, record, note in records:
+        before = record
+        if record is not None and not source.generate:
+            if job.part == "prompts":
+                record = before = dict(messages=record["messages"])
+            record, why = clean_record(record, config["clean"])
+            text = "\n".join(texts_of(record)) if record else ""
+            if not is_clean(text):  # as JSON can escape them; the repair of the text would have removed them
+                record, why = None, "lone surrogate"
+            elif decontaminator.contaminated(text):
+                record, why = None, "in a benchmark"
+            note = why or note
+        if record is None:
+            outcomes.drop(note, text_hash(place), place, "\n".join(texts_of(before)) if before else "")
+        else:
+            yield place, record, note
+
+
+@functools.lru_cache(maxsize=1)
+def load_decontaminator(*paths):
+    return Decontaminator(paths)
+
+
+@functools.lru_cache(maxsize=1)
+def load_tokenizer(model_bytes):
+    return Tokenizer(model_bytes) if model_bytes else None
+
+
+# units -> shards
+
+
+def batches(records):
+    """Runs of at most 256 records and about a million characters: a novel may be one record."""
+    batch, characters = [], 0
+    for item in records:
+        batch.append(item)
+        characters += sum(map(len, texts_of(item[1])))
+        if len(batch) == 256 or characters > 1_000_000:
+            yield batch
+            batch, characters = [], 0
+    yield batch
+
+
+def encode_batch(job, batch, tokenizer, outcomes):
+    """[(record, {stream: values}), ...] of what is kept; all is counted."""
+    max_len, rows = job.config["prompts_max_len" if job.part == "prompts" else "max_seq_len"], []
+    encoded = encode_records(job.part, [record for _, record, _ in batch], tokenizer, max_len)
+    for (place, record, remark), (streams, note) in zip(batch, encoded, strict=True):
+        if streams is None:
+            outcomes.drop(note, text_hash(place), place, "\n".join(texts_of(record)))
+        else:
+            outcomes.kept += 1
+            outcomes.remark(remark)
+            outcomes.remark(note)
+            rows.append((record, streams))
+    return rows
+
+
+def columns_of(records):
+    """What the merge needs to know of each record: hashes of all its text and of what decides its split."""
+    rows = []
+    for record in records:
+        texts = texts_of(record)
+        content, key = "\n".join(texts), record.get("key", texts[0])
+        content_hash = text_hash(content_key(content), "split")
+        key_hash = content_hash if key == content else text_hash(content_key(key), "split")
+        rows.append((content_hash, key_hash, sum(map(len, texts)), record.get("label", -1)))
+    columns = zip(COLUMNS.items(), zip(*rows, strict=True) if rows else [()] * len(COLUMNS), strict=True)
+    return {name: np.array(values, dtype) for (name, dtype), values in columns}
+
+
+def make_shard(job):
+    """Turn one unit into a shard folder; returns how many items (tokens, or bytes of text) it wrote."""
+    tokenizer, outcomes, items = load_tokenizer(job.tokenizer), Outcomes(), 0
+    dtypes = shard_dtypes(job.part, job.config, tokenizer.vocab_size if tokenizer else 0)
+    with ShardWriter(job.folder, dtypes) as shard:
+        for batch in batches(read_unit(job, tokenizer, outcomes)):
+            rows = encode_batch(job, batch, tokenizer, outcomes)
+            for record, streams in rows if "signature" in dtypes else ():
+                streams["signature"] = signature("\n".join(texts_of(record)))
+            streams = {name: [streams[name] for _, streams in rows] for name in dtypes}
+            shard.write(streams, columns_of([record for record, _ in rows]))
+            items += sum(map(len, streams[STREAMS[job.part][0]]))
+        shard.finish(dict(fingerprint=job.fingerprint, outcomes=vars(outcomes)))
+    return items
+
+
+def list_jobs(part, config, tokenizer):
+    """Every unit of the part's sources, in the order that their documents will have."""
+    named = sources.parse_sources(config["sources"], SOURCES)
+    stages = {SOURCES[layout].stage for _, layout, _ in named}
+    stage = "rm" if part == "prompts" and "prompts" not in stages else STAGES[part]
+    sha256, model_bytes = (tokenizer.sha256, tokenizer.model_bytes) if tokenizer else (None, b"")
+    jobs = []
+    for label, layout, path in named:
+        if SOURCES[layout].stage != stage:
+            continue
+        if SOURCES[layout].generate:
+            units = [sources.Unit(label, layout, "", "generated")]
+            settings = {key: value for key, value in config.items() if key not in FREE}
+            settings["files"] = [content_mark(reviews.resolve(config[key])) for key in reviews.FILES]
+        else:
+            units = sources.list_units(label, layout, path, config["unit_bytes"])
+            settings = {key: config[key] for key in ("clean", "decontaminate", "max_seq_len", "prompts_max_len")}
+            settings["signatures"] = compares(part, config)
+        for number, unit in enumerate(units):
+            mark = [
+                layout,
+                unit.kind,
+                unit.start,
+                unit.stop,
+                unit.encoding,
+                *content_mark(unit.path, unit.start, unit.stop),
+            ]
+            fingerprint = json.loads(json.dumps(settings | dict(tokenizer=sha256, unit=mark)))
+            folder = Path(config["out"]) / "work" / part / f"{label}-{number:05d}"
+            jobs.append(Job(part, unit, folder, config, model_bytes, fingerprint))
+    if not jobs:
+        raise ConfigError(f"parts: {part} needs a {stage} source; sources = {','.join(config['sources'])} has none")
+    return jobs
+
+
+# shards -> artifacts
+
+
+def choose(part, jobs, shards, config):
+    """(why, is_val) of all documents of all shards (N,): 0 keeps one, else REASONS[why]; whether it is held out.
+
+    The first of equal documents stays, and a near-duplicate of a validation document leaves training.
+    """
+    columns = [shard.columns() for shard in shards]
+    content = np.concatenate([c["content"] for c in columns])
+    is_val = np.concatenate([c["key"] for c in columns]) < np.uint64(config["val_share"] * 2**64)
+    why = np.zeros(len(content), np.uint8)
+    if config["dedup"] != "none":
+        copies = np.ones(len(content), bool)
+        copies[np.unique(content, return_index=True)[1]] = False
+        why[copies] = REASONS.index("duplicate")
+    if compares(part, config):
+        mark_near_duplicates(Path(config["out"]) / "work" / part / "signatures.bin", shards, why, is_val)
+    # The demo's sources dropped their own duplicates; two of their reviews may well differ in signs alone.
+    own = [SOURCES[job.unit.layout].generate is not None for job in jobs]
+    why[np.repeat(own, [len(c["content"]) for c in columns])] = 0
+    if part == "prompts":
+        for held_out, limit in ((False, config["prompts_train"]), (True, config["prompts_val"])):
+            found = np.flatnonzero((why == 0) & (is_val == held_out))  # those with the lowest hashes stay
+            why[found[np.argsort(content[found], kind="stable")[limit:]]] = REASONS.index("not needed")
+    return why, is_val
+
+
+def mark_near_duplicates(path, shards, why, is_val):
+    """Compare the signatures of what is still kept, gathered in one file so that memory stays bounded."""
+    width = 0
+    with open(path, "wb") as file:
+        for shard, columns, dropped in per_shard(shards, why):
+            lengths = columns["signature_lengths"]
+            width = max(width, int(lengths.max(initial=0)))
+            for (signatures,) in shard.read("signature", lengths, dropped == 0):
+                file.write(signatures.tobytes())
+    kept = np.flatnonzero(why == 0)
+    if len(kept):
+        signatures = np.memmap(path, np.uint16, mode="r", shape=(len(kept), width))
+        why[kept[near_duplicates(signatures, prefer=is_val[kept])]] = REASONS.index("near-duplicate")
+    path.unlink()
+
+
+def open_shards(part, jobs, config, tokenizer):
+    """The shards of all jobs, and what `choose` says of their documents."""
+    if missing := unmade(jobs):
+        raise UserError(
+            f"{part}: {len(missing)} of {len(jobs)} shards are missing or made from something else, the first is "
+            f"{missing[0].folder}: run the --shard they belong to again, with this same config"
+        )
+    dtypes = shard_dtypes(part, config, tokenizer.vocab_size if tokenizer else 0)
+    shards = [Shard(job.folder, job.unit.source, dtypes) for job in jobs]
+    why, is_val = choose(part, jobs, shards, config)
+    keep = why == 0
+    if not keep.any():
+        dropped = sum((shard.outcomes.dropped for shard in shards), Counter())
+        raise DataError(f"{part}: no record is left; dropped: {', '.join(f'{n} {why}' for why, n in dropped.items())}")
+    if not (keep & ~is_val).any() or part != "prompts" and not (keep & is_val).any():
+        raise DataError(f"{part}: val_share = {config['val_share']} leaves a split of the {keep.sum()} records empty")
+    return shards, why, is_val
+
+
+def check_config(config):
+    """ConfigError for a value that has the right type but no meaning; returns (i, n) of --shard=i/n."""
+    if not config["parts"] or set(config["parts"]) - set(STREAMS):
+        raise ConfigError(f"parts = {','.join(config['parts'])}: choose from {', '.join(STREAMS)}")
+    if config["dedup"] not in ("none", "exact", "near"):
+        raise ConfigError(f"dedup = {config['dedup']}: choose from none, exact, near")
+    if Path(config["out"]).is_file():
+        raise ConfigError(f"out = {config['out']}: a file, not a directory")
+    if not 0 < config["val_share"] < 1:
+        raise ConfigError(f"val_share = {config['val_share']}: a share between 0 and 1 is needed")
+    for key, value in config.items():
+        least = 1 if key in ("rm_length_bin", "min_characters", "max_seq_len", "prompts_max_len", "unit_bytes") else 0
+        if isinstance(value, int) and value < least:
+            raise ConfigError(f"{key} = {value}: at least {least} is needed")
+    if config["clean"]["to_simplified"] and importlib.util.find_spec("opencc") is None:
+        raise ConfigError("clean.to_simplified needs the package opencc (pip install opencc)")
+    if not config["shard"]:
+        return 0, 1
+    numbers = re.fullmatch(r"(\d+)/(\d+)", config["shard"])
+    i, n = map(int, numbers.groups()) if numbers else (0, 0)
+    if i >= n:
+        raise ConfigError(f"shard = {config['shard']}: write i/n, i from 0 to n - 1, as 0/4")
+    return i, n
+
+
+def main(argv=None):
+    config = parse_config("data_process", argv, __doc__)
+    if config["list_sources"]:
+        print(sources.list_sources(SOURCES))
+        return
+    if config["verify"]:
+        print(verify(config["out"]))
+        return
+    i, n = check_config(config)
+    out, parts = Path(config["out"]), [part for part in STREAMS if part in config["parts"]]
+    tokenizer = Tokenizer.load(config["tokenizer"]) if parts != ["text"] else None
+    meta, replaced = start_meta(out, parts, config["val_share"], tokenizer)
+    jobs = {part: list_jobs(part, config, tokenizer) for part in parts}
+    load_decontaminator(*config["decontaminate"])  # its mistakes should show before any work is done
+    if not config["merge"]:
+        for part in parts:
+            counted = "bytes" if part == "text" else "tokens"
+            make_missing(jobs[part][i::n], make_shard, config["workers"] or os.cpu_count(), f"{part} units", counted)
+        if n > 1:
+            print(f"shard {i}/{n} is done; when all are, run the same command with --merge instead of --shard")
+            return
+
+    opened = {part: open_shards(part, jobs[part], config, tokenizer) for part in parts}
+    formats.save_meta(out, meta)  # a run cut off here leaves no file described wrongly
+    command = shlex.join(["python", "data_process.py", *(sys.argv[1:] if argv is None else argv)])
+    for part in parts:
+        said, outcomes = merge(part, *opened[part], out, tokenizer)
+        add_part(out, meta, part, said, command)
+        write_report(out, meta, part, outcomes)
+        if not config["keep_work"]:
+            remove_all(out / "work" / part)
+            with suppress(OSError):  # another part's shards are still in it
+                (out / "work").rmdir()
+    for name in replaced - meta["files"].keys():  # of a source that is no longer named
+        (out / name).unlink(missing_ok=True)
+    print((out / "report.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    run(main)

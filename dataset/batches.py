@@ -1,0 +1,385 @@
+"""The artifact formats: token files (.bin), example files (.pkl), their meta.json, and batches of examples.
+
+A .bin is raw uint16 (uint32 when the vocabulary needs it) with no header, one a source and split; the meta.json beside
+it tells what it holds. A .pkl is a dict of flat numpy arrays: all examples end to end in `tokens`, example i being
+tokens[offsets[i]:offsets[i + 1]], and in `loss_mask`, a bit a token; reading it can run no code.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+FORMAT_VERSION = 2
+
+
+class DataError(Exception):
+    """Data that cannot be used: the message names the file and what is wrong with it."""
+
+
+@contextmanager
+def atomic_write(path, mode="wb"):
+    """Open a temporary file beside `path`; it takes that name only once it is complete and on disk."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# meta.json
+
+
+def save_meta(directory, meta):
+    with atomic_write(Path(directory) / "meta.json", "w") as file:
+        file.write(json.dumps(meta, ensure_ascii=False, indent=1) + "\n")
+
+
+def load_meta(directory):
+    """The meta.json of a data directory, of a format version this code can read."""
+    path = Path(directory) / "meta.json"
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path} not found: data_process.py writes it beside the data") from None
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(meta, dict) or meta.get("format_version") != FORMAT_VERSION:
+        found = meta.get("format_version") if isinstance(meta, dict) else None
+        raise DataError(f"{path}: format version {found}, this code reads {FORMAT_VERSION}: run data_process.py again")
+    return meta
+
+
+# .bin
+
+
+def token_dtype(vocab_size):
+    """uint16 while every id fits, else uint32."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def check_ids(ids, vocab_size, path):
+    """Refuse ids that the vocabulary does not have; uint16 would wrap them around silently."""
+    if len(ids) and not 0 <= (low := int(ids.min())) <= (high := int(ids.max())) < vocab_size:
+        bad = low if low < 0 else high
+        raise DataError(f"{path}: token id {bad} is outside the vocabulary (0 to {vocab_size - 1})")
+
+
+class BinWriter:
+    """Write token ids to a .bin; it takes its name only when the `with` block ends without an error.
+
+    After it, `tokens` is how many were written and `sha256` of which bytes.
+    """
+
+    def __init__(self, path, vocab_size):
+        self.path, self.vocab_size, self.tokens = Path(path), vocab_size, 0
+        self._hash = hashlib.sha256()
+
+    def __enter__(self):
+        self._open = atomic_write(self.path)
+        self._file = self._open.__enter__()
+        return self
+
+    def write(self, ids):
+        ids = np.asarray(ids)
+        check_ids(ids, self.vocab_size, self.path)
+        data = np.ascontiguousarray(ids, token_dtype(self.vocab_size))
+        self._file.write(data)
+        self._hash.update(data)
+        self.tokens += len(data)
+
+    def __exit__(self, *error):
+        self.sha256 = self._hash.hexdigest()
+        return self._open.__exit__(*error)
+
+
+# .pkl
+
+
+def _number_dtype(name, *_):
+    dtype = np.dtype(name, copy=True)  # a copy, since unpickling then sets its byte order
+    if dtype.kind not in "biuf":  # an object array could hold forged pointers
+        raise DataError(f"dtype {dtype} is not allowed in a data file, which holds numbers only")
+    return dtype
+
+
+def _numpy_rebuilders():
+    """{name: what stands for it} of all that pickled numpy arrays and scalars ask for."""
+    array, scalar = np.zeros(1), np.float64(0)
+    reconstruct = array.__reduce__()[0]
+    functions = (array.__reduce_ex__(5)[0], scalar.__reduce__()[0])
+    return {f.__name__: f for f in functions} | {
+        reconstruct.__name__: lambda subtype, shape, typecode: reconstruct(np.ndarray, (0,), b"b"),
+        "ndarray": None,  # only ever handed to reconstruct; must not be called
+        "dtype": _number_dtype,
+    }
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Admits numpy arrays and scalars (builtin containers and numbers need no global), refuses the rest."""
+
+    allowed = _numpy_rebuilders()
+    modules = ("numpy",) + tuple(f"numpy.{c}.{m}" for c in ("core", "_core") for m in ("multiarray", "numeric"))
+
+    def find_class(self, module, name):
+        if module in self.modules and name in self.allowed:
+            return self.allowed[name]
+        raise DataError(f"{module}.{name} is not allowed in a data file, which holds plain arrays only")
+
+
+def save_pkl(path, arrays):
+    """Write a dict of numpy arrays, numbers, strings and lists of them."""
+    with atomic_write(path) as file:
+        pickle.dump(arrays, file, protocol=5)
+
+
+def load_pkl(path):
+    """Read what save_pkl wrote; a file that asks for anything but plain arrays is refused, not run."""
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path} not found: data_process.py writes it")
+    try:
+        with open(path, "rb") as file:
+            data = _ArrayUnpickler(file).load()
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError, MemoryError) as error:
+        raise DataError(f"{path} is damaged or not a data file: {error}") from None
+    if not isinstance(data, dict):
+        raise DataError(f"{path}: not a dict of arrays")
+    return data
+
+
+class Examples:
+    """The token sequences of a .pkl. Item i is (ids, loss_mask), both (T,) int64; a prompt's mask is zero.
+
+    `prefix` picks one side of a preference pair ("chosen_" or "rejected_"). `path` is for error messages; examples
+    longer than `max_len`, the context of the model, are refused.
+    """
+
+    def __init__(self, arrays, prefix="", vocab_size=None, path="examples", max_len=None):
+        missing = [k for k in (f"{prefix}tokens", f"{prefix}offsets") if k not in arrays]
+        if missing:
+            raise DataError(f"{path}: no {missing[0]}; it holds {', '.join(arrays)}")
+        self.tokens, self.offsets = arrays[f"{prefix}tokens"], arrays[f"{prefix}offsets"]
+        self.loss_mask = arrays.get(f"{prefix}loss_mask")
+        o = self.offsets
+        if len(o) < 1 or o[0] != 0 or o[-1] != len(self.tokens) or (np.diff(o) < 0).any():
+            raise DataError(f"{path}: {prefix}offsets do not cover its {len(self.tokens)} tokens")
+        mask, wanted = self.loss_mask, -(-len(self.tokens) // 8)
+        if mask is not None and (mask.dtype, mask.shape) != (np.uint8, (wanted,)):
+            claim = f"{mask.dtype} {mask.shape}, but a bit for each of {len(self.tokens)} tokens is uint8 ({wanted},)"
+            raise DataError(f"{path}: {prefix}loss_mask is {claim}")
+        if vocab_size is not None:
+            check_ids(self.tokens, vocab_size, path)
+        longest = int(np.diff(o).max(initial=0))
+        if max_len is not None and longest > max_len:
+            raise DataError(f"{path}: an example of {longest} tokens, the model's context has {max_len}")
+        self.index = np.arange(len(o) - 1)
+
+    def __len__(self):
+        return len(self.index)
+
+    @property
+    def lengths(self):
+        """Tokens of each example (N,)."""
+        return np.diff(self.offsets)[self.index]
+
+    def __getitem__(self, i):
+        start, stop = self.offsets[self.index[i]], self.offsets[self.index[i] + 1]
+        ids = self.tokens[start:stop].astype(np.int64)
+        if self.loss_mask is None:
+            return ids, np.zeros_like(ids)
+        bits = np.unpackbits(self.loss_mask[start // 8 : -(-stop // 8)], bitorder="little")
+        return ids, bits[start % 8 :][: len(ids)].astype(np.int64)
+
+    def select(self, mask):
+        """The examples where the boolean `mask` (N,) is true, or at the given indices; arrays are shared."""
+        chosen = object.__new__(Examples)
+        chosen.__dict__.update(self.__dict__, index=self.index[mask])
+        return chosen
+
+
+def load_pairs(path, vocab_size, max_len=None):
+    """rm.pkl as (train, val), each [chosen, rejected] of Examples."""
+    arrays = load_pkl(path)
+    sides = [Examples(arrays, prefix, vocab_size, path, max_len) for prefix in ("chosen_", "rejected_")]
+    return [side.select(~arrays["is_val"]) for side in sides], [side.select(arrays["is_val"]) for side in sides]
+
+
+def load_prompts(path, vocab_size):
+    """prompts.pkl as (train, val), each a list of prompts as id lists."""
+    arrays = load_pkl(path)
+    prompts = Examples(arrays, vocab_size=vocab_size, path=path)
+    splits = (prompts.select(~arrays["is_val"]), prompts.select(arrays["is_val"]))
+    return tuple([split[i][0].tolist() for i in range(len(split))] for split in splits)
+
+
+def load_tasks(path, vocab_size):
+    """The validation examples of sft.pkl as {task: [(prompt ids, answer ids, label), ...]}, label -1 where none."""
+    arrays = load_pkl(path)
+    examples, tasks = Examples(arrays, vocab_size=vocab_size, path=path), {}
+    for number, name in enumerate(arrays.get("task_names", [])):
+        tasks[name] = []
+        for i in np.flatnonzero(arrays["is_val"] & (arrays["task"] == number)):
+            ids, loss_mask = examples[i]
+            prompt, answer = np.split(ids, [loss_mask.argmax()])
+            tasks[name].append((prompt.tolist(), answer.tolist(), int(arrays["label"][i])))
+    return tasks
+
+
+def pad_batch(rows, pad_id=0):
+    """[(ids, loss_mask), ...] padded on the right: ids (B, T) int64, loss_mask (B, T) float, lengths (B,).
+
+    Where a row ends is told by lengths, never by the padding id, which may also be a real token.
+    """
+    lengths = torch.tensor([len(ids) for ids, _ in rows])
+    ids = torch.full((len(rows), int(lengths.max())), pad_id, dtype=torch.int64)
+    loss_mask = torch.zeros(ids.shape)
+    for row, (row_ids, row_mask) in enumerate(rows):
+        ids[row, : len(row_ids)] = torch.as_tensor(row_ids)
+        loss_mask[row, : len(row_ids)] = torch.as_tensor(row_mask, dtype=torch.float32)
+    return {"ids": ids, "loss_mask": loss_mask, "lengths": lengths}
+
+
+def pack_batch(rows):
+    """[[(ids, loss_mask), ...], ...], several examples a row, padded as by pad_batch.
+
+    documents (B, T) tells which example of its row each token is of; the padding is one more. Nothing predicts the
+    first token of an example, so its loss_mask is 0.
+    """
+    batch = pad_batch([tuple(map(np.concatenate, zip(*row, strict=True))) for row in rows])
+    documents = torch.zeros_like(batch["ids"])
+    for row, examples in zip(documents, rows, strict=True):
+        ends = np.cumsum([len(ids) for ids, _ in examples])
+        row[:] = torch.from_numpy(np.searchsorted(ends, np.arange(len(row)), side="right"))
+    batch["loss_mask"][:, 0] = 0
+    batch["loss_mask"][:, 1:] *= documents[:, 1:] == documents[:, :-1]
+    return batch | {"documents": documents}
+
+
+def document_numbers(ids, eos_id):
+    """Which document of its row each token is of (B, T), counted from 0; an <eos> is the last of its document."""
+    ends = (ids == eos_id).long()
+    return ends.cumsum(1) - ends
+
+
+def move(tensors, device):
+    """Tensors on their way to a device; from pinned memory CUDA copies while it computes."""
+    pinned = (t.pin_memory() if device.type == "cuda" else t for t in tensors)
+    return [t.to(device, non_blocking=True) for t in pinned]
+
+
+def to_device(batch, device):
+    return dict(zip(batch, move(batch.values(), device), strict=True))
+
+
+def epoch_order(n, seed, epoch, lengths=None, batch_size=None):
+    """Order (n,) in which one epoch visits the examples; batches are its consecutive runs of batch_size.
+
+    With lengths, each batch holds examples of similar length, so that little is padding: shuffled pools of 50
+    batches are sorted by length, then the batches are shuffled; a short last batch stays last.
+    """
+    rng = np.random.default_rng((seed, epoch))
+    order = rng.permutation(n)
+    if lengths is None:
+        return order
+    lengths = np.asarray(lengths)
+    pools = [order[i : i + 50 * batch_size] for i in range(0, n, 50 * batch_size)]
+    order = np.concatenate([p[np.argsort(lengths[p], kind="stable")] for p in pools]) if pools else order
+    full = n // batch_size * batch_size
+    batches = order[:full].reshape(-1, batch_size)
+    return np.concatenate([batches[rng.permutation(len(batches))].reshape(-1), order[full:]])
+
+
+class BatchOrder:
+    """Which examples batch i of an endless training sequence holds; depends on (seed, i) alone, as Corpus.batch.
+
+    Every epoch is a new shuffle of the examples; the few that do not fill a last batch sit that epoch out.
+    """
+
+    def __init__(self, n, batch_size, seed, lengths=None):
+        if n < batch_size:
+            raise DataError(f"{n} examples do not fill one batch of {batch_size}")
+        self.n, self.batch_size, self.seed, self.lengths = n, batch_size, seed, lengths
+        self.per_epoch = n // batch_size
+        self._epoch = None
+
+    def __getitem__(self, i):
+        epoch, i = divmod(i, self.per_epoch)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = epoch_order(self.n, self.seed, epoch, self.lengths, self.batch_size)
+        return self._order[i * self.batch_size : (i + 1) * self.batch_size]
+
+
+def pack_lengths(lengths, room):
+    """Which lengths share a row of `room` tokens: [(lengths in the row, how many such rows)], best fit, longest first.
+
+    It works on the histogram of the lengths, not on examples (Krell et al., arXiv:2107.02027), so that its time grows
+    with the number of different rows and not with the data.
+    """
+    rows = [[] for _ in range(room + 1)]  # by the space left in them
+    counts = np.bincount(lengths)
+    for length in np.flatnonzero(counts)[::-1].tolist():
+        left = int(counts[length])
+        while left:
+            space = next((s for s in range(length, room) if rows[s]), room)
+            row, there = rows[space].pop() if rows[space] else ((), left)  # else new ones
+            fit = min(space // length, left)
+            used = min(there, left // fit)
+            left -= used * fit
+            rows[space - fit * length].append((row + (length,) * fit, used))
+            if row and there > used:
+                rows[space].append((row, there - used))
+    return [each for some in rows for each in some]
+
+
+class PackedOrder:
+    """As BatchOrder, but with several examples a row: item i is a list of batch_size arrays of examples.
+
+    Which lengths share a row is the same in every epoch, which examples of these lengths, and in what order the rows
+    come, is shuffled. So an epoch has always as many rows, and a batch is found without those before it.
+    """
+
+    def __init__(self, lengths, room, batch_size, seed):
+        if (longest := np.max(lengths, initial=0)) > room:
+            raise DataError(f"an example of {longest} tokens does not fit into a row of {room}")
+        self.lengths, self.batch_size, self.seed = np.asarray(lengths), batch_size, seed
+        packed = pack_lengths(self.lengths, room)
+        sizes, times = np.array([(len(row), n) for row, n in packed], np.int64).reshape(-1, 2).T
+        sizes = np.repeat(sizes, times)  # examples of each row
+        if len(sizes) < batch_size:
+            raise DataError(f"{len(sizes)} packed rows do not fill one batch of {batch_size}")
+        row_lengths = np.concatenate([np.tile(row, n) for row, n in packed])
+        self.starts = np.cumsum(np.append(0, sizes))  # row r holds the slots starts[r] to starts[r + 1]
+        self.slots = np.argsort(row_lengths, kind="stable")  # by length
+        self.rows = len(sizes)
+        self.fill = self.lengths.sum() / (self.rows * room)  # share of tokens that are not padding
+        self.per_epoch = self.rows // batch_size
+        self._epoch = None
+
+    def _shuffle(self, epoch):
+        rng = np.random.default_rng((self.seed, epoch))
+        order = rng.permutation(len(self.lengths))
+        self._examples = np.empty_like(order)  # of each slot
+        self._examples[self.slots] = order[np.argsort(self.lengths[order], kind="stable")]
+        self._rows = rng.permutation(self.rows)
+        self._epoch = epoch
+
+    def __getitem__(self, i):
+        epoch, i = divmod(i, self.per_epoch)
+        if epoch != self._epoch:
+            self._shuffle(epoch)
+        rows = self._rows[i * self.batch_size : (i + 1) * self.batch_size]
+        return [self._examples[self.starts[r] : self.starts[r + 1]] for r in rows]
