@@ -38,26 +38,19 @@ import numpy as np
 
 from common.config import ConfigError, UserError, parse_config, run
 from corpora import reviews, sources
-from corpora.clean import clean_document, clean_text, content_key, text_hash
-from corpora.dedup import Decontaminator, near_duplicates, signature
+from corpora.clean import text_hash
+from corpora.dedup import Decontaminator, signature
 from corpora.files import is_clean
-from corpora.merge import REASONS, merge, per_shard
+from corpora.merge import choose, compares, merge
 from corpora.meta import add_part, start_meta, verify, write_report
+from corpora.records import STREAMS, clean_record, columns_of, encode_records, texts_of
 from corpora.shards import Outcomes, Shard, ShardWriter, content_mark, make_missing, remove_all, unmade
 from dataset import formats
 from dataset.formats import DataError, token_dtype
-from tokenizer import Tokenizer, encode_documents, encode_example, encode_prompt
+from tokenizer import Tokenizer
 
 SOURCES = sources.SOURCES | reviews.SOURCES
 STAGES = dict(text="pretrain", pretrain="pretrain", sft="sft", rm="rm", prompts="prompts")  # of each part's sources
-STREAMS = dict(
-    text=["text"],
-    pretrain=["tokens"],
-    sft=["tokens", "loss_mask"],
-    rm=["chosen_tokens", "chosen_loss_mask", "rejected_tokens", "rejected_loss_mask"],
-    prompts=["tokens"],
-)
-COLUMNS = dict(content=np.uint64, key=np.uint64, characters=np.uint32, label=np.int8)
 # Settings that no shard depends on: changing them makes none anew. The demo's own sources depend on all others.
 FREE = "out parts sources tokenizer workers unit_bytes shard merge keep_work verify list_sources".split()
 
@@ -72,64 +65,6 @@ class Job:
     config: dict
     tokenizer: bytes
     fingerprint: dict  # what the shard is made from
-
-
-# records -> what is stored of them
-
-
-def texts_of(record):
-    """All texts of a record, the first user's first: that one decides the split."""
-    if "text" in record:
-        return [record["text"]]
-    texts = [message["content"] for message in record["messages"]]
-    first = next(i for i, message in enumerate(record["messages"]) if message["role"] == "user")
-    answers = [record[side] for side in ("chosen", "rejected") if side in record]
-    return [texts[first], *texts[:first], *texts[first + 1 :], *answers]
-
-
-def clean_record(record, options):
-    """(record or None, why dropped): documents are cleaned and filtered, every turn of a conversation is cleaned."""
-    if "text" in record:
-        text, why = clean_document(record["text"], options)
-        return (None, why) if text is None else (record | dict(text=text), None)
-    messages = [message | dict(content=clean_text(message["content"], options)) for message in record["messages"]]
-    answers = {side: clean_text(record[side], options) for side in ("chosen", "rejected") if side in record}
-    return record | dict(messages=messages) | answers, None
-
-
-def encode_records(part, records, tokenizer, max_len):
-    """[({stream: values} or None, note), ...] of the records of one part."""
-    if part == "text":
-        return [(dict(text=np.frombuffer((r["text"] + "\n").encode(), np.uint8)), None) for r in records]
-    if part == "pretrain":
-        rows = encode_documents(tokenizer, [record["text"] for record in records])
-        return [(dict(tokens=np.array(ids, np.int64)), None) for ids in rows]
-    return [encode_conversation(part, record, tokenizer, max_len) for record in records]
-
-
-def encode_conversation(part, record, tokenizer, max_len):
-    """({stream: values} or None, note) of one record of sft, rm or prompts."""
-    prompt = record["messages"]
-    if part == "prompts":
-        ids = encode_prompt(tokenizer, prompt)
-        cut = "cut question" if len(ids) > max_len else None
-        return dict(tokens=encode_prompt(tokenizer, prompt, max_len) if cut else ids), cut
-    if part == "sft":
-        example, note = encode_example(tokenizer, prompt, max_len)
-        return example and dict(tokens=example.ids, loss_mask=example.loss_mask), note
-    streams = {}
-    for side in ("chosen", "rejected"):
-        messages = [*prompt, dict(role="assistant", content=record[side])]
-        example, note = encode_example(tokenizer, messages, max_len)
-        if note:  # also one whose question was cut: both answers of a pair stand under the same prompt
-            return None, f"{side}: {note}"
-        streams |= {f"{side}_tokens": example.ids, f"{side}_loss_mask": example.loss_mask}
-    return streams, None
-
-
-def compares(part, config):
-    """Whether near-duplicates are looked for; not among pairs, as those of one question are alike by nature."""
-    return config["dedup"] == "near" and part != "rm"
 
 
 def shard_dtypes(part, config, vocab_size):
@@ -204,19 +139,6 @@ def encode_batch(job, batch, tokenizer, outcomes):
     return rows
 
 
-def columns_of(records):
-    """What the merge needs to know of each record: hashes of all its text and of what decides its split."""
-    rows = []
-    for record in records:
-        texts = texts_of(record)
-        content, key = "\n".join(texts), record.get("key", texts[0])
-        content_hash = text_hash(content_key(content), "split")
-        key_hash = content_hash if key == content else text_hash(content_key(key), "split")
-        rows.append((content_hash, key_hash, sum(map(len, texts)), record.get("label", -1)))
-    columns = zip(COLUMNS.items(), zip(*rows, strict=True) if rows else [()] * len(COLUMNS), strict=True)
-    return {name: np.array(values, dtype) for (name, dtype), values in columns}
-
-
 def make_shard(job):
     """Turn one unit into a shard folder; returns how many items (tokens, or bytes of text) it wrote."""
     tokenizer, outcomes, items = load_tokenizer(job.tokenizer), Outcomes(), 0
@@ -271,47 +193,6 @@ def list_jobs(part, config, tokenizer):
 # shards -> artifacts
 
 
-def choose(part, jobs, shards, config):
-    """(why, is_val) of all documents of all shards (N,): 0 keeps one, else REASONS[why]; whether it is held out.
-
-    The first of equal documents stays, and a near-duplicate of a validation document leaves training.
-    """
-    columns = [shard.columns() for shard in shards]
-    content = np.concatenate([c["content"] for c in columns])
-    is_val = np.concatenate([c["key"] for c in columns]) < np.uint64(config["val_share"] * 2**64)
-    why = np.zeros(len(content), np.uint8)
-    if config["dedup"] != "none":
-        copies = np.ones(len(content), bool)
-        copies[np.unique(content, return_index=True)[1]] = False
-        why[copies] = REASONS.index("duplicate")
-    if compares(part, config):
-        mark_near_duplicates(Path(config["out"]) / "work" / part / "signatures.bin", shards, why, is_val)
-    # The demo's sources dropped their own duplicates; two of their reviews may well differ in signs alone.
-    own = [SOURCES[job.unit.layout].generate is not None for job in jobs]
-    why[np.repeat(own, [len(c["content"]) for c in columns])] = 0
-    if part == "prompts":
-        for held_out, limit in ((False, config["prompts_train"]), (True, config["prompts_val"])):
-            found = np.flatnonzero((why == 0) & (is_val == held_out))  # those with the lowest hashes stay
-            why[found[np.argsort(content[found], kind="stable")[limit:]]] = REASONS.index("not needed")
-    return why, is_val
-
-
-def mark_near_duplicates(path, shards, why, is_val):
-    """Compare the signatures of what is still kept, gathered in one file so that memory stays bounded."""
-    width = 0
-    with open(path, "wb") as file:
-        for shard, columns, dropped in per_shard(shards, why):
-            lengths = columns["signature_lengths"]
-            width = max(width, int(lengths.max(initial=0)))
-            for (signatures,) in shard.read("signature", lengths, dropped == 0):
-                file.write(signatures.tobytes())
-    kept = np.flatnonzero(why == 0)
-    if len(kept):
-        signatures = np.memmap(path, np.uint16, mode="r", shape=(len(kept), width))
-        why[kept[near_duplicates(signatures, prefer=is_val[kept])]] = REASONS.index("near-duplicate")
-    path.unlink()
-
-
 def open_shards(part, jobs, config, tokenizer):
     """The shards of all jobs, and what `choose` says of their documents."""
     if missing := unmade(jobs):
@@ -321,7 +202,8 @@ def open_shards(part, jobs, config, tokenizer):
         )
     dtypes = shard_dtypes(part, config, tokenizer.vocab_size if tokenizer else 0)
     shards = [Shard(job.folder, job.unit.source, dtypes) for job in jobs]
-    why, is_val = choose(part, jobs, shards, config)
+    own = [SOURCES[job.unit.layout].generate is not None for job in jobs]
+    why, is_val = choose(part, shards, own, config)
     keep = why == 0
     if not keep.any():
         dropped = sum((shard.outcomes.dropped for shard in shards), Counter())

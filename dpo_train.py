@@ -24,7 +24,8 @@ from common import checkpoint, distributed
 from common.config import ConfigError, parse_config, run
 from common.optim import build_optimizer, learning_rate, set_learning_rate
 from common.stage import Stage
-from dataset.formats import BatchOrder, atomic_write, load_pairs, load_prompts, pad_batch, to_device
+from dataset.batches import BatchOrder, load_pairs, load_prompts, pad_batch, to_device
+from dataset.formats import atomic_write
 
 PANELS = [
     ("loss of a pair", ["train/loss", "val/loss"]),

@@ -18,42 +18,25 @@ import math
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from alignment.rewards import score_rows
-from alignment.rollout import in_batches, rollout, sequence_kl, sequence_scores, snownlp_judge
-from alignment.tradeoff import best_of, best_of_kl, draw
+from alignment.comparison import compare, draw_replies
+from alignment.rollout import sequence_scores
 from common import checkpoint
 from common.checkpoint import Checkpoint, CheckpointError
-from common.config import ConfigError, UserError, parse_config, run, write_atomic
+from common.config import ConfigError, UserError, parse_config, run
 from common.distributed import setup
-from common.metrics import distinct_2, format_table, markdown_table, plain, png, share, source_losses, wilson_interval
+from common.files import write_atomic
+from common.metrics import plain, source_losses
+from common.report import format_table
 from dataset.corpus import Corpus
-from dataset.formats import DataError, load_meta, load_prompts, load_tasks
+from dataset.formats import load_meta
+from generate import generate
 from model import Llama
 from tokenizer import StreamDecoder, Tokenizer, encode_example, encode_opening, encode_prompt
 
-REPLY_COLUMNS = {
-    "checkpoint": "{checkpoint}",
-    "stage": "{stage}",
-    "positive": "{positive:.1%}",
-    "95 % interval": "{positive_low:.1%} to {positive_high:.1%}",
-    "KL to the first (nats per reply)": "{kl:.2f}",
-    "characters per reply": "{characters:.1f}",
-    "distinct-2": "{distinct_2:.3f}",
-    "eos rate": "{eos_rate:.1%}",
-}
-TASK_COLUMNS = {
-    "checkpoint": "{checkpoint}",
-    "positive when asked": "{asked_positive:.1%} of {asked_positive_n}",
-    "negative when asked": "{asked_negative:.1%} of {asked_negative_n}",
-    "mean of both": "{asked_mean:.1%}",
-    "polarity told right": "{polarity:.1%} of {polarity_n}",
-    "eos rate": "{eos_rate:.1%}",
-}
 # keys of the config and the values that they may have
 RANGES = {
     "temperature compare_temperature top_k eval_tokens compare_samples seed": (0, math.inf),
@@ -96,9 +79,6 @@ def load(path, env, data=None, scores=False):
     return Loaded(ckpt, tokenizer, model)
 
 
-# one checkpoint: answer, chat, score, perplexity
-
-
 def prompt_ids(loaded, messages, max_new_tokens):
     """Ids to continue, cut so that max_new_tokens, or half of the context, stay free for the reply."""
     context = loaded.model.config.max_seq_len
@@ -123,7 +103,7 @@ def say(loaded, messages, config, seed):
 
     sampling = {key: config[key] for key in ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")}
     ids = prompt_ids(loaded, messages, config["max_new_tokens"])
-    loaded.model.generate([ids], **sampling, eos_id=loaded.stop_id, seed=seed, on_token=on_token)
+    generate(loaded.model, [ids], **sampling, eos_id=loaded.stop_id, seed=seed, on_token=on_token)
     print(flush=True)
     return "".join(parts)
 
@@ -177,155 +157,6 @@ def perplexity(loaded, val, config, env):
     columns = {"source": "{source}", "tokens": "{tokens:,}", "perplexity": "{perplexity:.2f}"}
     columns |= {"bits per character": "{bits_per_char:.3f}"}
     return format_table(columns, rows), dict(checkpoint=config["ckpt"], stage=loaded.ckpt.stage, perplexity=rows)
-
-
-# several checkpoints
-
-
-def answer(loaded, prompts, config, temperature, top_p=1.0):
-    """Replies to id lists, batch_size at a time and the same for the same seed: [Rollout], [text], [eos came]."""
-    batches, size = [], config["batch_size"]
-    for i in range(0, len(prompts), size):
-        sampling = temperature, loaded.stop_id, config["seed"] + i, top_p
-        batches.append(rollout(loaded.model, prompts[i : i + size], config["max_new_tokens"], *sampling))
-    texts = [loaded.tokenizer.decode(reply) for batch in batches for reply in batch.replies]
-    return batches, texts, [ended for batch in batches for ended in batch.ended.tolist()]
-
-
-def judged(name, stage, texts, ended, kl, polarity):
-    """The figures of one checkpoint's replies, all but distinct-2."""
-    positive = sum(polarity(text) == 1 for text in texts)
-    low, high = wilson_interval(positive, len(texts))
-    row = dict(checkpoint=name, stage=stage, positive=positive / len(texts), positive_low=low, positive_high=high)
-    return row | dict(kl=kl, characters=sum(map(len, texts)) / len(texts), eos_rate=share(ended))
-
-
-def best_of_replies(loaded, judge, prompts, config):
-    """{n: (texts, [eos came])}: of n replies of one checkpoint to each prompt, the one that a reward model likes best.
-
-    Fewer replies are the first of more, and the very first are those that `answer` gives anyway.
-    """
-    drawn, scores = [], []
-    for i in range(max(config["best_of"])):
-        print(f"best of n: reply {i + 1} of {max(config['best_of'])} to each prompt", file=sys.stderr)
-        settings = config | dict(seed=config["seed"] + i * len(prompts))  # `answer` takes the numbers up to the next
-        batches, *replies = answer(loaded, prompts, settings, config["compare_temperature"], config["compare_top_p"])
-        drawn.append(list(zip(*replies, strict=True)))
-        scores.append(torch.cat([in_batches(partial(score_rows, judge.model), batch) for batch in batches]))
-    best = {n: best_of(torch.stack(scores), n).tolist() for n in config["best_of"]}
-    return {n: tuple(zip(*(drawn[i][k] for k, i in enumerate(which)), strict=True)) for n, which in best.items()}
-
-
-def compare_replies(models, prompts, config, polarity, judge=None):
-    """Each checkpoint's replies to the same prompts: [dict of figures], characters compared by distinct-2.
-
-    With a judge the best of n replies of the first follow, of which the KL is an upper bound.
-    """
-    rows, replies, first = [], [], next(iter(models.values()))
-    for name, loaded in models.items():
-        print(f"{name}: {len(prompts)} held-out prompts", file=sys.stderr)
-        batches, texts, ended = answer(loaded, prompts, config, config["compare_temperature"], config["compare_top_p"])
-        temperature = config["compare_temperature"] or 1.0  # a greedy policy has no log-probabilities to compare
-        kl = torch.cat([sequence_kl(loaded.model, first.model, batch, temperature) for batch in batches])  # (N,)
-        rows.append(judged(name, loaded.ckpt.stage, texts, ended, kl.mean().item(), polarity))
-        replies.append(texts)
-    for n, (texts, ended) in (best_of_replies(first, judge, prompts, config) if judge else {}).items():
-        rows.append(judged(f"best of {n}", first.ckpt.stage, texts, ended, best_of_kl(n), polarity))
-        replies.append(texts)
-    n_chars = min(sum(map(len, texts)) for texts in replies)
-    rows = [row | dict(distinct_2=distinct_2(texts, n_chars)) for row, texts in zip(rows, replies, strict=True)]
-    return rows, n_chars
-
-
-def compare_tasks(models, tasks, config, polarity):
-    """How each checkpoint does the SFT tasks, sampled as in use: [dict].
-
-    A greedy answer tells the polarity right, word for word, or not.
-    """
-    rows = []
-    for name, loaded in models.items():
-        print(f"{name}: SFT tasks", file=sys.stderr)
-        write, tell = tasks.get("write_asked", []), tasks.get("polarity", [])
-        sampling = config["temperature"], config["top_p"]
-        _, reviews, ended = answer(loaded, [ids for ids, _, _ in write], config, *sampling)
-        _, verdicts, ended_too = answer(loaded, [ids for ids, _, _ in tell], config, 0.0)
-        told = [text == loaded.tokenizer.decode(right) for text, (_, right, _) in zip(verdicts, tell, strict=True)]
-        row = dict(checkpoint=name, stage=loaded.ckpt.stage) | follows(reviews, write, polarity)
-        rows.append(row | dict(polarity=share(told), polarity_n=len(told), eos_rate=share(ended + ended_too)))
-    return rows
-
-
-def follows(reviews, examples, polarity):
-    """How many reviews have the polarity that was asked for, by the judge's verdict."""
-    asked = [(label, polarity(text) == label) for text, (_, _, label) in zip(reviews, examples, strict=True)]
-    positive, negative = ([right for label, right in asked if label == side] for side in (1, 0))
-    return dict(
-        asked_positive=share(positive),
-        asked_positive_n=len(positive),
-        asked_negative=share(negative),
-        asked_negative_n=len(negative),
-        asked_mean=(share(positive) + share(negative)) / 2,
-    )
-
-
-def compare(models, data, config, judge=None):
-    """(Markdown, figures) of {name: Loaded} on held-out prompts and, where there is sft.pkl, on its tasks.
-
-    The judge, a reward model, picks the best of n.
-    """
-    polarity, first = snownlp_judge(), next(iter(models))
-    tokenizer = models[first].tokenizer
-    context = min(loaded.model.config.max_seq_len for loaded in [*models.values(), *([judge] if judge else [])])
-    _, prompts = load_prompts(data / "prompts.pkl", tokenizer.vocab_size)
-    prompts = [prompt for prompt in prompts if len(prompt) < context][: config["compare_prompts"]]
-    if not prompts:
-        raise DataError(f"{data / 'prompts.pkl'}: no held-out prompt fits a context of {context} tokens")
-    # a reply must fit the first checkpoint too, which says how likely it finds it
-    config = config | dict(max_new_tokens=min(config["max_new_tokens"], context - max(map(len, prompts))))
-    rows, n_chars = compare_replies(models, prompts, config, polarity, judge)
-    parts = [
-        f"{len(prompts)} held-out prompts, sampled at temperature {config['compare_temperature']}, top_p "
-        f"{config['compare_top_p']}, at most {config['max_new_tokens']} new tokens, seed {config['seed']}; positive by "
-        f"SnowNLP's classifier; KL to {first}; distinct-2 in the first {n_chars:,} characters of each.",
-        format_table(REPLY_COLUMNS, rows),
-    ]
-    if judge:
-        parts.append(
-            f"Best of n: of n replies of {first} the one that {judge.ckpt.path} scores highest; its KL is the upper "
-            "bound ln n - (n - 1) / n."
-        )
-    sampling = config["temperature"], config["top_p"]
-    in_use = f"temperature {sampling[0]}, top_p {sampling[1]}"
-    if shown := prompts[: config["compare_samples"]]:
-        columns = [list(map(tokenizer.decode, shown))]
-        columns += [answer(loaded, shown, config, *sampling)[1] for loaded in models.values()]
-        parts.append(f"Sampled as in use, at {in_use}:")
-        parts.append(markdown_table(["prompt", *models], list(zip(*columns, strict=True))))
-    settings = {key: config[key] for key in ("compare_temperature", "compare_top_p", "max_new_tokens", "seed")}
-    if judge:
-        settings |= dict(best_of=config["best_of"], reward_model=config["reward_model"])
-    figures = settings | dict(prompts=len(prompts), distinct_2_characters=n_chars, replies=rows)
-    tasks = load_tasks(data / "sft.pkl", tokenizer.vocab_size) if (data / "sft.pkl").exists() else {}
-    if "write_asked" in tasks:  # the demo's reviews; other conversations have no label to compare with
-        n = config["compare_examples"]
-        tasks = {task: [e for e in examples if len(e[0]) < context][:n] for task, examples in tasks.items()}
-        figures["tasks"] = compare_tasks(models, tasks, config, polarity)
-        written = [tokenizer.decode(answer) for _, answer, _ in tasks["write_asked"]]
-        figures["written_by_people"] = people = follows(written, tasks["write_asked"], polarity)
-        parts += [
-            f"SFT tasks on validation examples, reviews sampled at {in_use}, polarities told greedily:",
-            format_table(TASK_COLUMNS, figures["tasks"]),
-            "Of the reviews that people wrote, to the same requests, the judge finds {asked_positive:.1%} of the "
-            "positive positive, {asked_negative:.1%} of the negative negative: {asked_mean:.1%}.".format(**people),
-        ]
-    return "\n\n".join(parts), figures
-
-
-def draw_replies(figures, n_checkpoints):
-    """PNG of the positive share against KL: the checkpoints, and the best of n as the yardstick."""
-    rows = figures["replies"]
-    title = f"{figures['prompts']} held-out prompts, temperature {figures['compare_temperature']}, judged by SnowNLP"
-    return png(draw(rows[:n_checkpoints], rows[n_checkpoints:], title)[0])
 
 
 def publish(markdown, figures, report):

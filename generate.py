@@ -1,47 +1,12 @@
-"""Llama 2 (Touvron et al., 2023, arXiv:2307.09288) in one file, as published.
+"""Sampling from a model: prompts of any lengths in one batch, keys and values cached, finished rows leaving."""
 
-RMSNorm before each block, rotary positions on interleaved pairs (Meta's layout), grouped-query attention, SwiGLU, no
-biases, tied embeddings unless `tied=False`. The loss is computed inside `model(ids, targets)` and the per-token
-log-probabilities inside `model.token_logps(ids)`, both a chunk of rows at a time, so that the (B*T, V) logits of a
-large vocabulary never exist at once in training.
-"""
-
-import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
-
-@dataclass
-class ModelConfig:
-    dim: int = 288
-    n_layers: int = 6
-    n_heads: int = 6
-    n_kv_heads: int = 6
-    vocab_size: int = 64793
-    max_seq_len: int = 512
-    hidden_dim: int | None = None  # None: 32 * ceil(int(8 * dim / 3) / 32)
-    norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    dropout: float = 0.0
-    tied: bool = True  # the output projection is the embedding
-    scalar_head: bool = False  # reward and value models: one number per position instead of V logits
-
-    def __post_init__(self):
-        if self.hidden_dim is None:
-            self.hidden_dim = 32 * math.ceil(int(8 * self.dim / 3) / 32)
-        for a, b in (("dim", "n_heads"), ("n_heads", "n_kv_heads")):
-            if getattr(self, a) % getattr(self, b):
-                raise ValueError(f"{a}={getattr(self, a)} is not a multiple of {b}={getattr(self, b)}")
-        if self.head_dim % 2:
-            raise ValueError(f"dim/n_heads={self.head_dim} is odd: rotary positions need pairs")
-
-    @property
-    def head_dim(self):
-        return self.dim // self.n_heads
+from model import (
+    upcast,
+)
 
 
 @dataclass
@@ -60,48 +25,12 @@ class Generation:
                 self.logps[row].append(logp)
 
 
-class Embedding(nn.Embedding):
-    """A token embedding that also serves as the output projection."""
-
-    def linear(self, h):
-        return F.linear(h, self.weight)
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, dim, eps):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-def upcast(x):
-    """x in float32 at least, for sums, softmax and rotations; float64 stays, in which tests compare closely."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def rope_table(config):
-    """cos and sin of position * theta^(-2i/head_dim), each (max_seq_len, head_dim/2)."""
-    freqs = config.rope_theta ** (-torch.arange(0, config.head_dim, 2).double() / config.head_dim)
-    angles = torch.outer(torch.arange(config.max_seq_len).double(), freqs)
-    return [table.to(torch.get_default_dtype()) for table in (angles.cos(), angles.sin())]
-
-
-def apply_rope(x, cos, sin):
-    """Rotate the pairs (x[2i], x[2i+1]) by their angles. x (B, T, H, D/H); cos, sin (T, D/H/2) or (B, T, D/H/2)."""
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same angle for every head
-    a, b = upcast(x).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).type_as(x)
-
-
 class KVCache:
     """Keys and values already computed. Row b holds `lengths[b]` tokens, so ragged prompts need no left padding."""
 
     def __init__(self, config, batch_size, capacity, device, dtype):
         shape = (config.n_layers, 2, batch_size, config.n_kv_heads, capacity, config.head_dim)
-        self.kv = torch.zeros(shape, device=device, dtype=dtype)
+        self.kv, self.capacity = torch.zeros(shape, device=device, dtype=dtype), capacity
         self.set_lengths([0] * batch_size)
 
     def set_lengths(self, lengths):
@@ -112,14 +41,14 @@ class KVCache:
     def append(self, T):
         """Make room for T tokens more in every row. Their positions (B, T), or a slice where that says all: the same
         for every row, and no key to hide but those that causal attention hides."""
-        first, capacity, device = self.longest, self.kv.size(4), self.kv.device
-        self.longest = min(first + T, capacity)
+        first, device = self.longest, self.kv.device
+        self.longest = min(first + T, self.capacity)
         if self.even and (T == 1 or first == 0):
             self.lengths = self.lengths + T
             self.positions = slice(first, self.longest)
         else:
             # a row that goes on although the cache is full writes over its last slot
-            self.positions = (self.lengths[:, None] + torch.arange(T, device=device)).clamp(max=capacity - 1)
+            self.positions = (self.lengths[:, None] + torch.arange(T, device=device)).clamp(max=self.capacity - 1)
             self.lengths = self.positions[:, -1] + 1
         return self.positions
 
@@ -137,309 +66,78 @@ class KVCache:
         self.kv, self.lengths = self.kv[:, :, rows], self.lengths[rows]
 
 
-class Attention(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
-        self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
-        self.wk = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
-        self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
-        self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+@torch.no_grad()
+def generate(
+    model,
+    prompts,
+    max_new_tokens,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    repetition_penalty=1.0,
+    eos_id=2,
+    seed=None,
+    on_token=None,
+    return_logps=False,
+):
+    """Continue prompts (a list of id lists of any lengths) until eos, max_new_tokens or the end of the context.
 
-    def forward(self, x, cos, sin, cache=None, layer=0, mask=None):
-        B, T, _ = x.shape
-        qk = torch.cat((self.wq(x), self.wk(x)), -1).view(B, T, -1, self.head_dim)
-        qk = apply_rope(qk, cos, sin).transpose(1, 2)  # (B, H + Hkv, T, D/H)
-        q, k = qk.split((self.n_heads, self.n_kv_heads), 1)
-        v = self.wv(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # (B, Hkv, T, D/H)
-        if cache is not None:
-            k, v = (kv.type_as(q) for kv in cache.write(layer, k, v))
-        causal, gqa = mask is None and T > 1, self.n_heads != self.n_kv_heads
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=gqa)
-        return self.wo(y.transpose(1, 2).reshape(B, T, -1))
-
-
-class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up. Keeps neither silu(gate) nor a second copy of the rest for backward: a quarter less memory."""
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx, grad):
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
-
-
-class FeedForward(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
-        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
-        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
-
-    def forward(self, x):
-        return self.w2(SwiGLU.apply(self.w1(x), self.w3(x)))
-
-
-class Block(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.attention = Attention(config)
-        self.feed_forward = FeedForward(config)
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, h, *attention_args):
-        h = h + self.dropout(self.attention(self.attention_norm(h), *attention_args))
-        return h + self.dropout(self.feed_forward(self.ffn_norm(h)))
+    temperature 0 is greedy; top_k 0 and top_p 1 are off; repetition_penalty as in CTRL (arXiv:1909.05858, 4.1).
+    on_token(row, id) is called as each token comes. The same seed and prompts give the same tokens.
+    """
+    limit, device, was_training = model.config.max_seq_len, model.norm.weight.device, model.training
+    if not all(0 < len(prompt) < limit for prompt in prompts):
+        raise ValueError(f"a prompt must have 1 to {limit - 1} tokens; got {sorted({len(p) for p in prompts})}")
+    model.eval()
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    out = Generation([[] for _ in prompts], [[] for _ in prompts] if return_logps else None)
+    seen = None if repetition_penalty == 1.0 else tokens_seen(prompts, model.config.vocab_size, device)
+    h, cache = prefill(model, prompts, max_new_tokens)  # (B, D)
+    rows = torch.arange(len(prompts), device=device)  # which prompt each row of the batch still continues
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    for _ in range(max_new_tokens):
+        logits = penalise(upcast(model.head(h)), seen, repetition_penalty)  # (B, V)
+        token = sample(logits, temperature, top_k, top_p, generator)  # (B,)
+        live, logps = ~done, None
+        if return_logps:
+            logps = (logits / (temperature or 1.0)).log_softmax(-1).gather(1, token[:, None])[live, 0]
+        out.add(rows[live], token[live], logps, on_token)
+        if seen is not None:
+            seen.scatter_(1, token[:, None], True)
+        # the text, its newest token included, never outgrows max_seq_len, so that token_logps can score it
+        done = done | (token == eos_id) | (cache.lengths + 1 >= cache.capacity)
+        if done.all():
+            break
+        if done.sum() * 2 >= len(done):  # finished rows leave when they are half the batch
+            alive = (~done).nonzero().squeeze(1)
+            cache.keep(alive)
+            rows, token, done = rows[alive], token[alive], done[alive]
+            seen = seen[alive] if seen is not None else None
+        h = model.hidden(token[:, None], cache)[:, -1]
+    model.train(was_training)
+    return out
 
 
-def row_chunks(h, vocab_size):
-    """Slices of rows whose logits fit the cache of a CPU (128 rows are fastest there) or 256 MB on an accelerator."""
-    rows = 128 if h.device.type == "cpu" else max(128, 2**26 // vocab_size)
-    return [slice(i, i + rows) for i in range(0, h.size(0), rows)]
+def prefill(model, prompts, max_new_tokens):
+    """The state after the last token of each prompt (B, D), and a cache that holds them and has room to go on."""
+    lengths, device = [len(prompt) for prompt in prompts], model.norm.weight.device
+    longest = max(lengths)
+    # right padding is harmless: causal attention never looks at it, and decoding overwrites it in the cache
+    ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)  # (B, T)
+    capacity = min(longest + max_new_tokens, model.config.max_seq_len)
+    cache = KVCache(model.config, len(prompts), capacity, device, model.norm.weight.dtype)
+    last = torch.tensor(lengths, device=device) - 1
+    h = model.hidden(ids, cache)[torch.arange(len(prompts), device=device), last]
+    cache.set_lengths(lengths)
+    return h, cache
 
 
-class LinearCrossEntropy(torch.autograd.Function):
-    """sum_n weights[n] * -log softmax(h[n] W^T)[targets[n]], the gradients computed with the loss, chunk by chunk."""
-
-    @staticmethod
-    def forward(ctx, h, W, targets, weights):  # (N, D), (V, D), (N,), (N,)
-        loss = upcast(h.new_zeros(()))
-        weights = weights.to(loss.dtype)
-        grad_h = torch.empty_like(h)
-        grad_W = torch.zeros_like(W, dtype=loss.dtype)
-        W_h = W.to(h.dtype)
-        chunks = row_chunks(h, W.size(0))
-        buffer = h.new_empty(min(chunks[0].stop, len(h)), W.size(0)) if chunks else None
-        for rows in chunks:
-            hr = h[rows]
-            logits = upcast(torch.mm(hr, W_h.T, out=buffer[: len(hr)]))  # (rows, V)
-            picked = logits.gather(1, targets[rows, None])
-            top = logits.amax(-1, keepdim=True)
-            total = logits.sub_(top).exp_().sum(-1, keepdim=True)
-            loss += ((top + total.log() - picked).squeeze(1) * weights[rows]).sum()
-            # d loss / d logits = weights * (softmax - onehot), written over the logits
-            grad = logits.mul_(weights[rows, None] / total)
-            grad.scatter_add_(1, targets[rows, None], -weights[rows, None])
-            grad = grad.to(h.dtype)
-            torch.mm(grad, W_h, out=grad_h[rows])
-            grad_W.addmm_(upcast(grad.T), upcast(hr))
-        ctx.save_for_backward(grad_h, grad_W.to(W.dtype))
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        grad_h, grad_W = ctx.saved_tensors
-        return grad_h.mul_(grad_loss), grad_W.mul_(grad_loss), None, None
-
-
-class LinearLogps(torch.autograd.Function):
-    """log softmax(h W^T / temperature)[targets]; backward recomputes the logits chunk by chunk."""
-
-    @staticmethod
-    def forward(ctx, h, W, targets, temperature):  # (N, D), (V, D), (N,)
-        logps, lses = [], []
-        for rows in row_chunks(h, W.size(0)):
-            logits = upcast(h[rows] @ W.to(h.dtype).T) / temperature
-            lses.append(logits.logsumexp(-1))
-            logps.append(logits.gather(1, targets[rows, None]).squeeze(1) - lses[-1])
-        lse = torch.cat(lses) if lses else upcast(h.new_zeros(0))
-        ctx.save_for_backward(h, W, targets, lse)
-        ctx.temperature = temperature
-        return torch.cat(logps) if logps else lse.clone()  # (N,)
-
-    @staticmethod
-    def backward(ctx, grad_logps):
-        h, W, targets, lse = ctx.saved_tensors
-        grad_h = torch.empty_like(h)
-        grad_W = torch.zeros_like(W, dtype=lse.dtype)
-        for rows in row_chunks(h, W.size(0)):
-            g = grad_logps[rows, None] / ctx.temperature
-            logits = upcast(h[rows] @ W.to(h.dtype).T) / ctx.temperature
-            grad = logits.sub_(lse[rows, None]).exp_().mul_(-g).scatter_add_(1, targets[rows, None], g)
-            grad = grad.to(h.dtype)
-            grad_h[rows] = grad @ W.to(h.dtype)
-            grad_W.addmm_(upcast(grad.T), upcast(h[rows]))
-        return grad_h, grad_W.to(W.dtype), None, None
-
-
-class Llama(nn.Module):
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.config = config
-        self.tok_embeddings = Embedding(config.vocab_size, config.dim)
-        self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
-        needs_output = not (config.tied or config.scalar_head)
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False) if needs_output else None
-        self.scalar = nn.Linear(config.dim, 1, bias=False) if config.scalar_head else None
-        self.recompute = False  # activation checkpointing: backward computes each block's activations again
-        cos, sin = rope_table(config)
-        self.register_buffer("rope_cos", cos, persistent=False)
-        self.register_buffer("rope_sin", sin, persistent=False)
-        self.init_weights()
-
-    def init_weights(self):
-        """GPT-2's: N(0, 0.02), the projections into the residual stream scaled by 1/sqrt(2 n_layers); scalar head 0."""
-        for name, p in self.named_parameters():
-            std = 0.02
-            if name.endswith(("wo.weight", "w2.weight")):
-                std /= math.sqrt(2 * self.config.n_layers)
-            elif name.startswith(("tok_embeddings", "output")):
-                # logits of variance at most 1/4, so that a wide model too starts within 2 % of ln(vocab_size)
-                std = min(std, 0.5 / math.sqrt(self.config.dim))
-            elif name.startswith("scalar"):
-                std = 0.0
-            if p.dim() == 2:
-                nn.init.normal_(p, std=std)
-
-    @property
-    def head_weight(self):
-        return self.tok_embeddings.weight if self.output is None else self.output.weight
-
-    def head(self, h):
-        """(..., D) -> logits (..., V)."""
-        return self.tok_embeddings.linear(h) if self.output is None else self.output(h)
-
-    def hidden(self, ids, cache=None, documents=None):
-        """The trunk: ids (B, T) -> final normalised states (B, T, D); with a cache, T tokens more for every row.
-
-        With documents (B, T), the number of the document each token is of, none attends to another document. Rotary
-        positions need no reset, as attention sees only their differences.
-        """
-        B, T = ids.shape
-        if T > self.config.max_seq_len:
-            raise ValueError(f"{T} tokens are longer than max_seq_len={self.config.max_seq_len}")
-        positions, mask = slice(T) if cache is None else cache.append(T), None
-        if not isinstance(positions, slice):
-            keys = torch.arange(cache.longest, device=ids.device)
-            mask = (keys <= positions[..., None]).unsqueeze(1)  # (B, 1, T, keys)
-        elif documents is not None:
-            mask = (documents[:, :, None] == documents[:, None, :]).tril().unsqueeze(1)  # (B, 1, T, T)
-        cos, sin = self.rope_cos[positions], self.rope_sin[positions]
-        h = self.dropout(self.tok_embeddings(ids))
-        for i, layer in enumerate(self.layers):
-            if self.recompute and torch.is_grad_enabled():
-                h = checkpoint(layer, h, cos, sin, cache, i, mask, use_reentrant=False)
-            else:
-                h = layer(h, cos, sin, cache, i, mask)
-        return self.norm(h)
-
-    def forward(self, ids, targets=None, weights=None, documents=None):
-        """ids (B, T) -> logits (B, T, V), or with targets (B, T) the loss in nats.
-
-        Targets of -100 are left out. The loss is the mean over the others, or with weights (B, T) the sum of
-        weights * nll: pass mask / (number of counted tokens in the whole step) and micro-batches add up exactly.
-        `documents` as in `hidden`.
-        """
-        h = self.hidden(ids, documents=documents)
-        if targets is None:
-            return self.head(h)
-        keep = targets != -100
-        if weights is None:
-            weights = keep / keep.sum().clamp(min=1)
-        else:
-            keep = keep & (weights != 0)
-        # the head is computed only where it counts; positions with weight 0 cost nothing
-        h, targets, weights = h[keep], targets[keep], weights[keep]  # (N, D), (N,), (N,)
-        if torch.is_grad_enabled():
-            return LinearCrossEntropy.apply(h, self.head_weight, targets, weights)
-        return -(self._logps(h, targets, 1.0) * weights).sum()
-
-    def token_logps(self, ids, temperature=1.0, mask=None):
-        """log p(ids[:, t+1] | ids[:, :t+1]) under softmax(logits / temperature): (B, T-1), zero where mask is zero."""
-        h, targets = self.hidden(ids)[:, :-1], ids[:, 1:]
-        keep = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask.bool()
-        if torch.is_grad_enabled():
-            logps = LinearLogps.apply(h[keep], self.head_weight, targets[keep], temperature)
-        else:
-            logps = self._logps(h[keep], targets[keep], temperature)
-        return logps.new_zeros(targets.shape).masked_scatter(keep, logps)
-
-    def _logps(self, h, targets, temperature):
-        """(N, D), (N,) -> (N,) through self.head, which may be a low-bit one."""
-        logps = [
-            (upcast(self.head(h[rows])) / temperature).log_softmax(-1).gather(1, targets[rows, None])
-            for rows in row_chunks(h, self.config.vocab_size)
-        ]
-        return torch.cat(logps).squeeze(1) if logps else upcast(h.new_zeros(0))
-
-    def values(self, ids):
-        """The scalar head at every position: (B, T)."""
-        return upcast(self.scalar(self.hidden(ids)).squeeze(-1))
-
-    def num_params(self):
-        return sum(p.numel() for p in self.parameters())
-
-    @torch.no_grad()
-    def generate(
-        self,
-        prompts,
-        max_new_tokens,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        eos_id=2,
-        seed=None,
-        on_token=None,
-        return_logps=False,
-    ):
-        """Continue prompts (a list of id lists of any lengths) until eos, max_new_tokens or the end of the context.
-
-        temperature 0 is greedy; top_k 0 and top_p 1 are off; repetition_penalty as in CTRL (arXiv:1909.05858, 4.1).
-        on_token(row, id) is called as each token comes. The same seed and prompts give the same tokens.
-        """
-        limit, device = self.config.max_seq_len, self.norm.weight.device
-        longest = max(map(len, prompts))
-        if min(map(len, prompts)) == 0 or longest >= limit:
-            raise ValueError(f"a prompt must have 1 to {limit - 1} tokens; got {sorted({len(p) for p in prompts})}")
-        was_training = self.training
-        self.eval()
-        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-        lengths = torch.tensor([len(p) for p in prompts], device=device)
-        ids = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)  # (B, T)
-        out = Generation([[] for _ in prompts], [[] for _ in prompts] if return_logps else None)
-        seen = None
-        if repetition_penalty != 1.0:
-            seen = torch.zeros(len(prompts), self.config.vocab_size, dtype=torch.bool, device=device)
-            for row, prompt in zip(seen, prompts, strict=True):
-                row[prompt] = True
-
-        capacity = min(longest + max_new_tokens, limit)
-        cache = KVCache(self.config, len(prompts), capacity, device, self.norm.weight.dtype)
-        # right padding is harmless: causal attention never looks at it, and decoding overwrites it in the cache
-        h = self.hidden(ids, cache)[torch.arange(len(prompts), device=device), lengths - 1]  # (B, D)
-        cache.set_lengths([len(p) for p in prompts])
-        rows = torch.arange(len(prompts), device=device)  # which prompt each row of the batch still continues
-        done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        for _ in range(max_new_tokens):
-            logits = penalise(upcast(self.head(h)), seen, repetition_penalty)  # (B, V)
-            token = sample(logits, temperature, top_k, top_p, generator)  # (B,)
-            live, logps = ~done, None
-            if return_logps:
-                logps = (logits / (temperature or 1.0)).log_softmax(-1).gather(1, token[:, None])[live, 0]
-            out.add(rows[live], token[live], logps, on_token)
-            if seen is not None:
-                seen.scatter_(1, token[:, None], True)
-            # the text, its newest token included, never outgrows max_seq_len, so that token_logps can score it
-            done = done | (token == eos_id) | (cache.lengths + 1 >= capacity)
-            if done.all():
-                break
-            if done.sum() * 2 >= len(done):  # finished rows leave when they are half the batch
-                alive = (~done).nonzero().squeeze(1)
-                cache.keep(alive)
-                rows, token, done = rows[alive], token[alive], done[alive]
-                seen = seen[alive] if seen is not None else None
-            h = self.hidden(token[:, None], cache)[:, -1]
-        self.train(was_training)
-        return out
+def tokens_seen(prompts, vocab_size, device):
+    """Which tokens stand in each prompt: (B, V) bool."""
+    seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
+    for row, prompt in zip(seen, prompts, strict=True):
+        row[prompt] = True
+    return seen
 
 
 def penalise(logits, seen, penalty):

@@ -15,23 +15,14 @@ from pathlib import Path
 
 import torch
 
+from alignment.objective import add_up, average, entropy_bonus, policy_loss, ratio_stats
 from alignment.rewards import Reward, evaluate_policy, plot_score_kl
-from alignment.rollout import (
-    Watch,
-    add_up,
-    average,
-    entropy_bonus,
-    policy_loss,
-    ratio_stats,
-    reply_logps,
-    reply_metrics,
-    rollout,
-)
+from alignment.rollout import Watch, reply_logps, reply_metrics, rollout
 from common import checkpoint
 from common.config import ConfigError, UserError, parse_config, run
 from common.optim import build_optimizer, learning_rate, set_learning_rate
 from common.stage import Stage
-from dataset.formats import BatchOrder, load_prompts
+from dataset.batches import BatchOrder, load_prompts
 
 LOSSES = ("grpo", "dr_grpo", "rloo")
 PANELS = [

@@ -20,8 +20,10 @@ from common.config import parse_config, run
 from common.metrics import source_losses
 from common.optim import build_optimizer, learning_rate, set_learning_rate
 from common.stage import Stage
+from dataset.batches import document_numbers, move
 from dataset.corpus import Corpus
-from dataset.formats import document_numbers, load_meta, move
+from dataset.formats import load_meta
+from generate import generate
 from model import Llama
 from tokenizer import Tokenizer, encode_opening
 
@@ -46,7 +48,7 @@ def evaluate(model, val, env, max_tokens=None):
 def continue_prompts(model, tokenizer, config):
     """[(prompt, continuation)] of the configured prompts, the same seed every time."""
     prompts = [encode_opening(tokenizer, text) for text in config["sample_prompts"]]
-    replies = model.generate(prompts, config["sample_tokens"], temperature=0.8, top_p=0.9, seed=config["seed"])
+    replies = generate(model, prompts, config["sample_tokens"], temperature=0.8, top_p=0.9, seed=config["seed"])
     return [(text, tokenizer.decode(ids)) for text, ids in zip(config["sample_prompts"], replies.tokens, strict=True)]
 
 

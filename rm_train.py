@@ -18,11 +18,13 @@ import torch.nn.functional as F
 
 from alignment.rollout import sequence_scores
 from common import checkpoint, distributed
-from common.config import ConfigError, parse_config, run, write_atomic
-from common.metrics import new_figure, png, wilson_interval
+from common.config import ConfigError, parse_config, run
+from common.files import write_atomic
+from common.metrics import wilson_interval
 from common.optim import build_optimizer, learning_rate, set_learning_rate
+from common.plots import new_figure, png
 from common.stage import Stage
-from dataset.formats import BatchOrder, load_pairs, pad_batch, to_device
+from dataset.batches import BatchOrder, load_pairs, pad_batch, to_device
 
 PANELS = [
     ("loss (nats per pair)", ["train/loss", "val/loss"]),

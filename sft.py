@@ -19,7 +19,9 @@ from common.config import ConfigError, parse_config, run
 from common.metrics import share
 from common.optim import build_optimizer, learning_rate, set_learning_rate
 from common.stage import Stage
-from dataset.formats import BatchOrder, Examples, PackedOrder, epoch_order, load_pkl, pack_batch, pad_batch, to_device
+from dataset.batches import BatchOrder, Examples, PackedOrder, epoch_order, pack_batch, pad_batch, to_device
+from dataset.formats import load_pkl
+from generate import generate
 
 PANELS = [
     ("loss (nats per answer token)", ["train/loss", "val/loss"]),
@@ -87,7 +89,7 @@ def evaluate(model, val, tokenizer, config, env, n_prompts):
     for i in range(0, len(prompts), 50):
         batch = by_length[i : i + 50]
         sampling = dict(temperature=0.8, top_p=0.9, eos_id=tokenizer.eos_id, seed=config["seed"])
-        new = model.generate([prompts[j] for j in batch], config["eval_new_tokens"], **sampling).tokens
+        new = generate(model, [prompts[j] for j in batch], config["eval_new_tokens"], **sampling).tokens
         replies |= zip(batch, new, strict=True)
     model.train()
     eos_rate = share([reply[-1] == tokenizer.eos_id for reply in replies.values()])

@@ -1,40 +1,19 @@
-"""Use a checkpoint: answer a prompt, chat, measure perplexity, or compare checkpoints on the same held-out prompts.
+"""Checkpoints beside each other on the same held-out prompts, judged by the snownlp package's classifier."""
 
-Takes a run directory or file of any stage and nothing else, as a checkpoint carries its tokenizer; a pretrained one
-continues text, later ones answer. Only replies, tables and, last, one line of JSON go to standard output. A comparison
-is judged by the snownlp package's classifier: not our reward model, but trained on the reviews that the demo uses.
-
-    python eval_generate.py --ckpt=out/demo/sft --prompt=写一条酒店好评。
-    python eval_generate.py --ckpt=out/demo/sft
-    python eval_generate.py --ckpt=out/demo/pretrain --ppl --data=data/demo
-    python eval_generate.py --compare=out/demo/sft,out/demo/ppo --data=data/demo --report=out/demo/compare.md
-    python eval_generate.py --compare=out/demo/sft,out/demo/ppo --data=data/demo --best_of=2,4,8 \
-        --reward_model=out/demo/rm --picture=out/demo/compare.png
-    python eval_generate.py --ckpt=out/demo/rm --prompt=写一条酒店评价。 --reply=房间很干净。
-"""
-
-import json
-import math
 import sys
-from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from alignment.rewards import score_rows
-from alignment.rollout import in_batches, rollout, sequence_kl, sequence_scores, snownlp_judge
+from alignment.rollout import in_batches, rollout, sequence_kl
 from alignment.tradeoff import best_of, best_of_kl, draw
-from common import checkpoint
-from common.checkpoint import Checkpoint, CheckpointError
-from common.config import ConfigError, UserError, parse_config, run, write_atomic
-from common.distributed import setup
-from common.metrics import distinct_2, format_table, markdown_table, plain, png, share, source_losses, wilson_interval
-from dataset.corpus import Corpus
-from dataset.formats import DataError, load_meta, load_prompts, load_tasks
-from model import Llama
-from tokenizer import StreamDecoder, Tokenizer, encode_example, encode_opening, encode_prompt
+from common.config import UserError
+from common.metrics import distinct_2, share, wilson_interval
+from common.plots import png
+from common.report import format_table, markdown_table
+from dataset.batches import load_prompts, load_tasks
+from dataset.formats import DataError
 
 REPLY_COLUMNS = {
     "checkpoint": "{checkpoint}",
@@ -54,132 +33,6 @@ TASK_COLUMNS = {
     "polarity told right": "{polarity:.1%} of {polarity_n}",
     "eos rate": "{eos_rate:.1%}",
 }
-# keys of the config and the values that they may have
-RANGES = {
-    "temperature compare_temperature top_k eval_tokens compare_samples seed": (0, math.inf),
-    "max_new_tokens batch_size compare_prompts compare_examples": (1, math.inf),
-    "top_p compare_top_p": (0.001, 1),
-    "repetition_penalty": (0.001, math.inf),
-}
-
-
-@dataclass
-class Loaded:
-    """A checkpoint ready for use."""
-
-    ckpt: Checkpoint
-    tokenizer: Tokenizer
-    model: Llama
-
-    @property
-    def continues(self):
-        """Whether it continues text instead of answering."""
-        return checkpoint.continues(self.ckpt)
-
-    @property
-    def stop_id(self):
-        """What ends its reply."""
-        return self.tokenizer.closing_id if self.continues else self.tokenizer.eos_id
-
-
-def load(path, env, data=None, scores=False):
-    """The checkpoint at a path, made for `data` if given; a reward model only where `scores` asks for one."""
-    ckpt = checkpoint.load(path)
-    if ckpt.model_config.get("scalar_head", False) != scores:
-        what = "is no reward model: it scores no reply" if scores else "is a reward model: it only scores a --reply"
-        raise CheckpointError(f"{ckpt.path} (stage {ckpt.stage}) {what}")
-    tokenizer = checkpoint.tokenizer_of(ckpt)
-    if data:
-        checkpoint.check_data(tokenizer, ckpt.path, load_meta(data), data / "meta.json")
-    model = checkpoint.build_model(ckpt).to(env.device).eval()
-    ckpt.weights, ckpt.training = {}, None  # copies that would stay in memory
-    return Loaded(ckpt, tokenizer, model)
-
-
-# one checkpoint: answer, chat, score, perplexity
-
-
-def prompt_ids(loaded, messages, max_new_tokens):
-    """Ids to continue, cut so that max_new_tokens, or half of the context, stay free for the reply."""
-    context = loaded.model.config.max_seq_len
-    room = context - min(max_new_tokens, context // 2)
-    if loaded.continues:
-        whole = encode_opening(loaded.tokenizer, messages[-1]["content"])
-        ids = whole[-room:]
-    else:
-        whole, ids = (encode_prompt(loaded.tokenizer, messages, limit) for limit in (None, room))
-    if len(ids) < len(whole):
-        print(f"(the first {len(whole) - len(ids)} of {len(whole)} tokens do not fit: left out)", file=sys.stderr)
-    return ids
-
-
-def say(loaded, messages, config, seed):
-    """Write the reply to standard output as it comes and return it, without a character that its end cuts in two."""
-    decoder, parts = StreamDecoder(loaded.tokenizer), []
-
-    def on_token(_, token):
-        parts.append(decoder.push(token))
-        print(parts[-1], end="", flush=True)
-
-    sampling = {key: config[key] for key in ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")}
-    ids = prompt_ids(loaded, messages, config["max_new_tokens"])
-    loaded.model.generate([ids], **sampling, eos_id=loaded.stop_id, seed=seed, on_token=on_token)
-    print(flush=True)
-    return "".join(parts)
-
-
-def chat(loaded, opening, config):
-    """Answer standard input line by line; `opening` holds the system message, if any."""
-    with suppress(ImportError):
-        import readline  # noqa: F401 - input() then edits lines; not on Windows
-    does = "continues each line" if loaded.continues else "answers, with the conversation so far in mind"
-    keys = "/clear starts a new conversation, /exit or Ctrl-D leaves, Ctrl-C stops a reply, or leaves"
-    print(f"{loaded.ckpt.path} (stage {loaded.ckpt.stage}) {does}. {keys}.", file=sys.stderr)
-    messages, turn = list(opening), 0
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() and sys.stdout.isatty() else "").strip()
-        except (EOFError, KeyboardInterrupt):
-            return print(file=sys.stderr)
-        if line == "/exit":
-            return
-        if line == "/clear":
-            messages = list(opening)
-        elif line:
-            messages.append(dict(role="user", content=line))
-            try:
-                reply = say(loaded, messages, config, config["seed"] + turn)
-                messages.append(dict(role="assistant", content=reply))
-            except KeyboardInterrupt:
-                messages.pop()
-                print("\n(stopped: this question and its reply are forgotten)", file=sys.stderr)
-            turn += 1
-
-
-@torch.no_grad()
-def score(loaded, messages, reply):
-    """A reward model's score of a reply."""
-    conversation = messages + [dict(role="assistant", content=reply)]
-    example, why = encode_example(loaded.tokenizer, conversation, loaded.model.config.max_seq_len)
-    if example is None:
-        raise UserError(f"--reply={reply} cannot be scored: {why}")
-    ids = torch.tensor([example.ids], device=loaded.model.norm.weight.device)  # (1, T)
-    return sequence_scores(loaded.model, ids, torch.tensor([ids.size(1)], device=ids.device)).item()
-
-
-def perplexity(loaded, val, config, env):
-    """(Markdown, figures) of the loss on a Corpus."""
-    total, sources = source_losses(loaded.model, val, env, config["eval_tokens"] or None)
-    rows = [
-        dict(source=name, tokens=loss.tokens, perplexity=loss.perplexity, bits_per_char=loss.bits_per_char)
-        for name, loss in [*sources.items(), ("all", total)]
-    ]
-    columns = {"source": "{source}", "tokens": "{tokens:,}", "perplexity": "{perplexity:.2f}"}
-    columns |= {"bits per character": "{bits_per_char:.3f}"}
-    return format_table(columns, rows), dict(checkpoint=config["ckpt"], stage=loaded.ckpt.stage, perplexity=rows)
-
-
-# several checkpoints
 
 
 def answer(loaded, prompts, config, temperature, top_p=1.0):
@@ -328,69 +181,17 @@ def draw_replies(figures, n_checkpoints):
     return png(draw(rows[:n_checkpoints], rows[n_checkpoints:], title)[0])
 
 
-def publish(markdown, figures, report):
-    """The tables to standard output and to the file `report`, then the figures as one line of JSON."""
-    print(f"{markdown}\n\n{json.dumps(plain(figures), ensure_ascii=False)}")
-    if report:
-        write_atomic(report, f"{markdown}\n".encode())
+def snownlp_judge():
+    """text -> 1 positive, 0 negative, -1 nothing to tell, by SnowNLP's own classifier."""
+    try:
+        from snownlp import SnowNLP
+    except ImportError:
+        raise UserError("replies are judged by the package snownlp: pip install snownlp") from None
 
+    def polarity(text):
+        try:
+            return int(SnowNLP(text).sentiments > 0.5) if text.strip() else -1
+        except Exception:  # whatever it makes of text that an untrained model may write
+            return -1
 
-def sizes_of(best_of):
-    """The values of best_of as whole numbers, in order."""
-    if not all(str(n).isdecimal() and int(n) >= 2 for n in best_of):
-        raise ConfigError(f"best_of={','.join(map(str, best_of))}: whole numbers from 2 on are needed, such as 2,4,8")
-    return sorted({int(n) for n in best_of})
-
-
-def check_config(config):
-    """ConfigError for a value out of range, and for two wishes at once."""
-    wishes = [key for key in ("prompt", "ppl", "compare") if config[key] not in (None, False, [])]
-    if len(wishes) > 1:
-        raise ConfigError(f"--{wishes[0]} and --{wishes[1]} exclude each other")
-    if config["reply"] is not None and config["prompt"] is None:
-        raise ConfigError("--reply needs the --prompt that it replies to")
-    for key in ("best_of", "picture"):
-        if config[key] and not config["compare"]:
-            raise ConfigError(f"--{key} needs --compare")
-    if config["best_of"] and config["reward_model"] is None:
-        raise ConfigError("--best_of needs the --reward_model that picks the best")
-    if config["best_of"] and config["compare_temperature"] == 0:
-        raise ConfigError("--best_of needs a compare_temperature above 0: greedy replies are all the same")
-    for keys, (low, high) in RANGES.items():
-        for key in keys.split():
-            if not low <= config[key] <= high:
-                raise ConfigError(f"{key}={config[key]}: {low} to {high} is needed")
-
-
-def main(argv=None):
-    config = parse_config("eval_generate", argv, __doc__, file=sys.stderr)
-    config["best_of"] = sizes_of(config["best_of"])
-    check_config(config)
-    for stream in (sys.stdin, sys.stdout):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a broken character in a pipe is no reason to stop
-    env, data = setup(config["device"], "float32", config["seed"]), Path(config["data"])
-    if config["compare"]:
-        models = {path: load(path, env, data) for path in config["compare"]}
-        judge = load(config["reward_model"], env, data, scores=True) if config["best_of"] else None
-        markdown, figures = compare(models, data, config, judge)
-        if config["picture"]:
-            write_atomic(config["picture"], draw_replies(figures, len(models)))
-        return publish(markdown, figures, config["report"])
-    loaded = load(config["ckpt"], env, data if config["ppl"] else None, scores=config["reply"] is not None)
-    if config["system"] is not None and loaded.continues:
-        raise ConfigError(f"--system: {loaded.ckpt.path} only continues text, it was pretrained and no more")
-    opening = [] if config["system"] is None else [dict(role="system", content=config["system"])]
-    question = [*opening, dict(role="user", content=config["prompt"])]
-    if config["ppl"]:
-        publish(*perplexity(loaded, Corpus(data, "val"), config, env), config["report"])
-    elif config["reply"] is not None:
-        print(score(loaded, question, config["reply"]))
-    elif config["prompt"] is not None:
-        say(loaded, question, config, config["seed"])
-    else:
-        chat(loaded, opening, config)
-
-
-if __name__ == "__main__":
-    run(main)
+    return polarity

@@ -1,47 +1,6 @@
-"""Replies sampled from a policy, and the arithmetic over their real tokens that RL, DPO and evaluation share."""
-
-import sys
-from dataclasses import dataclass
+"""The arithmetic that PPO and GRPO share: means over real tokens, the clipped loss, and what is measured beside it."""
 
 import torch
-from tqdm import tqdm
-
-from common.config import UserError
-from common.metrics import distinct_2
-from dataset.formats import pad_batch
-
-
-@dataclass
-class Rollout:
-    """B prompts with their replies, padded on the right; token-level tensors are aligned with model.token_logps(ids).
-
-    Entry t of a (B, T-1) tensor belongs to the choice of ids[:, t+1] after ids[:, :t+1].
-    """
-
-    ids: torch.Tensor  # (B, T)
-    lengths: torch.Tensor  # (B,) tokens of prompt and reply
-    mask: torch.Tensor  # (B, T-1) 1.0 where ids[:, t+1] is a reply token, its eos included
-    ended: torch.Tensor  # (B,) whether eos came
-    replies: list[list[int]]
-
-    def rows(self, index):
-        """The same for some rows (a list or tensor of indices), cut to their longest."""
-        lengths = self.lengths[index]
-        T = int(lengths.max())
-        replies = [self.replies[i] for i in index]
-        return Rollout(self.ids[index, :T], lengths, self.mask[index, : T - 1], self.ended[index], replies)
-
-
-def rollout(model, prompts, max_new_tokens, temperature=1.0, eos_id=2, seed=None, top_p=1.0):
-    """Sample one reply to each prompt (id lists) from softmax(logits / temperature); training leaves top_p at 1."""
-    replies = model.generate(
-        prompts, max_new_tokens, temperature=temperature, top_p=top_p, eos_id=eos_id, seed=seed
-    ).tokens
-    rows = [(p + r, [0] * len(p) + [1] * len(r)) for p, r in zip(prompts, replies, strict=True)]
-    device = model.norm.weight.device
-    batch = {name: tensor.to(device) for name, tensor in pad_batch(rows).items()}
-    ended = torch.tensor([r[-1] == eos_id for r in replies], device=device)
-    return Rollout(batch["ids"], batch["lengths"], batch["loss_mask"][:, 1:], ended, replies)
 
 
 def masked_mean(x, mask):
@@ -53,48 +12,6 @@ def masked_whiten(x, mask):
     """x with mean 0 and variance 1 over the entries where mask is 1; zero elsewhere."""
     centred = (x - masked_mean(x, mask)) * mask
     return centred * torch.rsqrt(masked_mean(centred.square(), mask) + 1e-8)
-
-
-@torch.no_grad()
-def in_batches(function, batch, batch_size=32):
-    """function(Rollout) -> (b, t) or (b,) over rows of similar length, joined to (B, T-1) or (B,) in the old order."""
-    order = batch.lengths.argsort()
-    parts = []
-    for index in order.split(batch_size):
-        part = function(batch.rows(index))
-        if part.dim() == 2:
-            part = torch.nn.functional.pad(part, (0, batch.ids.size(1) - 1 - part.size(1)))
-        parts.append(part)
-    joined = torch.cat(parts)
-    out = torch.empty_like(joined)
-    out[order] = joined
-    return out
-
-
-def sequence_scores(model, ids, lengths):
-    """A reward model's score at the last real token of each row, ids (B, T), lengths (B,): (B,)."""
-    return model.values(ids).gather(1, lengths[:, None] - 1).squeeze(1)
-
-
-@torch.no_grad()
-def sequence_kl(policy, reference, batch, temperature=1.0, batch_size=32):
-    """log policy - log reference of each reply, summed over its tokens: (B,); its mean estimates the KL in nats."""
-
-    def difference(rows):
-        logps = policy.token_logps(rows.ids, temperature, rows.mask)
-        return logps - reference.token_logps(rows.ids, temperature, rows.mask)
-
-    return in_batches(difference, batch, batch_size).sum(1)
-
-
-def reply_logps(model, batch, env, config):
-    """log p of each reply token at the sampling temperature: (B, T-1)."""
-
-    def logps(rows):
-        with env.autocast():  # as in the updates, so that the first ratio is 1 in bfloat16 too
-            return model.token_logps(rows.ids, config["temperature"], rows.mask)
-
-    return in_batches(logps, batch, config["micro_batch_size"])
 
 
 def entropy_bonus(logps, mask):
@@ -138,77 +55,3 @@ def add_up(parts):
 def average(parts):
     """Means, by name, of dicts of numbers; of a name that ends in _max the largest."""
     return {name: total if name.endswith("_max") else total / len(parts) for name, total in add_up(parts).items()}
-
-
-def reply_metrics(batch, scores, logps, ref_logps, texts):
-    """What a step's replies were like before its updates; means over real tokens or over replies.
-
-    ref_logps None: the KL to the reference is nan.
-    """
-    kl = float("nan") if ref_logps is None else ((logps - ref_logps) * batch.mask).sum(1).mean().item()
-    return {
-        "score": scores.mean().item(),
-        "kl": kl,  # nats per reply
-        "entropy": -masked_mean(logps, batch.mask).item(),  # nats per token, estimated on its own samples
-        "length": batch.mask.sum(1).mean().item(),
-        "eos_rate": batch.ended.float().mean().item(),
-        "distinct_2": distinct_2(texts, sum(map(len, texts))),
-    }
-
-
-class Watch:
-    """Warns on stderr of what spoils a run of RL, once each time that it begins.
-
-    `state` is all that it remembers, for a checkpoint to keep.
-    """
-
-    STEPS = 10  # the KL of a step is an estimate, which may be negative by chance
-
-    def __init__(self, state=None):
-        self.state = state or dict(negative=0, distinct_2=None, warned=[])
-
-    def look(self, step, metrics):
-        """metrics as from reply_metrics, nan where something could not be measured."""
-        state, kl, length, variety = self.state, metrics["kl"], metrics["length"], metrics["distinct_2"]
-        if state["distinct_2"] is None and variety > 0:
-            state["distinct_2"] = variety
-        first = state["distinct_2"] or 0.0
-        state["negative"] = state["negative"] + 1 if kl < 0 else 0
-        self._warn(
-            "kl", state["negative"] >= self.STEPS,
-            f"step {step}: the mean KL to the reference was negative {state['negative']} steps in a row, now {kl:.3g} "
-            "nats per reply: do sampling and log-probabilities disagree?",
-        )  # fmt: skip
-        self._warn(
-            "silent", length <= 2,
-            f"step {step}: replies have {length:.2g} tokens in the mean, <eos> included: the policy has gone silent",
-        )  # fmt: skip
-        self._warn(
-            "alike", variety < first / 2,
-            f"step {step}: distinct-2 of the replies is {variety:.2f}, below half of the first step's {first:.2f}: "
-            "they have become alike; a larger kl_coef keeps them apart",
-        )  # fmt: skip
-
-    def _warn(self, name, holds, message):
-        warned = self.state["warned"]
-        if holds and name not in warned:
-            tqdm.write(f"warning: {message}", file=sys.stderr)
-            warned.append(name)
-        elif not holds and name in warned:
-            warned.remove(name)
-
-
-def snownlp_judge():
-    """text -> 1 positive, 0 negative, -1 nothing to tell, by SnowNLP's own classifier."""
-    try:
-        from snownlp import SnowNLP
-    except ImportError:
-        raise UserError("replies are judged by the package snownlp: pip install snownlp") from None
-
-    def polarity(text):
-        try:
-            return int(SnowNLP(text).sentiments > 0.5) if text.strip() else -1
-        except Exception:  # whatever it makes of text that an untrained model may write
-            return -1
-
-    return polarity

@@ -9,8 +9,10 @@ import torch
 
 from alignment.rollout import in_batches, rollout, sequence_kl, sequence_scores
 from common import checkpoint
-from common.config import ConfigError, UserError, write_atomic
-from common.metrics import distinct_2, new_figure, png, points
+from common.config import ConfigError, UserError
+from common.files import write_atomic
+from common.metrics import distinct_2, points
+from common.plots import new_figure, png
 
 
 def length_reward(prompts, replies, lo, hi):

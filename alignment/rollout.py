@@ -1,4 +1,4 @@
-"""Replies sampled from a policy, and the arithmetic over their real tokens that RL, DPO and evaluation share."""
+"""Replies sampled from a policy, what models make of them, and what RL watches in them."""
 
 import sys
 from dataclasses import dataclass
@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from common.config import UserError
+from alignment.objective import masked_mean
 from common.metrics import distinct_2
-from dataset.formats import pad_batch
+from dataset.batches import pad_batch
+from generate import generate
 
 
 @dataclass
@@ -34,25 +35,14 @@ class Rollout:
 
 def rollout(model, prompts, max_new_tokens, temperature=1.0, eos_id=2, seed=None, top_p=1.0):
     """Sample one reply to each prompt (id lists) from softmax(logits / temperature); training leaves top_p at 1."""
-    replies = model.generate(
-        prompts, max_new_tokens, temperature=temperature, top_p=top_p, eos_id=eos_id, seed=seed
+    replies = generate(
+        model, prompts, max_new_tokens, temperature=temperature, top_p=top_p, eos_id=eos_id, seed=seed
     ).tokens
     rows = [(p + r, [0] * len(p) + [1] * len(r)) for p, r in zip(prompts, replies, strict=True)]
     device = model.norm.weight.device
     batch = {name: tensor.to(device) for name, tensor in pad_batch(rows).items()}
     ended = torch.tensor([r[-1] == eos_id for r in replies], device=device)
     return Rollout(batch["ids"], batch["lengths"], batch["loss_mask"][:, 1:], ended, replies)
-
-
-def masked_mean(x, mask):
-    """Mean over the entries where mask is 1, whatever the padding: scalar."""
-    return (x * mask).sum() / mask.sum()
-
-
-def masked_whiten(x, mask):
-    """x with mean 0 and variance 1 over the entries where mask is 1; zero elsewhere."""
-    centred = (x - masked_mean(x, mask)) * mask
-    return centred * torch.rsqrt(masked_mean(centred.square(), mask) + 1e-8)
 
 
 @torch.no_grad()
@@ -95,49 +85,6 @@ def reply_logps(model, batch, env, config):
             return model.token_logps(rows.ids, config["temperature"], rows.mask)
 
     return in_batches(logps, batch, config["micro_batch_size"])
-
-
-def entropy_bonus(logps, mask):
-    """An advantage of each token whose policy gradient is that of the entropy of the tokens' distributions: (B, T).
-
-    grad H = -E[(log p - b) grad log p] for any baseline b, here the mean of log p; only the distributions at the states
-    that were met count, so a longer reply earns nothing.
-    """
-    return (masked_mean(logps, mask) - logps) * mask
-
-
-def policy_loss(logps, old_logps, advantages, weights, cliprange):
-    """PPO's clipped surrogate (Schulman et al., arXiv:1707.06347, eq. 7), negated; all (B, T), advantages or (B, 1).
-
-    Each entry is multiplied by its weight and all are summed, so that micro-batches add up: weights of 1 / (real tokens
-    of the whole minibatch) make it a mean over tokens.
-    """
-    ratio = (logps - old_logps).exp()
-    clipped = ratio.clamp(1 - cliprange, 1 + cliprange)
-    return (torch.max(-advantages * ratio, -advantages * clipped) * weights).sum()
-
-
-@torch.no_grad()
-def ratio_stats(logps, old_logps, weights, cliprange):
-    """How far the policy went from the one that sampled, by name; the means are sums with weights as above."""
-    log_ratio = logps - old_logps
-    ratio = log_ratio.exp()
-    return {
-        "approx_kl": ((ratio - 1 - log_ratio) * weights).sum(),  # k3 of http://joschu.net/blog/kl-approx.html
-        "clipfrac": (((ratio - 1).abs() > cliprange) * weights).sum(),
-        "ratio": (ratio * weights).sum(),
-        "ratio_max": ratio[weights > 0].max(),
-    }
-
-
-def add_up(parts):
-    """Sums, by name, of dicts of numbers; of a name that ends in _max the largest."""
-    return {name: (max if name.endswith("_max") else sum)(float(part[name]) for part in parts) for name in parts[0]}
-
-
-def average(parts):
-    """Means, by name, of dicts of numbers; of a name that ends in _max the largest."""
-    return {name: total if name.endswith("_max") else total / len(parts) for name, total in add_up(parts).items()}
 
 
 def reply_metrics(batch, scores, logps, ref_logps, texts):
@@ -196,19 +143,3 @@ class Watch:
             warned.append(name)
         elif not holds and name in warned:
             warned.remove(name)
-
-
-def snownlp_judge():
-    """text -> 1 positive, 0 negative, -1 nothing to tell, by SnowNLP's own classifier."""
-    try:
-        from snownlp import SnowNLP
-    except ImportError:
-        raise UserError("replies are judged by the package snownlp: pip install snownlp") from None
-
-    def polarity(text):
-        try:
-            return int(SnowNLP(text).sentiments > 0.5) if text.strip() else -1
-        except Exception:  # whatever it makes of text that an untrained model may write
-            return -1
-
-    return polarity

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.metrics import new_figure
+from common.plots import new_figure
 
 # of the KL axis, those that are in view
 TICKS = [-1, -0.1, 0, 0.1, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000]

@@ -25,7 +25,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.formats import load_meta, load_pairs
+from dataset.batches import load_pairs
+from dataset.formats import load_meta
 
 ROOT = Path(__file__).resolve().parents[1]
 # script, the demo's config, and the runs that it starts from, by key

@@ -23,15 +23,17 @@ from pathlib import Path
 
 import torch
 
+from interop import exchange, hf
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import export
 from alignment.rollout import rollout
 from common import checkpoint
-from common.metrics import format_table, read_metrics
+from common.metrics import read_metrics
+from common.report import format_table
 from configs.demo.pretrain import config as demo
 from configs.sizes import sizes
-from dataset.formats import load_prompts
+from dataset.batches import load_prompts
 from model import Llama, ModelConfig
 from tokenizer import encode_prompt
 
@@ -49,11 +51,11 @@ def hf_twin(model):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = model.config
-    shape = {theirs: getattr(config, ours) for ours, theirs in export.HF_KEYS.items()}
+    shape = {theirs: getattr(config, ours) for ours, theirs in hf.KEYS.items()}
     rope = dict(rope_theta=config.rope_theta, rope_type="default")
     twin = LlamaForCausalLM(LlamaConfig(**shape, rope_parameters=rope))
     weights = {
-        export.renamed(name, 1): export.reorder(name, weight, config, export.pairs_to_halves)
+        exchange.renamed(name, 1): hf.reorder(name, weight, config, hf.pairs_to_halves)
         for name, weight in model.state_dict().items()
     }
     missing, unexpected = twin.load_state_dict(weights, strict=False)
@@ -135,7 +137,7 @@ def measure_trl(ckpt, data, steps):
         return [float(len(completion[0]["content"])) for completion in completions]
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        export.export_hf(ckpt, tokenizer, Path(folder), "float32")
+        hf.export_hf(ckpt, tokenizer, Path(folder), "float32")
         arguments = dict(per_device_train_batch_size=REPLIES, num_generations=GROUP, max_completion_length=NEW_TOKENS)
         arguments |= dict(max_steps=steps + 1, num_iterations=1, beta=0.1, learning_rate=LEARNING_RATE, seed=1)
         arguments |= dict(temperature=1.0, top_p=1.0, top_k=0, bf16=False, use_cpu=True, gradient_checkpointing=False)

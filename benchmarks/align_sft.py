@@ -25,11 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import sft
 from common import checkpoint
-from common.metrics import format_table, peak_memory_gb
 from common.optim import build_optimizer, set_learning_rate
+from common.report import format_table, peak_memory_gb
 from configs.sft import config as defaults
 from configs.sizes import sizes
-from dataset.formats import Examples, PackedOrder, load_pkl, pad_batch
+from dataset.batches import Examples, PackedOrder, pad_batch
+from dataset.formats import load_pkl
 from model import Llama, ModelConfig
 from tokenizer import Tokenizer
 

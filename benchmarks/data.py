@@ -27,12 +27,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.metrics import format_table, peak_memory_gb
+from common.report import format_table, peak_memory_gb
 from configs.data_process import config as defaults
 from corpora import dedup
 from corpora.clean import normalise
 from corpora.reviews import resolve, strip_tags
-from dataset.formats import Examples, load_pkl, save_pkl
+from dataset.batches import Examples
+from dataset.formats import load_pkl, save_pkl
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]

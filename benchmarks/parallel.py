@@ -22,8 +22,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import distributed
-from common.metrics import format_table
 from common.optim import build_optimizer
+from common.report import format_table
 from model import Llama, ModelConfig
 
 WARM_UP = 2  # steps before the clock starts

@@ -24,6 +24,9 @@ import gguf
 import matplotlib
 import torch
 
+from generate import generate
+from interop import exchange
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -32,7 +35,8 @@ import export
 import quantize
 from common import checkpoint
 from common.distributed import setup
-from common.metrics import format_table, source_losses
+from common.metrics import source_losses
+from common.report import format_table
 from configs.quantize import config as defaults
 from configs.sizes import sizes
 from lowbit.layers import LowBitWeight
@@ -79,12 +83,12 @@ def measure_ours(path, dtype):
     """Tokens per second and bytes of a checkpoint, in this process."""
     model = checkpoint.build_model(checkpoint.load(path)).to(dtype).eval()
     prompt = list(range(3, 3 + PROMPT))
-    model.generate([prompt], 10, temperature=0, eos_id=-1)  # packs the kernels' weights
+    generate(model, [prompt], 10, temperature=0, eos_id=-1)  # packs the kernels' weights
     decode, prefill, n = 0.0, 0.0, min(PREFILL, model.config.max_seq_len)
     ids = torch.arange(n)[None] % model.config.vocab_size
     for _ in range(3):
         start = time.perf_counter()
-        new = len(model.generate([prompt], NEW_TOKENS, temperature=0, eos_id=-1).tokens[0])
+        new = len(generate(model, [prompt], NEW_TOKENS, temperature=0, eos_id=-1).tokens[0])
         middle = time.perf_counter()
         model.head(model.hidden(ids)[:, -1])
         decode = max(decode, new / (middle - start))
@@ -153,7 +157,7 @@ def write_formats(ckpt, folder, recipes, batches):
 def dequantized(path, ckpt):
     """Our model with the weights that a .gguf file holds."""
     model = Llama(ModelConfig(**ckpt.model_config))
-    ours = {export.renamed(name, 2): name for name in model.state_dict()}
+    ours = {exchange.renamed(name, 2): name for name in model.state_dict()}
     tensors = gguf.GGUFReader(path).tensors
     weights = {ours[t.name]: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy()) for t in tensors}
     model.load_state_dict(weights)

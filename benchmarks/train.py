@@ -24,9 +24,9 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.metrics import format_table, peak_memory_gb
 from common.optim import build_optimizer
 from common.plan import flops_per_token, measured_peak
+from common.report import format_table, peak_memory_gb
 from configs.demo.pretrain import config as demo
 from configs.pretrain import config as defaults
 from configs.sizes import sizes

@@ -1,6 +1,6 @@
 """Runs beside each other: their curves in one picture, and a table.
 
-    python -m common.metrics compare out/a out/b --out=compare.png --metric=val/loss
+    python -m common.compare out/a out/b --out=compare.png --metric=val/loss
 
 in:  run directories with a metrics.jsonl
 out: a PNG, and a Markdown table on standard output
@@ -13,8 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from common.config import UserError, write_atomic
-from common.metrics import Line, draw, format_table, points, read_metrics
+from common import config
+from common.config import UserError
+from common.files import write_atomic
+from common.metrics import points, read_metrics
+from common.plots import Line, draw
+from common.report import format_table
 
 # of metrics that end so, the best is the largest; of others the smallest
 LARGER_IS_BETTER = ("accuracy", "accuracy_low", "accuracy_high", "score", "margin", "eos_rate", "distinct_2")
@@ -83,11 +87,10 @@ def table(runs: list[Run], metric: str) -> str:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser("python -m common.metrics", description=__doc__.split("\n")[0])
-    compare = parser.add_subparsers(required=True, metavar="compare").add_parser("compare", help="draw runs together")
-    compare.add_argument("runs", nargs="+", help="run directories")
-    compare.add_argument("--out", default="compare.png", help="the picture (compare.png)")
-    compare.add_argument("--metric", default="val/loss", help="the validation metric (val/loss)")
+    parser = argparse.ArgumentParser("python -m common.compare", description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="+", help="run directories")
+    parser.add_argument("--out", default="compare.png", help="the picture (compare.png)")
+    parser.add_argument("--metric", default="val/loss", help="the validation metric (val/loss)")
     args = parser.parse_args(argv)
     if Path(args.out).suffix != ".png":
         raise UserError(f"--out={args.out}: the picture is a PNG, its name must end in .png")
@@ -97,3 +100,7 @@ def main(argv=None):
     write_atomic(args.out, draw(panels(runs, args.metric)))
     print(table(runs, args.metric))
     print(f"\nwrote {args.out}")
+
+
+if __name__ == "__main__":
+    config.run(main)

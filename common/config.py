@@ -4,18 +4,18 @@ import ast
 import difflib
 import errno
 import io
-import json
 import math
 import os
 import runpy
-import shutil
 import sys
 import tokenize
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
+
+from dataset.formats import DataError
+from tokenizer import TokenizerError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -56,69 +56,6 @@ def parse_config(
     return _unflatten(config)
 
 
-def save_config(config: dict, out_dir: str | Path) -> None:
-    """Write the resolved config to out_dir/config.json."""
-    write_json(Path(out_dir) / "config.json", config)
-
-
-def write_atomic(path: str | Path, data: bytes) -> None:
-    """Replace `path` by `data` in one step, so that a reader sees the old file or the new one, never half."""
-    from dataset.formats import atomic_write
-
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        file.write(data)
-
-
-@contextmanager
-def new_folder(out: str | Path, names: set[str], overwrite: bool) -> Iterator[Path]:
-    """A folder to fill, which becomes `out` when the block ends well and vanishes when it does not.
-
-    With `overwrite` it replaces one that holds nothing but files of these names.
-    """
-    out = Path(out)
-    new, old = (out.with_name(f"{out.name}.{ending}") for ending in ("tmp", "old"))
-    if out.exists() and not overwrite:
-        raise ConfigError(f"{out} exists: give --overwrite to replace it, or another --out")
-    others = {path.name for path in out.iterdir()} - names if out.is_dir() else {out.name} if out.exists() else set()
-    if others:
-        raise ConfigError(f"{out} holds {min(others)}, which was not written here: choose another --out")
-    shutil.rmtree(new, ignore_errors=True)  # left by one that was killed, as the next
-    if out.exists():
-        shutil.rmtree(old, ignore_errors=True)
-    try:
-        new.mkdir(parents=True)
-        yield new
-        for path in new.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        if out.is_dir():
-            os.rename(out, old)
-        os.rename(new, out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        if old.is_dir() and not out.exists():
-            os.rename(old, out)
-        for left in (new, old):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object, or UserError that says what is wrong with the file."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return values
-
-
-def write_json(path: Path, values: dict) -> None:
-    write_atomic(path, (json.dumps(values, ensure_ascii=False, indent=2) + "\n").encode())
-
-
 def run(main: Callable[[], Any]) -> None:
     """Call main(); bad input ends as one line on stderr and exit code 2, Ctrl-C as one line and 130."""
     try:
@@ -138,13 +75,10 @@ def run(main: Callable[[], Any]) -> None:
 
 def _is_users(error: Exception) -> bool:
     """Whether the user can act on this error; anything else is a bug and deserves its traceback."""
-    kinds = [UserError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError]
-    # Looked up rather than imported: only a module that is loaded can have raised.
-    for module, name in (("dataset.formats", "DataError"), ("tokenizer", "TokenizerError")):
-        if kind := getattr(sys.modules.get(module), name, None):
-            kinds.append(kind)
+    kinds = (UserError, DataError, TokenizerError, FileNotFoundError, PermissionError)
+    kinds += (IsADirectoryError, NotADirectoryError)
     disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return isinstance(error, tuple(kinds)) or disk_full
+    return isinstance(error, kinds) or disk_full
 
 
 def _read_file(path: Path, defaults: dict, configs_dir: Path) -> dict:

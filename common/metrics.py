@@ -1,14 +1,10 @@
-"""What a run says about itself: metrics.jsonl, samples.txt, loss.png, progress, tables and small statistics."""
+"""The numbers of a run: metrics.jsonl with its samples and plot, the guard against NaN, losses and small statistics."""
 
-import io
 import json
 import math
-import re
 import sys
 import time
-from collections import deque
 from dataclasses import dataclass
-from datetime import timedelta
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -17,11 +13,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.config import UserError, run, write_atomic
+from common.config import UserError
+from common.files import write_atomic
+from common.plots import Line, draw
 from dataset.formats import DataError
-
-# what Markdown takes for markup; an underscore within a word is none
-MARKUP = re.compile(r"[\\|<>&`*~$\[\]]|(?<![^\W_])_|_(?![^\W_])")
 
 
 class NonFiniteError(UserError):
@@ -142,126 +137,6 @@ def points(rows: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array(steps), np.array(values, dtype=float)
 
 
-def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred moving average; near the ends it averages what there is."""
-    ones = np.ones(window)
-    half = window // 2
-    total = np.convolve(values, ones)[half : half + len(values)]
-    count = np.convolve(np.ones(len(values)), ones)[half : half + len(values)]
-    return total / count
-
-
-@dataclass(frozen=True)
-class Line:
-    """One metric of one run, as it is drawn."""
-
-    name: str  # of the metric, which decides the style
-    label: str  # in the legend
-    x: np.ndarray
-    y: np.ndarray
-
-
-def new_figure(width: float, height: float):
-    """An empty matplotlib Figure of that many inches, drawn by Agg, which needs no display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only needed here
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def png(figure) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    return file.getvalue()
-
-
-def draw(panels: list[tuple[str, str, list[Line]]]) -> bytes:
-    """PNG of the panels (x label, y label, lines) that have lines, two a row; 8.4 inches at 150 dpi stay legible at the
-    800 pixels of a README."""
-    panels = [panel for panel in panels if panel[2]]
-    columns = min(2, len(panels))
-    n_rows = math.ceil(len(panels) / columns)
-    figure = new_figure(8.4, (3.2 if columns == 2 else 4.0) * n_rows)
-    for i, (x_label, y_label, lines) in enumerate(panels):
-        axes = figure.add_subplot(n_rows, columns, i + 1)
-        for color, line in enumerate(lines):
-            style = dict(color=f"C{color}", label=line.label)
-            if line.name == "train/learning_rate":
-                axes.plot(line.x, line.y, linewidth=1.6, **style)
-            elif line.name.startswith("val/") or len(line.y) < 20:
-                axes.plot(line.x, line.y, marker="o", markersize=4, linewidth=1.2, zorder=3, **style)
-            else:
-                axes.plot(line.x, line.y, color=f"C{color}", linewidth=0.6, alpha=0.35)
-                axes.plot(line.x, smooth(line.y, len(line.y) // 20 | 1), linewidth=1.6, **style)
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
-        axes.grid(alpha=0.25)
-        axes.legend(frameon=False)
-    return png(figure)
-
-
-class Progress:
-    """Speed and time left: a tqdm bar on a terminal, else a plain line on stderr at most every 10 seconds."""
-
-    def __init__(self, total: int, initial: int = 0, desc: str = "", counted: str = "tokens"):
-        self.total, self.step, self.desc, self.counted = total, initial, desc, counted
-        self.tokens = 0
-        # Rates are taken over the last 100 updates, so that a pause for evaluation fades out.
-        self.window = deque([(time.monotonic(), initial, 0)], maxlen=100)
-        self.line, self.printed_at = "", -math.inf
-        self.bar = None
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=total, initial=initial, desc=desc, unit="step", dynamic_ncols=True)
-
-    def update(self, step: int, tokens: int, **shown: float) -> None:
-        """`step` steps are done; `tokens`, or what else is counted, were processed since the last call; `shown` numbers
-        go beside."""
-        now = time.monotonic()
-        self.tokens += tokens
-        self.window.append((now, step, self.tokens))
-        then, old_step, old_tokens = self.window[0]
-        elapsed = max(now - then, 1e-9)
-        speed = f"{(self.tokens - old_tokens) / elapsed:,.0f} {self.counted}/s"
-        numbers = [f"{name} {value:.4g}" for name, value in shown.items()]
-        if self.bar is not None:
-            self.bar.set_postfix_str(", ".join([speed, *numbers]), refresh=False)
-            self.bar.update(step - self.step)
-        self.step = step
-        steps_per_second = (step - old_step) / elapsed
-        left = "?"
-        if steps_per_second > 0:
-            left = timedelta(seconds=round((self.total - step) / steps_per_second))
-        self.line = f"{self.desc} {step}/{self.total} {', '.join([speed, f'ETA {left}', *numbers])}".strip()
-        if self.bar is None and now - self.printed_at >= 10:
-            self._print(now)
-
-    def close(self) -> None:
-        """Finish the bar, or print the last line if it was held back."""
-        if self.bar is not None:
-            self.bar.close()
-        elif self.line:
-            self._print(time.monotonic())
-
-    def _print(self, now: float) -> None:
-        print(self.line, file=sys.stderr, flush=True)
-        self.line, self.printed_at = "", now
-
-
-def peak_memory_gb() -> float:
-    """Largest resident memory of this process so far; nan where the system does not tell (Windows)."""
-    status = Path("/proc/self/status")  # Linux; getrusage would count what the parent had before this began
-    if status.exists() and (peak := re.search(r"VmHWM:\s*(\d+)", status.read_text())):
-        return int(peak[1]) * 1024 / 1e9
-    try:
-        import resource
-    except ImportError:
-        return math.nan
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
 class FiniteGuard:
     """Skips updates whose loss or gradient is not finite, and gives up after `limit` of them in a row."""
 
@@ -284,21 +159,6 @@ class FiniteGuard:
             )
         tqdm.write(f"{found}: update skipped ({self.in_a_row} in a row, stops at {self.limit})", file=sys.stderr)
         return False
-
-
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown that shows the texts as they are: line ends and what would be markup are escaped."""
-
-    def line(cells):
-        escaped = [MARKUP.sub(r"\\\g<0>", cell) for cell in cells]
-        return "| " + " | ".join(escaped).replace("\r", "\\r").replace("\n", "\\n") + " |"
-
-    return "\n".join([line(header), "|---" * len(header) + "|", *map(line, rows)])
-
-
-def format_table(columns: dict[str, str], rows: list[dict]) -> str:
-    """The table of rows under columns {title: format string over a row's keys}."""
-    return markdown_table(list(columns), [[form.format(**row) for form in columns.values()] for row in rows])
 
 
 def share(hits: list[bool]) -> float:
@@ -385,9 +245,3 @@ def distinct_2(texts: list[str], n_chars: int) -> float:
         left -= len(text)
         bigrams.update(text[i : i + 2] for i in range(len(text) - 1))
     return len(bigrams) / n_chars
-
-
-if __name__ == "__main__":
-    from common.compare import main
-
-    run(main)

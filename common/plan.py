@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from common.config import ConfigError
-from common.metrics import format_table
 from common.optim import build_optimizer
+from common.report import format_table
 from model import Llama, ModelConfig, row_chunks
 from tokenizer import MODEL_FILE, Tokenizer
 

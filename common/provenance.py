@@ -5,7 +5,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from common.checkpoint import Checkpoint
-from common.metrics import markdown_table, read_metrics
+from common.metrics import read_metrics
+from common.report import markdown_table
 from dataset.formats import DataError, load_meta
 from model import ModelConfig
 

@@ -9,9 +9,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common import checkpoint, distributed
-from common.config import ConfigError, UserError, save_config
+from common.config import ConfigError, UserError
+from common.files import save_config
 from common.loggers import open_logger
-from common.metrics import FiniteGuard, MetricLog, Progress, peak_memory_gb
+from common.metrics import FiniteGuard, MetricLog
+from common.report import Progress, peak_memory_gb
 from dataset.formats import load_meta
 
 # config keys, by their ending, that only make sense from 1 on

@@ -1,11 +1,15 @@
-"""Shards joined into the artifacts. In every function `keep` and `is_val` (N,) tell of each document of all shards, in
-order, whether it stays and whether it is held out; what is returned goes into meta.json."""
+"""Shards joined into the artifacts: which documents stay, and what is written of those.
+
+In every function `keep` and `is_val` (N,) tell of each document of all shards, in order, whether it stays and whether
+it is held out. What merge returns goes into meta.json.
+"""
 
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
+from corpora.dedup import near_duplicates
 from corpora.shards import SAMPLES, Outcomes
 from dataset import formats
 
@@ -21,6 +25,51 @@ def per_shard(shards, *arrays):
         stop = start + len(columns["content"])
         yield shard, columns, *(array[start:stop] for array in arrays)
         start = stop
+
+
+def compares(part, config):
+    """Whether near-duplicates are looked for; not among pairs, as those of one question are alike by nature."""
+    return config["dedup"] == "near" and part != "rm"
+
+
+def choose(part, shards, own, config):
+    """(why, is_val) of all documents of all shards (N,): 0 keeps one, else REASONS[why]; whether it is held out.
+
+    The first of equal documents stays, and a near-duplicate of a validation document leaves training. `own` says which
+    shards are of sources that dropped their own duplicates, as the demo's: two reviews may well differ in signs alone.
+    """
+    columns = [shard.columns() for shard in shards]
+    content = np.concatenate([c["content"] for c in columns])
+    is_val = np.concatenate([c["key"] for c in columns]) < np.uint64(config["val_share"] * 2**64)
+    why = np.zeros(len(content), np.uint8)
+    if config["dedup"] != "none":
+        copies = np.ones(len(content), bool)
+        copies[np.unique(content, return_index=True)[1]] = False
+        why[copies] = REASONS.index("duplicate")
+    if compares(part, config):
+        mark_near_duplicates(Path(config["out"]) / "work" / part / "signatures.bin", shards, why, is_val)
+    why[np.repeat(own, [len(c["content"]) for c in columns])] = 0
+    if part == "prompts":
+        for held_out, limit in ((False, config["prompts_train"]), (True, config["prompts_val"])):
+            found = np.flatnonzero((why == 0) & (is_val == held_out))  # those with the lowest hashes stay
+            why[found[np.argsort(content[found], kind="stable")[limit:]]] = REASONS.index("not needed")
+    return why, is_val
+
+
+def mark_near_duplicates(path, shards, why, is_val):
+    """Compare the signatures of what is still kept, gathered in one file so that memory stays bounded."""
+    width = 0
+    with open(path, "wb") as file:
+        for shard, columns, dropped in per_shard(shards, why):
+            lengths = columns["signature_lengths"]
+            width = max(width, int(lengths.max(initial=0)))
+            for (signatures,) in shard.read("signature", lengths, dropped == 0):
+                file.write(signatures.tobytes())
+    kept = np.flatnonzero(why == 0)
+    if len(kept):
+        signatures = np.memmap(path, np.uint16, mode="r", shape=(len(kept), width))
+        why[kept[near_duplicates(signatures, prefer=is_val[kept])]] = REASONS.index("near-duplicate")
+    path.unlink()
 
 
 def merge(part, shards, why, is_val, out, tokenizer):

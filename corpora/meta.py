@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from common.checkpoint import file_sha256
-from common.config import read_json, write_atomic
-from common.metrics import markdown_table, new_figure, png
+from common.files import read_json, write_atomic
+from common.plots import new_figure, png
+from common.report import markdown_table
 from dataset import formats
+from dataset.batches import Examples
 from dataset.corpus import Corpus
-from dataset.formats import DataError, Examples
+from dataset.formats import DataError
 
 PARTS = ("text", "pretrain", "sft", "rm", "prompts")  # in the order that they are shown
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from common.config import UserError
-from common.metrics import Progress
+from common.report import Progress
 from dataset.formats import DataError
 
 SAMPLES = 20  # dropped records kept of each reason, to look at

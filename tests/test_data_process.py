@@ -20,8 +20,9 @@ from configs.tokenizer import config as tokenizer_defaults
 from corpora import sources
 from corpora.clean import clean_document, content_key, is_validation
 from data_process import main
+from dataset.batches import Examples
 from dataset.corpus import Corpus
-from dataset.formats import DataError, Examples, load_meta, load_pkl
+from dataset.formats import DataError, load_meta, load_pkl
 from tokenizer import Tokenizer
 from tokenizer.train import Corpus as TrainingText
 from tokenizer.train import train_bpe

@@ -16,7 +16,7 @@ import dpo_train
 import tokenizer.train
 from common import checkpoint
 from common.config import ConfigError
-from dataset.formats import pad_batch
+from dataset.batches import pad_batch
 from model import Llama, ModelConfig
 from tokenizer import Tokenizer
 

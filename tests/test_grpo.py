@@ -14,7 +14,8 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.rloo_trainer import RLOOTrainer
 
 import grpo_train
-from alignment.rollout import Rollout, entropy_bonus, in_batches, rollout
+from alignment.objective import entropy_bonus
+from alignment.rollout import Rollout, in_batches, rollout
 from common import checkpoint
 
 LOSSES = list(grpo_train.LOSSES)

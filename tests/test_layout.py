@@ -9,7 +9,14 @@ import tokenize
 import pytest
 from chains import ROOT
 
-BASE = {"model", "generate", "dataset", "tokenizer", "lowbit", "configs"}  # what everything may lean on, and they on nothing
+BASE = {
+    "model",
+    "generate",
+    "dataset",
+    "tokenizer",
+    "lowbit",
+    "configs",
+}  # what everything may lean on, and they on nothing
 WINGS = {"corpora", "alignment", "interop"}
 STAGES = sorted({path.stem for path in ROOT.glob("*.py")} - BASE)
 OURS = BASE | WINGS | {"common"} | set(STAGES)

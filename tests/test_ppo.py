@@ -11,17 +11,10 @@ from chains import argv, failure, metrics, rl_options
 from tiny import ENV, EOS, TEMPERATURE, assert_same, float64, gradients, ragged, tiny
 
 import ppo_train
-from alignment.rollout import (
-    Rollout,
-    entropy_bonus,
-    in_batches,
-    masked_whiten,
-    policy_loss,
-    ratio_stats,
-    rollout,
-    sequence_kl,
-)
+from alignment.objective import entropy_bonus, masked_whiten, policy_loss, ratio_stats
+from alignment.rollout import Rollout, in_batches, rollout, sequence_kl
 from common import checkpoint
+from generate import generate
 
 LOG_2 = math.log(2)
 
@@ -113,7 +106,7 @@ def test_adapt_kl_coef_moves_towards_the_target_within_bounds():
 def test_log_probabilities_are_those_that_the_replies_were_sampled_with():
     policy = tiny()
     batch = rollout(policy, PROMPTS, 12, TEMPERATURE, EOS, seed=4)
-    sampled = policy.generate(PROMPTS, 12, temperature=TEMPERATURE, eos_id=EOS, seed=4, return_logps=True)
+    sampled = generate(policy, PROMPTS, 12, temperature=TEMPERATURE, eos_id=EOS, seed=4, return_logps=True)
     assert batch.replies == sampled.tokens
     assert batch.ended.tolist() == [reply[-1] == EOS for reply in sampled.tokens]
     found = in_batches(lambda rows: logps_of(policy, rows), batch, 4)

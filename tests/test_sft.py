@@ -24,13 +24,13 @@ from parallel import assert_same_training, torchrun_stage
 from tiny import VOCAB, assert_same, conversations, examples, float64, gradients, tiny, widen
 
 import data_process
-import export
 import sft
 import tokenizer.train
 from common import checkpoint
 from common.checkpoint import CheckpointError
 from common.config import ConfigError
-from dataset.formats import pack_batch, pad_batch
+from dataset.batches import pack_batch, pad_batch
+from interop import exchange, hf
 from model import Llama, ModelConfig
 from tokenizer import Tokenizer
 
@@ -152,7 +152,7 @@ def test_loss_and_gradients_are_those_of_hugging_face():
     )  # fmt: skip
     theirs, names = transformers.LlamaForCausalLM(config), {}
     for name, p in ours.named_parameters():
-        names[export.renamed(name, 1)] = export.reorder(name, p.detach(), ours.config, export.pairs_to_halves)
+        names[exchange.renamed(name, 1)] = hf.reorder(name, p.detach(), ours.config, hf.pairs_to_halves)
     missing, unexpected = theirs.load_state_dict(names, strict=False)
     assert set(missing) <= {"lm_head.weight"} and not unexpected  # tied
     batch = pad_batch(ROWS)
@@ -168,8 +168,8 @@ def test_loss_and_gradients_are_those_of_hugging_face():
     assert found.item() == pytest.approx(loss.item(), rel=1e-6)  # its rotary tables are float32
     gradient = dict(theirs.named_parameters())
     for name, p in ours.named_parameters():
-        expected = gradient[export.renamed(name, 1)].grad
-        mine = export.reorder(name, p.grad, ours.config, export.pairs_to_halves)
+        expected = gradient[exchange.renamed(name, 1)].grad
+        mine = hf.reorder(name, p.grad, ours.config, hf.pairs_to_halves)
         torch.testing.assert_close(mine, expected, atol=1e-6, rtol=1e-5, msg=name)
 
 

@@ -8,7 +8,7 @@ from packing import pack_examples
 
 from alignment.rollout import Rollout
 from common.distributed import Env
-from dataset.formats import Examples, pad_batch
+from dataset.batches import Examples, pad_batch
 from model import Llama, ModelConfig
 from tokenizer import Example
 

@@ -129,7 +129,8 @@ def characters_per_token(tokenizer: Tokenizer, lines: list[str]) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    from common.config import parse_config, save_config, write_atomic
+    from common.config import parse_config
+    from common.files import save_config, write_atomic
 
     config = parse_config("tokenizer", argv, __doc__)
     out = Path(config["out"])

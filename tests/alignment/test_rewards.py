@@ -7,8 +7,9 @@ import pytest
 import torch
 from tiny import ragged
 
+from alignment.objective import add_up, average
 from alignment.rewards import Reward, checked, final_scores, length_reward, plot_score_kl, reward_function
-from alignment.rollout import Watch, add_up, average, reply_metrics, rollout
+from alignment.rollout import Watch, reply_metrics, rollout
 from common import checkpoint
 from common.config import ConfigError
 from common.metrics import MetricLog

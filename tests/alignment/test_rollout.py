@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from tiny import assert_same, conversations, float64, ragged, tiny, widen
 
-from alignment.rollout import in_batches, masked_mean, masked_whiten, sequence_scores
-from dataset.formats import pad_batch
+from alignment.objective import masked_mean, masked_whiten
+from alignment.rollout import in_batches, sequence_scores
+from dataset.batches import pad_batch
 
 # masked arithmetic and batches
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from alignment.tradeoff import best_of, best_of_kl, draw, obstacles, short_names, signed_sqrt
-from common.metrics import png, wilson_interval
+from common.metrics import wilson_interval
+from common.plots import png
 
 
 def row(name, kl, positive, n=200):

@@ -8,7 +8,8 @@ import sys
 import pytest
 from chains import ROOT
 
-from common.config import ConfigError, UserError, parse_config, run, save_config, write_atomic
+from common.config import ConfigError, UserError, parse_config, run
+from common.files import save_config, write_atomic
 
 DEFAULTS = """
 config = dict(

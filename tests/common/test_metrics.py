@@ -15,20 +15,10 @@ from common import compare
 from common.config import ConfigError, UserError
 from common.distributed import Env
 from common.loggers import open_logger, run_id
-from common.metrics import (
-    FiniteGuard,
-    MetricLog,
-    NonFiniteError,
-    Progress,
-    distinct_2,
-    format_table,
-    markdown_table,
-    share,
-    smooth,
-    source_losses,
-    wilson_interval,
-)
+from common.metrics import FiniteGuard, MetricLog, NonFiniteError, distinct_2, share, source_losses, wilson_interval
 from common.optim import build_optimizer
+from common.plots import smooth
+from common.report import Progress, format_table, markdown_table
 from common.stage import Stage
 from configs.pretrain import config as pretraining
 from dataset.corpus import Corpus
@@ -346,7 +336,7 @@ def test_compare_draws_runs_and_tells_what_they_reached(tmp_path, capsys):
     a = write_run(tmp_path / "a", rows)
     b = write_run(tmp_path / "b", [{"step": 7, "seconds": 1, "val/loss": 4.0, "val/accuracy": 0.125}])
     out = tmp_path / "new" / "plot.png"
-    compare.main(["compare", a, b, f"--out={out}"])
+    compare.main([a, b, f"--out={out}"])
     table = capsys.readouterr().out.splitlines()
     assert table[0] == "| run | steps | tokens | final val/loss | best val/loss (step) | tokens/s |"
     assert [line.replace("\\_", "_") for line in table[2:4]] == [
@@ -362,7 +352,7 @@ def test_compare_draws_runs_and_tells_what_they_reached(tmp_path, capsys):
     (only,) = lines["tokens", "val/loss"]  # b does not say how many tokens it saw
     assert (only.x.tolist(), only.y.tolist()) == ([0, 400, 900], [9.0, 3.0, 3.25])
 
-    compare.main(["compare", a, f"--out={out}", "--metric=val/accuracy"])
+    compare.main([a, f"--out={out}", "--metric=val/accuracy"])
     assert "| 0.25 | 0.5 (20) |" in capsys.readouterr().out  # of accuracies the largest is the best
 
 
@@ -375,7 +365,7 @@ def test_compare_says_what_is_wrong_with_its_input(tmp_path):
         ([a, a], "a run is given twice"),
     ):
         with pytest.raises(UserError, match=message):
-            compare.main(["compare", *arguments])
-    command = [sys.executable, "-m", "common.metrics", "compare", str(tmp_path / "none")]
+            compare.main(arguments)
+    command = [sys.executable, "-m", "common.compare", str(tmp_path / "none")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1

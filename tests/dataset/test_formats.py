@@ -10,22 +10,9 @@ import pytest
 import torch
 from packing import pack_examples
 
+from dataset.batches import Examples, PackedOrder, epoch_order, pack_lengths, pad_batch
 from dataset.corpus import Corpus
-from dataset.formats import (
-    BinWriter,
-    DataError,
-    Examples,
-    PackedOrder,
-    atomic_write,
-    epoch_order,
-    load_meta,
-    load_pkl,
-    pack_lengths,
-    pad_batch,
-    save_meta,
-    save_pkl,
-    token_dtype,
-)
+from dataset.formats import BinWriter, DataError, atomic_write, load_meta, load_pkl, save_meta, save_pkl, token_dtype
 
 Example = namedtuple("Example", "ids loss_mask")
 

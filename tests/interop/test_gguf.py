@@ -15,6 +15,8 @@ import torch
 import export
 from common import checkpoint
 from common.provenance import provenance
+from generate import generate
+from interop import exchange
 from model import Llama, ModelConfig
 from tokenizer import Tokenizer, encode_opening, encode_prompt
 
@@ -135,7 +137,7 @@ def test_f32_greedy_text_and_log_probabilities_are_ours(tmp_path, tok, shape):
     assert len(prompts) == 20
     for prompt in prompts:
         ids, top = cpp.greedy(prompt, 64)
-        assert ids == model.generate([prompt], 64, temperature=0).tokens[0]
+        assert ids == generate(model, [prompt], 64, temperature=0).tokens[0]
         logps = model(torch.tensor([prompt + ids]))[0, len(prompt) - 1 : -1].log_softmax(-1)  # (n, V)
         for ours, theirs in zip(logps, top, strict=True):
             values, tokens = ours.topk(5)
@@ -150,7 +152,7 @@ def test_a_base_model_opens_its_documents(tmp_path, tok, trained):
     cpp = LlamaCpp(convert(trained[0], tmp_path / "gguf"))
     assert cpp.encode("酒店", add_special=True) == encode_opening(tok, "酒店")
     assert cpp.encode("酒店", add_special=False) == tok.encode("酒店")
-    assert cpp.greedy("酒店", 40)[0] == model.generate([encode_opening(tok, "酒店")], 40, temperature=0).tokens[0]
+    assert cpp.greedy("酒店", 40)[0] == generate(model, [encode_opening(tok, "酒店")], 40, temperature=0).tokens[0]
 
 
 @pytest.mark.parametrize("dtype, limit", [("float32", 1e-4), ("float16", 1e-3), ("q8_0", 5e-3), ("q4_0", 0.2)])
@@ -191,7 +193,7 @@ def test_metadata_and_modelfile(tmp_path, tok, trained):
     folder = convert(trained[0], tmp_path / "gguf", dtype="q4_0")
     reader = gguf.GGUFReader(folder / "model.gguf")
     fields = {name: field.contents() for name, field in reader.fields.items()}
-    assert json.loads(fields[export.FACTS]) == provenance(checkpoint.load(trained[0]))
+    assert json.loads(fields[exchange.FACTS]) == provenance(checkpoint.load(trained[0]))
     assert fields["llama.context_length"] == 256 and fields["general.file_type"] == 2
     assert (fields["tokenizer.ggml.bos_token_id"], fields["tokenizer.ggml.add_bos_token"]) == (2, True)
     kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
