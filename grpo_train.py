@@ -10,7 +10,6 @@ Reads data/<name>/prompts.pkl, an SFT checkpoint and maybe a reward model; write
     python grpo_train.py configs/demo/grpo.py --loss=rloo
 """
 
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from alignment.objective import add_up, average, entropy_bonus, policy_loss, rat
 from alignment.rewards import Reward, evaluate_policy, plot_score_kl
 from alignment.rollout import Watch, reply_logps, reply_metrics, rollout
 from common import checkpoint
-from common.config import ConfigError, UserError, parse_config, run
+from common.config import ConfigError, parse_config, run
 from common.optim import build_optimizer, learning_rate, set_learning_rate
 from common.stage import Stage
 from dataset.batches import BatchOrder, load_prompts
@@ -81,6 +80,29 @@ def group_loss(logps, old_logps, advantages, mask, n_replies, config):
     return loss, ratio_stats(logps, old_logps, shares, config["cliprange"])
 
 
+def experience(policy, reference, reward, prompts, seed, config, env):
+    """Phases 1 to 4: group_size replies to each prompt; their logps (B, T-1); advantages (B, 1), or (B, T-1) with the
+    entropy's; metrics by name."""
+    group_size, eos_id = config["group_size"], reward.tokenizer.eos_id
+    # 1. rollout
+    prompts = [prompt for prompt in prompts for _ in range(group_size)]
+    batch = rollout(policy, prompts, config["max_new_tokens"], config["temperature"], eos_id, seed)
+    # 2. score
+    scores = reward.scores(batch)  # (B,)
+    # 3. penalised rewards
+    logps = reply_logps(policy, batch, env, config)  # (B, T-1)
+    ref_logps = reply_logps(reference, batch, env, config) if config["kl_coef"] else None
+    rewards = penalised_rewards(scores, logps, ref_logps, batch.mask, config["kl_coef"])  # (B,)
+    # 4. advantages
+    advantages = group_advantages(rewards, group_size, config["loss"])[:, None]  # (B, 1)
+    if config["entropy_coef"]:
+        advantages = advantages + config["entropy_coef"] * entropy_bonus(logps, batch.mask)  # (B, T-1)
+
+    metrics = reply_metrics(batch, scores, logps, ref_logps, reward.tokenizer)
+    metrics |= dict(rlhf_reward=rewards.mean().item(), zero_variance=zero_variance(scores, group_size))
+    return batch, logps, advantages, metrics
+
+
 def update(stage, step, policy, batch, old_logps, advantages, config, generator):
     """Phase 5: `epochs` passes over the replies in shuffled minibatches; returns the metrics' averages over updates.
 
@@ -121,15 +143,13 @@ def check(config):
 def main(argv=None):
     config = parse_config("grpo_train", argv, __doc__)
     check(config)
-    stage = Stage("grpo", config, PANELS)
+    stage = Stage("grpo", config, PANELS, parallel=False)
     if stage.finished:
         return
-    env, group_size = stage.env, config["group_size"]
-    if env.world_size > 1:
-        raise UserError("grpo_train.py runs in one process: start it without torchrun")
+    env = stage.env
     parent, tokenizer = stage.load_parent()
     train, held_out = load_prompts(Path(config["data"]) / "prompts.pkl", tokenizer.vocab_size)
-    eos_id, held_out = tokenizer.eos_id, held_out[: config["eval_prompts"]]
+    held_out = held_out[: config["eval_prompts"]]
 
     policy, reference = (checkpoint.build_model(parent).to(env.device) for _ in range(2))
     policy.eval()  # no dropout: a ratio must compare the policy with itself
@@ -137,18 +157,11 @@ def main(argv=None):
     reward = Reward(config, parent, tokenizer, env.device)
     optimizer = build_optimizer(policy, config)
     stage.start(policy, optimizer, tokenizer, parent)
-    sample = partial(rollout, max_new_tokens=config["max_new_tokens"], temperature=config["temperature"], eos_id=eos_id)
-
-    if stage.resumed:
-        extra = stage.resumed.training["extra"]
-        checkpoint.same_file(stage.resumed, extra["reward_model"], reward.judge)
-        reward.norm, watch = extra["norm"], Watch(extra["watch"])
-    else:
-        reward.normalise_on(sample(reference, train[: config["norm_prompts"]], seed=config["seed"]))
-        watch = Watch()
+    reward.start(stage, reference, train[: config["norm_prompts"]])
+    watch = Watch(stage.extra.get("watch"))
     print(f"{len(train):,} training and {len(held_out):,} held-out prompts; "
           f"reference scores {reward.norm[0]:.3f} +- {reward.norm[1]:.3f}")  # fmt: skip
-    order = BatchOrder(len(train), config["rollout_size"] // group_size, config["seed"])
+    order = BatchOrder(len(train), config["rollout_size"] // config["group_size"], config["seed"])
 
     with stage.interrupt:
         for step in range(stage.first, config["max_steps"] + 1):
@@ -162,26 +175,11 @@ def main(argv=None):
             if stage.ends(step):
                 break
 
-            # 1. rollout
             seed = config["seed"] * 1_000_003 + step
-            batch = sample(policy, [train[i] for i in order[step] for _ in range(group_size)], seed=seed)
-            # 2. score
-            scores = reward.scores(batch)  # (B,)
-            # 3. penalised rewards
-            logps = reply_logps(policy, batch, env, config)  # (B, T-1)
-            ref_logps = reply_logps(reference, batch, env, config) if config["kl_coef"] else None
-            rewards = penalised_rewards(scores, logps, ref_logps, batch.mask, config["kl_coef"])  # (B,)
-            # 4. advantages
-            advantages = group_advantages(rewards, group_size, config["loss"])[:, None]  # (B, 1)
-            if config["entropy_coef"]:
-                advantages = advantages + config["entropy_coef"] * entropy_bonus(logps, batch.mask)  # (B, T-1)
-            # 5. updates
+            prompts = [train[i] for i in order[step]]
+            batch, logps, advantages, before = experience(policy, reference, reward, prompts, seed, config, env)
             generator = torch.Generator().manual_seed(seed)
-            metrics = update(stage, step, policy, batch, logps, advantages, config, generator)
-
-            texts = [tokenizer.decode(reply) for reply in batch.replies]
-            metrics |= reply_metrics(batch, scores, logps, ref_logps, texts)
-            metrics |= dict(rlhf_reward=rewards.mean().item(), zero_variance=zero_variance(scores, group_size))
+            metrics = update(stage, step, policy, batch, logps, advantages, config, generator) | before
             watch.look(step + 1, metrics)
             metrics = {f"grpo/{name}": number for name, number in metrics.items()} | {"train/learning_rate": lr}
             stage.log(step + 1, int(batch.lengths.sum()), metrics, shown=("grpo/score", "grpo/kl"))

@@ -10,7 +10,6 @@ Reads data/<name>/prompts.pkl, an SFT checkpoint and a reward model; writes a ru
     python ppo_train.py configs/demo/ppo.py --kl_coef=0.1
 """
 
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from alignment.objective import add_up, average, entropy_bonus, masked_mean, mas
 from alignment.rewards import Reward, evaluate_policy, plot_score_kl
 from alignment.rollout import Watch, in_batches, reply_logps, reply_metrics, rollout
 from common import checkpoint
-from common.config import UserError, parse_config, run
+from common.config import parse_config, run
 from common.optim import build_optimizer, learning_rate, set_learning_rate
 from common.stage import Stage
 from dataset.batches import BatchOrder, load_prompts
@@ -71,6 +70,45 @@ def adapt_kl_coef(kl_coef, kl, target, horizon):
     return kl_coef * (1 + error * 10 / horizon)
 
 
+def experience(policy, reference, value, reward, prompts, kl_coef, seed, config, env):
+    """Phases 1 to 4: replies to the prompts; (logps, values, advantages, returns), each (B, T-1); metrics by name."""
+    # 1. rollout
+    eos_id = reward.tokenizer.eos_id
+    batch = rollout(policy, prompts, config["max_new_tokens"], config["temperature"], eos_id, seed)
+    # 2. score
+    scores = reward.scores(batch)  # (B,)
+    # 3. penalised rewards
+    logps, ref_logps = (reply_logps(model, batch, env, config) for model in (policy, reference))  # (B, T-1)
+    rewards = penalised_rewards(scores, logps, ref_logps, batch.mask, kl_coef)
+    # 4. advantages
+    values = reply_values(value, batch, env, config)
+    advantages, returns = gae(rewards, values, batch.mask, config["gamma"], config["lam"])
+    advantages = masked_whiten(advantages, batch.mask)
+    advantages += config["entropy_coef"] * entropy_bonus(logps, batch.mask)
+
+    metrics = reply_metrics(batch, scores, logps, ref_logps, reward.tokenizer)
+    metrics |= dict(kl_coef=kl_coef, explained_variance=explained_variance(values, returns, batch.mask))
+    metrics["rlhf_reward"] = metrics["score"] - kl_coef * metrics["kl"]
+    return batch, (logps, values, advantages, returns), metrics
+
+
+def reply_values(model, batch, env, config):
+    """The value model's expectation at each reply token, before it is chosen: (B, T-1)."""
+
+    def values(rows):
+        with env.autocast():
+            return model.values(rows.ids)[:, :-1]
+
+    return in_batches(values, batch, config["micro_batch_size"]) * batch.mask
+
+
+def explained_variance(values, returns, mask):
+    """The share of the variance of returns over real tokens that the values tell beforehand; 1 is all, 0 none."""
+    residual = masked_mean((returns - values).square(), mask)
+    variance = masked_mean((returns - masked_mean(returns, mask)).square(), mask)
+    return 1 - (residual / variance).item()
+
+
 def update(stage, step, policy, value, batch, old, config, generator):
     """Phase 5: ppo_epochs passes over the replies in shuffled minibatches; returns the metrics' averages over updates.
 
@@ -100,24 +138,15 @@ def update(stage, step, policy, value, batch, old, config, generator):
     return average(updates)
 
 
-def explained_variance(values, returns, mask):
-    """The share of the variance of returns over real tokens that the values tell beforehand; 1 is all, 0 none."""
-    residual = masked_mean((returns - values).square(), mask)
-    variance = masked_mean((returns - masked_mean(returns, mask)).square(), mask)
-    return 1 - (residual / variance).item()
-
-
 def main(argv=None):
     config = parse_config("ppo_train", argv, __doc__)
-    stage = Stage("ppo", config, PANELS)
+    stage = Stage("ppo", config, PANELS, parallel=False)
     if stage.finished:
         return
     env = stage.env
-    if env.world_size > 1:
-        raise UserError("ppo_train.py runs in one process: start it without torchrun")
     parent, tokenizer = stage.load_parent()
     train, held_out = load_prompts(Path(config["data"]) / "prompts.pkl", tokenizer.vocab_size)
-    eos_id, held_out = tokenizer.eos_id, held_out[: config["eval_prompts"]]
+    held_out = held_out[: config["eval_prompts"]]
 
     policy, reference = (checkpoint.build_model(parent).to(env.device) for _ in range(2))
     reference.eval().requires_grad_(False)
@@ -128,20 +157,10 @@ def main(argv=None):
     both.eval()  # no dropout: a ratio must compare the policy with itself
     optimizer = build_optimizer(both, config)
     stage.start(policy, optimizer, tokenizer, parent, trained=both)
-    sample = partial(rollout, max_new_tokens=config["max_new_tokens"], temperature=config["temperature"], eos_id=eos_id)
-
-    def values_of(rows):
-        with env.autocast():
-            return value.values(rows.ids)[:, :-1]
-
+    reward.start(stage, reference, train[: config["norm_prompts"]])
     if stage.resumed:
-        extra = stage.resumed.training["extra"]
-        checkpoint.same_file(stage.resumed, extra["reward_model"], reward.judge)
-        value.load_state_dict(extra["value"])
-        kl_coef, reward.norm, watch = extra["kl_coef"], extra["norm"], Watch(extra.get("watch"))
-    else:
-        reward.normalise_on(sample(reference, train[: config["norm_prompts"]], seed=config["seed"]))
-        kl_coef, watch = config["kl_coef"], Watch()
+        value.load_state_dict(stage.extra["value"])
+    kl_coef, watch = stage.extra.get("kl_coef", config["kl_coef"]), Watch(stage.extra.get("watch"))
     print(f"{len(train):,} training and {len(held_out):,} held-out prompts; "
           f"reference scores {reward.norm[0]:.3f} +- {reward.norm[1]:.3f}")  # fmt: skip
     order = BatchOrder(len(train), config["rollout_size"], config["seed"])
@@ -159,27 +178,11 @@ def main(argv=None):
             if stage.ends(step):
                 break
 
-            # 1. rollout
             seed = config["seed"] * 1_000_003 + step
-            batch = sample(policy, [train[i] for i in order[step]], seed=seed)
-            # 2. score
-            scores = reward.scores(batch)  # (B,)
-            # 3. penalised rewards
-            logps, ref_logps = (reply_logps(model, batch, env, config) for model in (policy, reference))  # (B, T-1)
-            rewards = penalised_rewards(scores, logps, ref_logps, batch.mask, kl_coef)
-            # 4. advantages
-            values = in_batches(values_of, batch, config["micro_batch_size"]) * batch.mask
-            advantages, returns = gae(rewards, values, batch.mask, config["gamma"], config["lam"])
-            advantages = masked_whiten(advantages, batch.mask)
-            advantages += config["entropy_coef"] * entropy_bonus(logps, batch.mask)
-            # 5. updates
+            prompts = [train[i] for i in order[step]]
+            batch, old, before = experience(policy, reference, value, reward, prompts, kl_coef, seed, config, env)
             generator = torch.Generator().manual_seed(seed)
-            metrics = update(stage, step, policy, value, batch, (logps, values, advantages, returns), config, generator)
-
-            texts = [tokenizer.decode(reply) for reply in batch.replies]
-            metrics |= reply_metrics(batch, scores, logps, ref_logps, texts)
-            metrics |= dict(kl_coef=kl_coef, explained_variance=explained_variance(values, returns, batch.mask))
-            metrics["rlhf_reward"] = metrics["score"] - kl_coef * metrics["kl"]
+            metrics = update(stage, step, policy, value, batch, old, config, generator) | before
             watch.look(step + 1, metrics)
             if config["kl_target"] > 0:
                 kl_coef = adapt_kl_coef(kl_coef, metrics["kl"], config["kl_target"], config["kl_horizon"])

@@ -35,6 +35,12 @@ PANELS = [
 ]
 
 
+def fetch(corpus, n, config, env):
+    """Micro-batch n of this process, on its way to the device: x, y (B, T)."""
+    B, T = config["batch_size"], config["seq_len"]
+    return move(corpus.batch((n * env.world_size + env.rank) * B, B, T, config["seed"]), env.device)
+
+
 def evaluate(model, val, env, max_tokens=None):
     """Loss on about max_tokens validation tokens, evenly spaced (None: all of them), in rows of full context.
 
@@ -43,6 +49,13 @@ def evaluate(model, val, env, max_tokens=None):
     total, sources = source_losses(model, val, env, max_tokens)
     metrics = {f"val/bits_per_char/{name}": loss.bits_per_char for name, loss in sources.items()}
     return {"val/loss": total.per_token, "val/bits_per_char": total.bits_per_char} | metrics
+
+
+def warn_unless_uniform(loss, vocab_size):
+    """A model that knows nothing gives every token the same probability; any other first loss is a bug's."""
+    expected = math.log(vocab_size)
+    if abs(loss / expected - 1) > 0.02:
+        tqdm.write(f"warning: first loss {loss:.3f} is not ln(vocab) = {expected:.3f}")
 
 
 def continue_prompts(model, tokenizer, config):
@@ -72,18 +85,14 @@ def main(argv=None):
     optimizer = build_optimizer(model, config)
     stage.start(model, optimizer, tokenizer)
     already_seen = stage.tokens_seen
-    T, B, accumulation = config["seq_len"], config["batch_size"], config["grad_accumulation_steps"]
-    tokens_per_step = T * B * accumulation * env.world_size
+    T, accumulation = config["seq_len"], config["grad_accumulation_steps"]
+    rows_per_step = config["batch_size"] * accumulation * env.world_size
     if env.is_main:
-        print(f"{model.num_params():,} parameters; {tokens_per_step:,} tokens a step")
-        for name, epochs in train.epochs(config["max_steps"] * tokens_per_step // T, T).items():
+        print(f"{model.num_params():,} parameters; {T * rows_per_step:,} tokens a step")
+        for name, epochs in train.epochs(config["max_steps"] * rows_per_step, T).items():
             print(f"{name}: {epochs:.2f} epochs")
 
-    def fetch(n):
-        """Micro-batch n of this process."""
-        return move(train.batch((n * env.world_size + env.rank) * B, B, T, config["seed"]), env.device)
-
-    x, y = fetch(stage.first * accumulation)
+    x, y = fetch(train, stage.first * accumulation, config, env)
     with stage.interrupt:
         for step in range(stage.first, config["max_steps"] + 1):
             lr = set_learning_rate(optimizer, learning_rate(step, config))
@@ -91,9 +100,8 @@ def main(argv=None):
                 full = step == config["max_steps"]
                 metrics = evaluate(stage.whole, val, env, None if full else config["eval_tokens"])
                 stage.report(step, metrics, continue_prompts(stage.whole, tokenizer, config))
-                expected = math.log(tokenizer.vocab_size)
-                if step == 0 and abs(metrics["val/loss"] / expected - 1) > 0.02:
-                    tqdm.write(f"warning: first loss {metrics['val/loss']:.3f} is not ln(vocab) = {expected:.3f}")
+                if step == 0:
+                    warn_unless_uniform(metrics["val/loss"], tokenizer.vocab_size)
             if stage.due(step, "save_interval"):
                 stage.save(step)
             if stage.ends(step):
@@ -107,11 +115,11 @@ def main(argv=None):
                     micro_loss = forward(x, y, documents=documents) / accumulation
                 micro_loss.backward()
                 losses.append(micro_loss.detach())
-                x, y = fetch(step * accumulation + micro + 1)  # while an accelerator still computes
+                x, y = fetch(train, step * accumulation + micro + 1, config, env)  # while an accelerator still computes
             loss = distributed.mean(sum(part.item() for part in losses), env)
             grad_norm = stage.update(step, loss)
             metrics = {"train/loss": loss, "train/learning_rate": lr, "train/grad_norm": grad_norm}
-            stage.log(step + 1, tokens_per_step, metrics)
+            stage.log(step + 1, T * rows_per_step, metrics)
     if env.is_main and stage.loop_seconds:
         rate = (stage.tokens_seen - already_seen) / stage.loop_seconds / env.world_size
         print(plan.utilisation(rate * plan.flops_per_token(model.config, T), env))

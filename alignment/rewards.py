@@ -110,6 +110,16 @@ class Reward:
         rewards = checked(self.config["reward"], self.function(prompts, replies), len(replies))
         return torch.tensor(rewards, device=batch.ids.device)
 
+    def start(self, stage, reference, prompts):
+        """Take the unit of scores from the run that is resumed, else from the reference's replies to some prompts."""
+        if stage.resumed:
+            checkpoint.same_file(stage.resumed, stage.extra["reward_model"], self.judge)
+            self.norm = stage.extra["norm"]
+        else:
+            config, eos_id = self.config, self.tokenizer.eos_id
+            sampling = config["max_new_tokens"], config["temperature"], eos_id, config["seed"]
+            self.normalise_on(rollout(reference, prompts, *sampling))
+
     def normalise_on(self, batch):
         """Take mean and standard deviation from replies of the reference."""
         raw = self.raw(batch)

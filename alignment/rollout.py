@@ -87,11 +87,12 @@ def reply_logps(model, batch, env, config):
     return in_batches(logps, batch, config["micro_batch_size"])
 
 
-def reply_metrics(batch, scores, logps, ref_logps, texts):
+def reply_metrics(batch, scores, logps, ref_logps, tokenizer):
     """What a step's replies were like before its updates; means over real tokens or over replies.
 
     ref_logps None: the KL to the reference is nan.
     """
+    texts = [tokenizer.decode(reply) for reply in batch.replies]
     kl = float("nan") if ref_logps is None else ((logps - ref_logps) * batch.mask).sum(1).mean().item()
     return {
         "score": scores.mean().item(),

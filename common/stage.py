@@ -72,13 +72,15 @@ class Stage:
     A step's number is how many optimizer steps were done: metrics of the first update stand at step 1.
     """
 
-    def __init__(self, name, config, panels):
+    def __init__(self, name, config, panels, parallel=True):
         self.started = time.perf_counter()
         self.name, self.config, self.panels = name, config, panels
         for key, value in config.items():
             if key.endswith(tuple(NEVER_ZERO)) and value < 1:
                 raise ConfigError(f"{key}={value}: at least 1 is needed")
         self.env = distributed.setup(config["device"], config["dtype"], config["seed"])
+        if self.env.world_size > 1 and not parallel:
+            raise UserError(f"{name} runs in one process: start it without torchrun")
         config["processes"] = self.env.world_size
         if distributed.restarted(self.env):
             config.update(resume=True, overwrite=False)
@@ -89,7 +91,8 @@ class Stage:
         self.tokens_seen = self.resumed.tokens_seen if self.resumed else 0
         self.interrupt, self.guard = Interrupt(), FiniteGuard()
         self.stopping = False  # whether a signal had come when this step was to be saved
-        self.extra = None  # what else the stage must keep for --resume: a dict of tensors and plain values
+        # what else the stage must keep for --resume, tensors and plain values by name; a resumed run finds it here
+        self.extra = (self.resumed and self.resumed.training and self.resumed.training["extra"]) or {}
         self.loop_seconds = 0.0
         if self.finished:
             if self.env.is_main:
@@ -164,7 +167,7 @@ class Stage:
 
     def save(self, step):
         """All that --resume needs."""
-        training = dict(optimizer=self.whole_optimizer, extra=self.extra)
+        training = dict(optimizer=self.whole_optimizer, extra=self.extra or None)
         self._write(checkpoint.FILE_NAME, step, **training, keep_last=self.config["keep_last"])
 
     def _write(self, name, step, **training):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,10 +26,11 @@ def test_numbers_add_up_and_average_but_for_the_largest():
 def test_reply_metrics_count_real_tokens():
     batch = ragged((2, 3), (3, 1))
     logps, ref_logps = torch.full(batch.mask.shape, -2.0) * batch.mask, torch.full(batch.mask.shape, -3.0) * batch.mask
-    found = reply_metrics(batch, torch.tensor([1.0, 2]), logps, ref_logps, ["好好好", "棒"])
+    words = SimpleNamespace(decode=lambda reply: {3: "好好好", 1: "棒"}[len(reply)])
+    found = reply_metrics(batch, torch.tensor([1.0, 2]), logps, ref_logps, words)
     expected = dict(score=1.5, kl=2.0, entropy=2.0, length=2.0, eos_rate=0.0, distinct_2=0.25)
     assert found == pytest.approx(expected)
-    assert math.isnan(reply_metrics(batch, torch.zeros(2), logps, None, ["", ""])["kl"])
+    assert math.isnan(reply_metrics(batch, torch.zeros(2), logps, None, words)["kl"])
 
 
 # warnings
