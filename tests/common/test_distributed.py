@@ -86,7 +86,7 @@ def test_two_processes_average_to_the_gradient_of_the_joint_batch(tmp_path, para
         for name, p in model.named_parameters():
             torch.testing.assert_close(grads[name], p.grad, atol=1e-9, rtol=1e-9, msg=name)
         facts = json.loads((tmp_path / f"{rank}.json").read_text())
-        norms = pytest.approx([norm, 0.5], rel=1e-9)
+        norms = pytest.approx([norm, 0.5 * norm / (norm + 1e-6)], rel=1e-9)  # torch divides by a little more
         assert facts == dict(rank=rank, world=2, main=rank == 0, sum=pytest.approx(1.2), mean=0.5, norms=norms)
 
 
@@ -185,7 +185,7 @@ def test_the_seed_decides_the_draws():
 
 
 def test_autocast_follows_the_dtype():
-    a = torch.ones(2, 2)
+    a = torch.ones(2, 2, dtype=torch.float32)
     for dtype, expected in (
         ("auto", torch.float32),
         ("float32", torch.float32),
