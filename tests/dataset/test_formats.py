@@ -1,4 +1,4 @@
-"""dataset.py: what is written is read back, bad files are refused, batches depend on (seed, row) alone."""
+"""dataset/formats.py: what is written is read back, bad files are refused, batches depend on (seed, row) alone."""
 
 import hashlib
 import os
