@@ -1,8 +1,8 @@
-"""What data_process.py packs into a .pkl, from lists."""
+"""The artifacts of data_process.py, made of lists."""
 
 import numpy as np
 
-from dataset.formats import token_dtype
+from dataset.formats import BinWriter, save_meta, token_dtype
 
 
 def pack(sequences, dtype):
@@ -17,3 +17,16 @@ def pack_examples(examples, vocab_size):
     tokens, offsets = pack([e.ids for e in examples], token_dtype(vocab_size))
     loss_mask, _ = pack([e.loss_mask for e in examples], np.uint8)
     return dict(tokens=tokens, offsets=offsets, loss_mask=np.packbits(loss_mask, bitorder="little"))
+
+
+def make_bins(directory, sources, vocab_size=1000, split="train"):
+    """train.<source>.bin of {source: ids}, and what meta.json says of them."""
+    meta = dict(format_version=2, vocab_size=vocab_size, dtype=token_dtype(vocab_size).name, files={}, sources={})
+    for name, ids in sources.items():
+        with BinWriter(directory / f"{split}.{name}.bin", vocab_size) as writer:
+            writer.write(ids[:3])
+            writer.write(ids[3:])
+        meta["files"][writer.path.name] = dict(tokens=writer.tokens)
+        meta["sources"][name] = {split: dict(tokens=writer.tokens)}
+    save_meta(directory, meta)
+    return meta

@@ -1,0 +1,134 @@
+"""dataset/batches.py: examples and their selection, padding, the orders that training reads them in, packing."""
+
+import numpy as np
+import pytest
+import torch
+from packing import pack_examples
+
+from dataset.batches import Examples, PackedOrder, epoch_order, pack_lengths, pad_batch
+from dataset.formats import DataError
+from tokenizer import Example
+
+
+def three_examples():
+    return pack_examples([Example([5, 6], [0, 1]), Example([7], [1]), Example([8, 0, 2], [0, 1, 1])], 100)
+
+
+def test_examples_and_selection():
+    arrays = three_examples()
+    assert arrays["offsets"].tolist() == [0, 2, 3, 6] and arrays["tokens"].dtype == np.uint16
+    examples = Examples(arrays, vocab_size=100)
+    assert len(examples) == 3 and examples.lengths.tolist() == [2, 1, 3]
+    assert [list(map(list, examples[i])) for i in (0, 2)] == [[[5, 6], [0, 1]], [[8, 0, 2], [0, 1, 1]]]
+    kept = examples.select(np.array([True, False, True])).select([1])
+    assert len(kept) == 1 and kept.lengths.tolist() == [3] and kept[0][0].tolist() == [8, 0, 2]
+    sides = Examples({f"chosen_{k}": v for k, v in arrays.items()}, prefix="chosen_")
+    assert sides[1][0].tolist() == [7]
+    prompts = Examples({k: arrays[k] for k in ("tokens", "offsets")})
+    assert prompts[0][1].tolist() == [0, 0]
+
+
+def test_loss_mask_takes_a_bit_a_token_and_is_read_at_any_offset():
+    rng = np.random.default_rng(0)
+    rows = [Example(list(range(n)), rng.integers(0, 2, n).tolist()) for n in [0, 1, 7, 8, 9, 0, 64, 3, 16, 17]]
+    arrays = pack_examples(rows, 100)
+    assert arrays["loss_mask"].nbytes == -(-sum(len(row.ids) for row in rows) // 8)
+    assert arrays["loss_mask"][0] == sum(bit << i for i, bit in enumerate(rows[1].loss_mask + rows[2].loss_mask))
+    examples = Examples(arrays)
+    assert [tuple(map(list, examples[i])) for i in range(len(rows))] == [(row.ids, row.loss_mask) for row in rows]
+    assert all(mask.dtype == np.int64 for _, mask in map(examples.__getitem__, range(len(rows))))
+
+
+def test_examples_refuse_inconsistent_arrays():
+    arrays = three_examples()
+    with pytest.raises(DataError, match="sft.pkl: no chosen_tokens"):
+        Examples(arrays, prefix="chosen_", path="sft.pkl")
+    with pytest.raises(DataError, match="token id 8 "):
+        Examples(arrays, vocab_size=8)
+    for bad in ([0, 2, 3, 5], [1, 2, 3, 6], [0, 3, 2, 6], []):
+        with pytest.raises(DataError, match="offsets do not cover its 6 tokens"):
+            Examples(arrays | dict(offsets=np.array(bad, dtype=np.int64)))
+    whole = arrays["loss_mask"]
+    wrong = {r"uint8 \(0,\)": whole[:0], r"uint8 \(6,\)": np.ones(6, np.uint8), r"bool \(1,\)": whole > 0}
+    for found, bad in wrong.items():
+        with pytest.raises(DataError, match=rf"loss_mask is .*{found}, .* 6 tokens is uint8 \(1,\)"):
+            Examples(arrays | dict(loss_mask=bad))
+
+
+def test_pad_batch_tells_length_apart_from_padding():
+    examples = Examples(three_examples())
+    batch = pad_batch([examples[i] for i in range(3)], pad_id=0)
+    assert batch["ids"].tolist() == [[5, 6, 0], [7, 0, 0], [8, 0, 2]]
+    assert batch["loss_mask"].tolist() == [[0, 1, 0], [1, 0, 0], [0, 1, 1]]
+    assert batch["lengths"].tolist() == [2, 1, 3]
+    assert batch["ids"].dtype == torch.int64 and batch["loss_mask"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 1000, 1003])
+def test_epoch_order_is_a_permutation(n):
+    lengths = np.random.default_rng(0).integers(1, 500, n)
+    for order in (epoch_order(n, 1, 0), epoch_order(n, 1, 0, lengths, 8)):
+        assert sorted(order.tolist()) == list(range(n))
+    assert np.array_equal(epoch_order(n, 1, 4, lengths, 8), epoch_order(n, 1, 4, lengths, 8))
+    if n > 7:
+        assert not np.array_equal(epoch_order(n, 1, 4, lengths, 8), epoch_order(n, 1, 5, lengths, 8))
+
+
+def test_length_buckets_save_padding_and_keep_full_batches_full():
+    n, size = 1003, 8
+    lengths = np.random.default_rng(0).integers(1, 500, n)
+
+    def padded(order):
+        return sum(len(b) * lengths[b].max() for b in np.split(order, range(size, n, size)))
+
+    assert padded(epoch_order(n, 0, 0, lengths, size)) < 1.1 * lengths.sum()
+    assert padded(epoch_order(n, 0, 0)) > 1.5 * lengths.sum()
+    firsts = [lengths[b].mean() for b in np.split(epoch_order(n, 0, 0, lengths, size), range(size, n, size))]
+    assert abs(np.corrcoef(np.arange(len(firsts)), firsts)[0, 1]) < 0.3  # batches do not come by length
+
+
+@pytest.mark.parametrize("n, room", [(1, 500), (7, 499), (1000, 512), (3000, 2048)])
+def test_packed_rows_hold_each_example_once_and_no_more_than_fits(n, room):
+    lengths = np.random.default_rng(0).integers(1, 500, n)
+    order = PackedOrder(lengths, room, 1, seed=1)
+    for epoch in (0, 3):
+        rows = [order[epoch * order.per_epoch + i][0] for i in range(order.per_epoch)]
+        assert sorted(np.concatenate(rows).tolist()) == list(range(n))
+        assert max(lengths[row].sum() for row in rows) <= room
+    assert order.fill == pytest.approx(lengths.sum() / (order.per_epoch * room))
+    assert n < 1000 or order.fill > 0.95  # uniform up to 500 in 512 is hard: two long ones seldom share a row
+
+
+def test_pack_lengths_by_hand():
+    rows = pack_lengths([3, 7, 3, 3, 5, 5, 2, 10, 3], 10)
+    # the longest first, each into the fullest row it fits: 7 takes a 3, the 5s each other, then 3 3 3 have 1 left
+    assert sorted((row, n) for row, n in rows) == [((2,), 1), ((3, 3, 3), 1), ((5, 5), 1), ((7, 3), 1), ((10,), 1)]
+    assert pack_lengths([4] * 7, 10) == [((4, 4), 3), ((4,), 1)]
+    assert pack_lengths([1] * 3, 1) == [((1,), 3)]
+
+
+def test_packed_batches_depend_on_seed_and_number_alone():
+    lengths = np.random.default_rng(0).integers(1, 100, 200)
+
+    def batch(i, seed=1, visited=()):
+        order = PackedOrder(lengths, 128, 4, seed)
+        for j in visited:
+            order[j]
+        return [row.tolist() for row in order[i]]
+
+    per_epoch = PackedOrder(lengths, 128, 4, 1).per_epoch
+    for i in (0, 5, per_epoch + 2, 40 * per_epoch):
+        assert batch(i) == batch(i, visited=(0, 7 * per_epoch, 3)) and len(batch(i)) == 4
+        assert batch(i) != batch(i, seed=2) and batch(i) != batch(i + per_epoch)
+    # rows do not come by length: the first of an epoch are as full of examples as the last
+    order = PackedOrder(lengths, 128, 1, 1)
+    counts = [len(order[i][0]) for i in range(order.per_epoch)]
+    assert abs(np.corrcoef(np.arange(len(counts)), counts)[0, 1]) < 0.3
+
+
+def test_packing_refuses_what_does_not_fit_or_fill():
+    with pytest.raises(DataError, match="an example of 12 tokens does not fit into a row of 11"):
+        PackedOrder([3, 12], 11, 1, 0)
+    for lengths, rows in (([5, 5, 5], 2), ([], 0)):
+        with pytest.raises(DataError, match=f"{rows} packed rows do not fill one batch of 3"):
+            PackedOrder(np.array(lengths, int), 10, 3, 0)
