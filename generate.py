@@ -4,9 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from model import (
-    upcast,
-)
+from model import upcast
 
 
 @dataclass
@@ -91,7 +89,7 @@ def generate(
     model.eval()
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     out = Generation([[] for _ in prompts], [[] for _ in prompts] if return_logps else None)
-    seen = None if repetition_penalty == 1.0 else tokens_seen(prompts, model.config.vocab_size, device)
+    seen = None if repetition_penalty == 1.0 else prompt_tokens(prompts, model.config.vocab_size, device)
     h, cache = prefill(model, prompts, max_new_tokens)  # (B, D)
     rows = torch.arange(len(prompts), device=device)  # which prompt each row of the batch still continues
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
@@ -132,7 +130,7 @@ def prefill(model, prompts, max_new_tokens):
     return h, cache
 
 
-def tokens_seen(prompts, vocab_size, device):
+def prompt_tokens(prompts, vocab_size, device):
     """Which tokens stand in each prompt: (B, V) bool."""
     seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
     for row, prompt in zip(seen, prompts, strict=True):

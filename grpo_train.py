@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from alignment.objective import add_up, average, entropy_bonus, policy_loss, ratio_stats
-from alignment.rewards import Reward, evaluate_policy, plot_score_kl
+from alignment.rewards import Reward, evaluate_policy
 from alignment.rollout import Watch, reply_logps, reply_metrics, rollout
+from alignment.tradeoff import plot_score_kl
 from common import checkpoint
 from common.config import ConfigError, parse_config, run
 from common.optim import build_optimizer, learning_rate, set_learning_rate
@@ -121,11 +122,12 @@ def update(stage, step, policy, batch, old_logps, advantages, config, generator)
                 micro_loss.backward()
                 loss += micro_loss.item()
                 parts.append(stats | {"policy_loss": micro_loss.item()})
-            updates.append(add_up(parts) | {"grad_norm": stage.update(step, loss)})
+            grad_norm = stage.clip_and_step(step, loss)
+            updates.append(add_up(parts) | {"grad_norm": grad_norm})
     return average(updates)
 
 
-def check(config):
+def check_config(config):
     """Refuse what gives no groups or no updates."""
     size, group = config["rollout_size"], config["group_size"]
     if config["loss"] not in LOSSES:
@@ -142,7 +144,7 @@ def check(config):
 
 def main(argv=None):
     config = parse_config("grpo_train", argv, __doc__)
-    check(config)
+    check_config(config)
     stage = Stage("grpo", config, PANELS, parallel=False)
     if stage.finished:
         return
@@ -170,7 +172,7 @@ def main(argv=None):
                 stage.report(step, *evaluate_policy(policy, reference, reward, held_out, config))
                 plot_score_kl(stage.metric_log, "grpo")
             if stage.due(step, "save_interval"):
-                stage.extra = dict(norm=reward.norm, reward_model=reward.judge, watch=watch.state)
+                stage.extra = dict(norm=reward.norm, reward_model=reward.identity, watch=watch.state)
                 stage.save(step)
             if stage.ends(step):
                 break

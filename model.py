@@ -259,7 +259,8 @@ class Llama(nn.Module):
         B, T = ids.shape
         if T > self.config.max_seq_len:
             raise ValueError(f"{T} tokens are longer than max_seq_len={self.config.max_seq_len}")
-        positions, mask = slice(T) if cache is None else cache.append(T), None
+        positions = slice(T) if cache is None else cache.append(T)
+        mask = None
         if not isinstance(positions, slice):
             keys = torch.arange(cache.longest, device=ids.device)
             mask = (keys <= positions[..., None]).unsqueeze(1)  # (B, 1, T, keys)

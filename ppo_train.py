@@ -5,7 +5,7 @@ token or by the function that `reward` names, (3) every token is penalised for l
 advantage estimation, (5) clipped updates of the policy and of a separate value model in minibatches. Departures: scores
 are normalised on replies of the reference, the value model has the reward model's trunk (where there is none, the
 policy's) under a head of zeros, and a reply that never ends gets a fixed score.
-Reads data/<name>/prompts.pkl, an SFT checkpoint and a reward model; writes a run directory.
+Reads data/<name>/prompts.pkl, an SFT checkpoint and maybe a reward model; writes a run directory.
 
     python ppo_train.py configs/demo/ppo.py --kl_coef=0.1
 """
@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 
-from alignment.objective import add_up, average, entropy_bonus, masked_mean, masked_whiten, policy_loss, ratio_stats
-from alignment.rewards import Reward, evaluate_policy, plot_score_kl
+from alignment.objective import add_up, average, entropy_bonus, masked_mean, policy_loss, ratio_stats
+from alignment.rewards import Reward, evaluate_policy
 from alignment.rollout import Watch, in_batches, reply_logps, reply_metrics, rollout
+from alignment.tradeoff import plot_score_kl
 from common import checkpoint
 from common.config import parse_config, run
 from common.optim import build_optimizer, learning_rate, set_learning_rate
@@ -57,17 +58,27 @@ def gae(rewards, values, mask, gamma, lam):
     return advantages, (advantages + values) * mask
 
 
-def value_loss(values, old_values, returns, weights, cliprange):
-    """Half the squared error, the larger of the plain and the clipped value's; all (B, T), weights as policy_loss's."""
-    clipped = old_values + (values - old_values).clamp(-cliprange, cliprange)
-    error = torch.max((values - returns).square(), (clipped - returns).square())
-    return 0.5 * (error * weights).sum()
+def masked_whiten(x, mask):
+    """x with mean 0 and variance 1 over the entries where mask is 1; zero elsewhere."""
+    centred = (x - masked_mean(x, mask)) * mask
+    return centred * torch.rsqrt(masked_mean(centred.square(), mask) + 1e-8)
 
 
-def adapt_kl_coef(kl_coef, kl, target, horizon):
-    """Ziegler et al. (arXiv:1909.08593, section 2.2): raise the weight where KL is above the target, lower it below."""
-    error = min(max(kl / target - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * 10 / horizon)
+def reply_values(model, batch, env, config):
+    """The value model's expectation at each reply token, before it is chosen: (B, T-1)."""
+
+    def values(rows):
+        with env.autocast():
+            return model.values(rows.ids)[:, :-1]
+
+    return in_batches(values, batch, config["micro_batch_size"]) * batch.mask
+
+
+def explained_variance(values, returns, mask):
+    """The share of the variance of returns over real tokens that the values tell beforehand; 1 is all, 0 none."""
+    residual = masked_mean((returns - values).square(), mask)
+    variance = masked_mean((returns - masked_mean(returns, mask)).square(), mask)
+    return 1 - (residual / variance).item()
 
 
 def experience(policy, reference, value, reward, prompts, kl_coef, seed, config, env):
@@ -92,29 +103,19 @@ def experience(policy, reference, value, reward, prompts, kl_coef, seed, config,
     return batch, (logps, values, advantages, returns), metrics
 
 
-def reply_values(model, batch, env, config):
-    """The value model's expectation at each reply token, before it is chosen: (B, T-1)."""
-
-    def values(rows):
-        with env.autocast():
-            return model.values(rows.ids)[:, :-1]
-
-    return in_batches(values, batch, config["micro_batch_size"]) * batch.mask
+def value_loss(values, old_values, returns, weights, cliprange):
+    """Half the squared error, the larger of the plain and the clipped value's; all (B, T), weights as policy_loss's."""
+    clipped = old_values + (values - old_values).clamp(-cliprange, cliprange)
+    error = torch.max((values - returns).square(), (clipped - returns).square())
+    return 0.5 * (error * weights).sum()
 
 
-def explained_variance(values, returns, mask):
-    """The share of the variance of returns over real tokens that the values tell beforehand; 1 is all, 0 none."""
-    residual = masked_mean((returns - values).square(), mask)
-    variance = masked_mean((returns - masked_mean(returns, mask)).square(), mask)
-    return 1 - (residual / variance).item()
-
-
-def update(stage, step, policy, value, batch, old, config, generator):
+def update(stage, step, policy, value, batch, fixed, config, generator):
     """Phase 5: ppo_epochs passes over the replies in shuffled minibatches; returns the metrics' averages over updates.
 
-    old holds logps, values, advantages, returns, each (B, T-1).
+    fixed: (logps, values, advantages, returns) of the policy and the value model that met the replies, each (B, T-1).
     """
-    temperature, updates = config["temperature"], []
+    updates = []
     for _ in range(config["ppo_epochs"]):
         for minibatch in torch.randperm(len(batch.ids), generator=generator).split(config["minibatch_size"]):
             total = batch.mask[minibatch].sum()
@@ -122,20 +123,27 @@ def update(stage, step, policy, value, batch, old, config, generator):
             for micro in minibatch.split(config["micro_batch_size"]):
                 rows = batch.rows(micro)
                 T = rows.mask.size(1)
-                logps0, values0, advantages, returns = (x[micro, :T] for x in old)
+                old_logps, old_values, advantages, returns = (x[micro, :T] for x in fixed)
                 weights = rows.mask / total
                 with stage.env.autocast():
-                    logps = policy.token_logps(rows.ids, temperature, rows.mask)
+                    logps = policy.token_logps(rows.ids, config["temperature"], rows.mask)
                     values = value.values(rows.ids)[:, :-1]
-                pg_loss = policy_loss(logps, logps0, advantages, weights, config["cliprange"])
-                vf_loss = value_loss(values, values0, returns, weights, config["cliprange_value"])
+                pg_loss = policy_loss(logps, old_logps, advantages, weights, config["cliprange"])
+                vf_loss = value_loss(values, old_values, returns, weights, config["cliprange_value"])
                 micro_loss = pg_loss + config["vf_coef"] * vf_loss
                 micro_loss.backward()
                 loss += micro_loss.item()
-                stats = ratio_stats(logps, logps0, weights, config["cliprange"])
+                stats = ratio_stats(logps, old_logps, weights, config["cliprange"])
                 parts.append(stats | {"policy_loss": pg_loss.item(), "value_loss": vf_loss.item()})
-            updates.append(add_up(parts) | {"grad_norm": stage.update(step, loss)})
+            grad_norm = stage.clip_and_step(step, loss)
+            updates.append(add_up(parts) | {"grad_norm": grad_norm})
     return average(updates)
+
+
+def adapt_kl_coef(kl_coef, kl, target, horizon):
+    """Ziegler et al. (arXiv:1909.08593, section 2.2): raise the weight where KL is above the target, lower it below."""
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * 10 / horizon)
 
 
 def main(argv=None):
@@ -173,16 +181,16 @@ def main(argv=None):
                 plot_score_kl(stage.metric_log, "ppo")
             if stage.due(step, "save_interval"):
                 stage.extra = dict(value=value.state_dict(), kl_coef=kl_coef, norm=reward.norm)
-                stage.extra |= dict(reward_model=reward.judge, watch=watch.state)
+                stage.extra |= dict(reward_model=reward.identity, watch=watch.state)
                 stage.save(step)
             if stage.ends(step):
                 break
 
             seed = config["seed"] * 1_000_003 + step
             prompts = [train[i] for i in order[step]]
-            batch, old, before = experience(policy, reference, value, reward, prompts, kl_coef, seed, config, env)
+            batch, fixed, before = experience(policy, reference, value, reward, prompts, kl_coef, seed, config, env)
             generator = torch.Generator().manual_seed(seed)
-            metrics = update(stage, step, policy, value, batch, old, config, generator) | before
+            metrics = update(stage, step, policy, value, batch, fixed, config, generator) | before
             watch.look(step + 1, metrics)
             if config["kl_target"] > 0:
                 kl_coef = adapt_kl_coef(kl_coef, metrics["kl"], config["kl_target"], config["kl_horizon"])

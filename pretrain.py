@@ -20,8 +20,8 @@ from common.config import parse_config, run
 from common.metrics import source_losses
 from common.optim import build_optimizer, learning_rate, set_learning_rate
 from common.stage import Stage
-from dataset.batches import document_numbers, move
-from dataset.corpus import Corpus
+from dataset.batches import move
+from dataset.corpus import Corpus, document_numbers
 from dataset.formats import load_meta
 from generate import generate
 from model import Llama
@@ -117,7 +117,7 @@ def main(argv=None):
                 losses.append(micro_loss.detach())
                 x, y = fetch(train, step * accumulation + micro + 1, config, env)  # while an accelerator still computes
             loss = distributed.mean(sum(part.item() for part in losses), env)
-            grad_norm = stage.update(step, loss)
+            grad_norm = stage.clip_and_step(step, loss)
             metrics = {"train/loss": loss, "train/learning_rate": lr, "train/grad_norm": grad_norm}
             stage.log(step + 1, T * rows_per_step, metrics)
     if env.is_main and stage.loop_seconds:

@@ -45,6 +45,30 @@ SAME_INPUT = (
 )
 
 
+def spec_of(config):
+    """The quantization spec that a config asks for, its values checked."""
+    choices = dict(method=("int8", "int4"), algorithm=("gptq", "rtn"), calibration=("train", "sft.pkl"))
+    for key, known in (choices | dict(group_size=GROUP_SIZES)).items():
+        if config[key] not in known:
+            raise ConfigError(f"{key}={config[key]}: known are {', '.join(map(str, known))}")
+    at_least = dict(eval_tokens=0, eval_batch_size=1, sample_tokens=1, calibration_tokens=1, damping=0)
+    for key, least in at_least.items():
+        if config[key] < least:
+            raise ConfigError(f"{key}={config[key]}: {least} or more is needed")
+    if config["method"] == "int8":
+        return INT8
+    keys = ("method", "group_size", "symmetric", "algorithm")
+    return {key: config[key] for key in keys} | {"int8": config["int8_layers"]}
+
+
+def check_patterns(ckpt, quant):
+    """Refuse a pattern for int8 layers that names none, but for those that other models have."""
+    layers = {name.removesuffix(".weight") for name, weight in ckpt.weights.items() if weight.dim() == 2}
+    for pattern in quant.get("int8", []):
+        if not any(fnmatchcase(name, pattern) for name in layers | {"output", "scalar"}):
+            raise ConfigError(f"int8_layers: {pattern} matches no layer of {ckpt.path}, such as {max(layers)}")
+
+
 # one weight
 
 
@@ -59,12 +83,12 @@ def quantize_int8(weight):
     return q.to(torch.int8), scale
 
 
-# a model
-
-
 def as_buffers(q, scale, zero, symmetric):
     """What quantize_int4 and gptq return, as an int4 layer of lowbit/layers.py keeps it."""
     return {"q": pack_nibbles(q), "scale": scale} | ({} if symmetric else {"zero": zero})
+
+
+# a model
 
 
 def quantize_weights(weights, quant):
@@ -164,11 +188,11 @@ def calibrate(model, weights, batches, quant, **options):
 
 def open_val(data_dir, ckpt, tok):
     """The validation text of a data directory that was made with the checkpoint's tokenizer."""
-    tokens = Corpus(data_dir, "val")
-    checkpoint.check_data(tok, ckpt.path, tokens.meta, Path(data_dir) / "meta.json")
-    if len(tokens) < 2:
-        raise ConfigError(f"{tokens.path}: {len(tokens)} tokens are too few to measure on")
-    return tokens
+    corpus = Corpus(data_dir, "val")
+    checkpoint.check_data(tok, ckpt.path, corpus.meta, Path(data_dir) / "meta.json")
+    if len(corpus) < 2:
+        raise ConfigError(f"{corpus.path}: {len(corpus)} tokens are too few to measure on")
+    return corpus
 
 
 def calibration_batches(data_dir, calibration, n_tokens, max_len, batch_size, vocab_size):
@@ -242,28 +266,16 @@ def sample_pairs(model, label, tok, continues, prompts, max_new_tokens):
     return [(f"[{label}] {prompt}", tok.decode(reply)) for prompt, reply in zip(prompts, replies, strict=True)]
 
 
-def spec_of(config):
-    """The quantization spec that a config asks for, its values checked."""
-    choices = dict(method=("int8", "int4"), algorithm=("gptq", "rtn"), calibration=("train", "sft.pkl"))
-    for key, known in (choices | dict(group_size=GROUP_SIZES)).items():
-        if config[key] not in known:
-            raise ConfigError(f"{key}={config[key]}: known are {', '.join(map(str, known))}")
-    at_least = dict(eval_tokens=0, eval_batch_size=1, sample_tokens=1, calibration_tokens=1, damping=0)
-    for key, least in at_least.items():
-        if config[key] < least:
-            raise ConfigError(f"{key}={config[key]}: {least} or more is needed")
-    if config["method"] == "int8":
-        return INT8
-    keys = ("method", "group_size", "symmetric", "algorithm")
-    return {key: config[key] for key in keys} | {"int8": config["int8_layers"]}
-
-
-def check_patterns(ckpt, quant):
-    """Refuse a pattern for int8 layers that names none, but for those that other models have."""
-    layers = {name.removesuffix(".weight") for name, weight in ckpt.weights.items() if weight.dim() == 2}
-    for pattern in quant.get("int8", []):
-        if not any(fnmatchcase(name, pattern) for name in layers | {"output", "scalar"}):
-            raise ConfigError(f"int8_layers: {pattern} matches no layer of {ckpt.path}, such as {max(layers)}")
+def file_sizes(ckpt, file):
+    """Bytes of the float32 weights, of the written file (tokenizer and all) and of the tokenizer in it."""
+    float32 = 4 * sum(weight.numel() for weight in ckpt.weights.values())
+    written = file.stat().st_size
+    return {
+        "quantize/float32_weight_bytes": float32,
+        "quantize/file_bytes": written,
+        "quantize/tokenizer_bytes": len(ckpt.tokenizer),
+        "quantize/file_ratio": written / float32,
+    }
 
 
 def main(argv=None):
@@ -295,9 +307,9 @@ def main(argv=None):
         calibrate(low_model, ckpt.weights, batches, quant, **options)
     metrics = evaluate(model, low_model, val, config, env)
     if config["sample_prompts"] and not model.config.scalar_head:
+        continues = checkpoint.continues(ckpt)
         for m, label in ((model, "float32"), (low_model, quant["method"])):
-            prompts = config["sample_prompts"], config["sample_tokens"]
-            pairs = sample_pairs(m, label, tok, checkpoint.continues(ckpt), *prompts)
+            pairs = sample_pairs(m, label, tok, continues, config["sample_prompts"], config["sample_tokens"])
             log.samples(ckpt.step, pairs)
 
     checkpoint.save(
@@ -317,18 +329,6 @@ def main(argv=None):
     for name, value in metrics.items():
         print(f"{name.removeprefix('quantize/')}: {value:{',.6g' if isinstance(value, float) else ','}}")
     cleanup(env)
-
-
-def file_sizes(ckpt, file):
-    """Bytes of the float32 weights, of the written file (tokenizer and all) and of the tokenizer in it."""
-    float32 = 4 * sum(weight.numel() for weight in ckpt.weights.values())
-    written = file.stat().st_size
-    return {
-        "quantize/float32_weight_bytes": float32,
-        "quantize/file_bytes": written,
-        "quantize/tokenizer_bytes": len(ckpt.tokenizer),
-        "quantize/file_ratio": written / float32,
-    }
 
 
 if __name__ == "__main__":

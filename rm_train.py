@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from alignment.rollout import sequence_scores
 from common import checkpoint, distributed
 from common.config import ConfigError, parse_config, run
-from common.files import write_atomic
+from common.files import write_file
 from common.metrics import wilson_interval
 from common.optim import build_optimizer, learning_rate, set_learning_rate
 from common.plots import new_figure, png
@@ -105,21 +105,21 @@ def draw_calibration(chosen_scores, rejected_scores):
     size, _, right, n = np.array(calibration(chosen_scores - rejected_scores)).T
     low, high = np.array([wilson_interval(int(hits), int(count)) for hits, count in zip(right, n, strict=True)]).T
     figure = new_figure(8.4, 3.6)
-    left, axes = figure.subplots(1, 2)
+    curve, histogram = figure.subplots(1, 2)
     x = np.linspace(0, size.max(), 100)
-    left.plot(x, 1 / (1 + np.exp(-x)), color="gray", linewidth=1.2, label="sigmoid(margin)")
+    curve.plot(x, 1 / (1 + np.exp(-x)), color="gray", linewidth=1.2, label="sigmoid(margin)")
     pairs = f"{n.min():.0f}" if n.min() == n.max() else f"{n.min():.0f} to {n.max():.0f}"
     errors = np.maximum([right / n - low, high - right / n], 0)  # rounding may leave -1e-17
-    left.errorbar(size, right / n, errors, fmt="o", markersize=4, capsize=2, label=f"bins of {pairs} pairs, 95 %")
-    left.set_xlabel("size of the score difference")
-    left.set_ylabel("accuracy")
+    curve.errorbar(size, right / n, errors, fmt="o", markersize=4, capsize=2, label=f"bins of {pairs} pairs, 95 %")
+    curve.set_xlabel("size of the score difference")
+    curve.set_ylabel("accuracy")
     edges = np.histogram_bin_edges(np.concatenate([chosen_scores, rejected_scores]), 30)
     for name, scores in (("chosen", chosen_scores), ("rejected", rejected_scores)):
-        axes.hist(scores, edges, alpha=0.55, label=name)
-    axes.set_xlabel("score")
-    axes.set_ylabel("answers")
-    axes.yaxis.get_major_locator().set_params(integer=True)
-    for each in (left, axes):
+        histogram.hist(scores, edges, alpha=0.55, label=name)
+    histogram.set_xlabel("score")
+    histogram.set_ylabel("answers")
+    histogram.yaxis.get_major_locator().set_params(integer=True)
+    for each in (curve, histogram):
         each.grid(alpha=0.25)
         each.legend(frameon=False)
     return png(figure)
@@ -160,7 +160,7 @@ def main(argv=None):
                 metrics, *scores = evaluate(stage.whole, *val, env, n_pairs, objective)
                 stage.report(step, metrics)
                 if full:
-                    write_atomic(picture, draw_calibration(*scores))
+                    write_file(picture, draw_calibration(*scores))
             if stage.due(step, "save_interval"):
                 stage.save(step)
             if stage.ends(step):
@@ -177,7 +177,7 @@ def main(argv=None):
                 right += (chosen_scores > rejected_scores).float().mean().item() / accumulation
                 tokens += int(sum(side.lengths[pairs].sum() for side in train))
             loss, right = distributed.mean(loss, env), distributed.mean(right, env)
-            grad_norm = stage.update(step, loss)
+            grad_norm = stage.clip_and_step(step, loss)
             metrics = {"train/loss": loss, "rm/accuracy": right}
             metrics |= {"train/learning_rate": lr, "train/grad_norm": grad_norm}
             stage.log(step + 1, int(distributed.all_sum(tokens, env)), metrics, shown=("train/loss", "rm/accuracy"))

@@ -11,7 +11,6 @@ Reads data/<name>/sft.pkl and a pretrained checkpoint; writes a run directory.
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from common import checkpoint, distributed
@@ -137,8 +136,8 @@ def main(argv=None):
             if stage.ends(step):
                 break
 
-            rows = (step * accumulation * env.world_size + env.rank) + env.world_size * np.arange(accumulation)
-            batches = [to_device(make_batch(train, order[i]), env.device) for i in rows]
+            numbers = [(step * accumulation + micro) * env.world_size + env.rank for micro in range(accumulation)]
+            batches = [to_device(make_batch(train, order[i]), env.device) for i in numbers]
             weights = [
                 loss_weights(batch["loss_mask"], config["example_weight"], batch.get("documents")) for batch in batches
             ]
@@ -152,7 +151,7 @@ def main(argv=None):
                 micro_loss.backward()
                 loss += micro_loss.item()
             loss = distributed.mean(loss, env)
-            grad_norm = stage.update(step, loss)
+            grad_norm = stage.clip_and_step(step, loss)
             tokens = int(distributed.all_sum(sum(batch["lengths"].sum().item() for batch in batches), env))
             metrics = {"train/loss": loss, "train/learning_rate": lr, "train/grad_norm": grad_norm}
             stage.log(step + 1, tokens, metrics)

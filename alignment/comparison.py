@@ -1,4 +1,7 @@
-"""Checkpoints beside each other on the same held-out prompts, judged by the snownlp package's classifier."""
+"""Checkpoints beside each other on the same held-out prompts, judged by the snownlp package's classifier.
+
+A `loaded` is eval_generate.py's Loaded: ckpt, tokenizer, model and stop_id, the token that ends its replies.
+"""
 
 import sys
 from functools import partial
@@ -39,8 +42,8 @@ def answer(loaded, prompts, config, temperature, top_p=1.0):
     """Replies to id lists, batch_size at a time and the same for the same seed: [Rollout], [text], [eos came]."""
     batches, size = [], config["batch_size"]
     for i in range(0, len(prompts), size):
-        sampling = temperature, loaded.stop_id, config["seed"] + i, top_p
-        batches.append(rollout(loaded.model, prompts[i : i + size], config["max_new_tokens"], *sampling))
+        seed, some = config["seed"] + i, prompts[i : i + size]
+        batches.append(rollout(loaded.model, some, config["max_new_tokens"], temperature, loaded.stop_id, seed, top_p))
     texts = [loaded.tokenizer.decode(reply) for batch in batches for reply in batch.replies]
     return batches, texts, [ended for batch in batches for ended in batch.ended.tolist()]
 
@@ -53,7 +56,7 @@ def judged(name, stage, texts, ended, kl, polarity):
     return row | dict(kl=kl, characters=sum(map(len, texts)) / len(texts), eos_rate=share(ended))
 
 
-def best_of_replies(loaded, judge, prompts, config):
+def best_of_replies(loaded, reward_model, prompts, config):
     """{n: (texts, [eos came])}: of n replies of one checkpoint to each prompt, the one that a reward model likes best.
 
     Fewer replies are the first of more, and the very first are those that `answer` gives anyway.
@@ -64,15 +67,15 @@ def best_of_replies(loaded, judge, prompts, config):
         settings = config | dict(seed=config["seed"] + i * len(prompts))  # `answer` takes the numbers up to the next
         batches, *replies = answer(loaded, prompts, settings, config["compare_temperature"], config["compare_top_p"])
         drawn.append(list(zip(*replies, strict=True)))
-        scores.append(torch.cat([in_batches(partial(score_rows, judge.model), batch) for batch in batches]))
+        scores.append(torch.cat([in_batches(partial(score_rows, reward_model.model), batch) for batch in batches]))
     best = {n: best_of(torch.stack(scores), n).tolist() for n in config["best_of"]}
     return {n: tuple(zip(*(drawn[i][k] for k, i in enumerate(which)), strict=True)) for n, which in best.items()}
 
 
-def compare_replies(models, prompts, config, polarity, judge=None):
+def compare_replies(models, prompts, config, polarity, reward_model=None):
     """Each checkpoint's replies to the same prompts: [dict of figures], characters compared by distinct-2.
 
-    With a judge the best of n replies of the first follow, of which the KL is an upper bound.
+    With a reward model the best of n replies of the first follow, of which the KL is an upper bound.
     """
     rows, replies, first = [], [], next(iter(models.values()))
     for name, loaded in models.items():
@@ -82,7 +85,8 @@ def compare_replies(models, prompts, config, polarity, judge=None):
         kl = torch.cat([sequence_kl(loaded.model, first.model, batch, temperature) for batch in batches])  # (N,)
         rows.append(judged(name, loaded.ckpt.stage, texts, ended, kl.mean().item(), polarity))
         replies.append(texts)
-    for n, (texts, ended) in (best_of_replies(first, judge, prompts, config) if judge else {}).items():
+    best = best_of_replies(first, reward_model, prompts, config) if reward_model else {}
+    for n, (texts, ended) in best.items():
         rows.append(judged(f"best of {n}", first.ckpt.stage, texts, ended, best_of_kl(n), polarity))
         replies.append(texts)
     n_chars = min(sum(map(len, texts)) for texts in replies)
@@ -109,7 +113,7 @@ def compare_tasks(models, tasks, config, polarity):
 
 
 def follows(reviews, examples, polarity):
-    """How many reviews have the polarity that was asked for, by the judge's verdict."""
+    """How many reviews have the polarity that was asked for, by SnowNLP's verdict."""
     asked = [(label, polarity(text) == label) for text, (_, _, label) in zip(reviews, examples, strict=True)]
     positive, negative = ([right for label, right in asked if label == side] for side in (1, 0))
     return dict(
@@ -121,31 +125,33 @@ def follows(reviews, examples, polarity):
     )
 
 
-def compare(models, data, config, judge=None):
+def compare(models, data, config, reward_model=None):
     """(Markdown, figures) of {name: Loaded} on held-out prompts and, where there is sft.pkl, on its tasks.
 
-    The judge, a reward model, picks the best of n.
+    The reward model, if any, picks the best of n.
     """
     polarity, first = snownlp_judge(), next(iter(models))
     tokenizer = models[first].tokenizer
-    context = min(loaded.model.config.max_seq_len for loaded in [*models.values(), *([judge] if judge else [])])
+    context = min(
+        loaded.model.config.max_seq_len for loaded in [*models.values(), *([reward_model] if reward_model else [])]
+    )
     _, prompts = load_prompts(data / "prompts.pkl", tokenizer.vocab_size)
     prompts = [prompt for prompt in prompts if len(prompt) < context][: config["compare_prompts"]]
     if not prompts:
         raise DataError(f"{data / 'prompts.pkl'}: no held-out prompt fits a context of {context} tokens")
     # a reply must fit the first checkpoint too, which says how likely it finds it
     config = config | dict(max_new_tokens=min(config["max_new_tokens"], context - max(map(len, prompts))))
-    rows, n_chars = compare_replies(models, prompts, config, polarity, judge)
+    rows, n_chars = compare_replies(models, prompts, config, polarity, reward_model)
     parts = [
         f"{len(prompts)} held-out prompts, sampled at temperature {config['compare_temperature']}, top_p "
         f"{config['compare_top_p']}, at most {config['max_new_tokens']} new tokens, seed {config['seed']}; positive by "
         f"SnowNLP's classifier; KL to {first}; distinct-2 in the first {n_chars:,} characters of each.",
         format_table(REPLY_COLUMNS, rows),
     ]
-    if judge:
+    if reward_model:
         parts.append(
-            f"Best of n: of n replies of {first} the one that {judge.ckpt.path} scores highest; its KL is the upper "
-            "bound ln n - (n - 1) / n."
+            f"Best of n: of n replies of {first} the one that {reward_model.ckpt.path} scores highest; its KL is the "
+            "upper bound ln n - (n - 1) / n."
         )
     sampling = config["temperature"], config["top_p"]
     in_use = f"temperature {sampling[0]}, top_p {sampling[1]}"
@@ -155,7 +161,7 @@ def compare(models, data, config, judge=None):
         parts.append(f"Sampled as in use, at {in_use}:")
         parts.append(markdown_table(["prompt", *models], list(zip(*columns, strict=True))))
     settings = {key: config[key] for key in ("compare_temperature", "compare_top_p", "max_new_tokens", "seed")}
-    if judge:
+    if reward_model:
         settings |= dict(best_of=config["best_of"], reward_model=config["reward_model"])
     figures = settings | dict(prompts=len(prompts), distinct_2_characters=n_chars, replies=rows)
     tasks = load_tasks(data / "sft.pkl", tokenizer.vocab_size) if (data / "sft.pkl").exists() else {}

@@ -1,4 +1,4 @@
-"""The arithmetic that PPO and GRPO share: means over real tokens, the clipped loss, and what is measured beside it."""
+"""Arithmetic over real tokens that PPO and GRPO share: means, the clipped loss, and what is measured beside it."""
 
 import torch
 
@@ -6,12 +6,6 @@ import torch
 def masked_mean(x, mask):
     """Mean over the entries where mask is 1, whatever the padding: scalar."""
     return (x * mask).sum() / mask.sum()
-
-
-def masked_whiten(x, mask):
-    """x with mean 0 and variance 1 over the entries where mask is 1; zero elsewhere."""
-    centred = (x - masked_mean(x, mask)) * mask
-    return centred * torch.rsqrt(masked_mean(centred.square(), mask) + 1e-8)
 
 
 def entropy_bonus(logps, mask):

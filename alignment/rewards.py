@@ -1,4 +1,5 @@
-"""What a reply is worth to RL: a reward model's score or a Python function's, in units of the reference's replies."""
+"""What a reply is worth to RL, a reward model's score or a Python function's, in units of the reference's replies;
+and the validation of a policy by it."""
 
 import hashlib
 import importlib
@@ -10,9 +11,7 @@ import torch
 from alignment.rollout import in_batches, rollout, sequence_kl, sequence_scores
 from common import checkpoint
 from common.config import ConfigError, UserError
-from common.files import write_atomic
-from common.metrics import distinct_2, points
-from common.plots import new_figure, png
+from common.metrics import distinct_2
 
 
 def length_reward(prompts, replies, lo, hi):
@@ -85,19 +84,19 @@ def final_scores(raw_scores, ended, norm, no_eos_score, score_clip=0.0):
 class Reward:
     """What the key `reward` says: the model of `reward_model`, or a function of texts, which needs none.
 
-    `ckpt` is the reward model's checkpoint and `judge` what a resumed run compares of it; None with a function.
+    `ckpt` is the reward model's checkpoint and `identity` what a resumed run compares of it; None with a function.
     """
 
     def __init__(self, config, policy, tokenizer, device):
         self.config, self.tokenizer = config, tokenizer
-        self.ckpt = self.judge = self.norm = None
+        self.ckpt = self.identity = self.norm = None
         if config["score_clip"] < 0:
             raise ConfigError(f"score_clip={config['score_clip']}: 0 or more is needed")
         if config["reward"] != "model":
             self.function = reward_function(config)
             return
         self.ckpt = load_reward_model(config["reward_model"], policy)
-        self.judge = checkpoint.parent_of(self.ckpt)
+        self.identity = checkpoint.parent_of(self.ckpt)
         self.model = checkpoint.build_model(self.ckpt).to(device).eval().requires_grad_(False)
 
     def raw(self, batch):
@@ -113,12 +112,14 @@ class Reward:
     def start(self, stage, reference, prompts):
         """Take the unit of scores from the run that is resumed, else from the reference's replies to some prompts."""
         if stage.resumed:
-            checkpoint.same_file(stage.resumed, stage.extra["reward_model"], self.judge)
+            checkpoint.same_file(stage.resumed, stage.extra["reward_model"], self.identity)
             self.norm = stage.extra["norm"]
         else:
             config, eos_id = self.config, self.tokenizer.eos_id
-            sampling = config["max_new_tokens"], config["temperature"], eos_id, config["seed"]
-            self.normalise_on(rollout(reference, prompts, *sampling))
+            replies = rollout(
+                reference, prompts, config["max_new_tokens"], config["temperature"], eos_id, config["seed"]
+            )
+            self.normalise_on(replies)
 
     def normalise_on(self, batch):
         """Take mean and standard deviation from replies of the reference."""
@@ -147,27 +148,3 @@ def evaluate_policy(policy, reference, reward, prompts, config):
         "val/distinct_2": distinct_2(texts, sum(map(len, texts))),
     }
     return metrics, [(tokenizer.decode(p), text) for p, text in zip(prompts, texts, strict=True)][:8]
-
-
-def plot_score_kl(metric_log, stage):
-    """Draw score_kl.png: what a run paid in KL for its score, its training steps and its validations by colour of step.
-
-    The last is all that remains of a path that went too far: score still climbing while the KL runs away.
-    """
-    rows = metric_log.read()
-    figure = new_figure(6.4, 4.4)
-    axes, last = figure.add_subplot(), max(row["step"] for row in rows)
-    for source, style in ((stage, dict(s=9, alpha=0.6)), ("val", dict(s=42, edgecolors="black", zorder=3))):
-        pairs = [row for row in rows if None not in (row.get(f"{source}/kl"), row.get(f"{source}/score"))]
-        steps, kl = points(pairs, f"{source}/kl")
-        _, score = points(pairs, f"{source}/score")
-        if source == "val":
-            axes.plot(kl, score, color="black", linewidth=0.8, zorder=2)
-        label = "validation" if source == "val" else "training step"
-        dots = axes.scatter(kl, score, c=steps, vmin=0, vmax=last, cmap="viridis", label=label, **style)
-    axes.set_xlabel("KL to the reference (nats per reply)")
-    axes.set_ylabel("score (standard deviations of the reference)")
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False, loc="lower right")
-    figure.colorbar(dots, label="step")
-    write_atomic(metric_log.out_dir / "score_kl.png", png(figure))

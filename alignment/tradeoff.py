@@ -1,11 +1,13 @@
-"""What an aligned policy gains against how far it went: best of n, which needs no training, and the picture."""
+"""What a policy gains against how far it went: best of n, which needs no training, and the pictures."""
 
 import math
 from pathlib import Path
 
 import numpy as np
 
-from common.plots import new_figure
+from common.files import write_file
+from common.metrics import points
+from common.plots import new_figure, png
 
 # of the KL axis, those that are in view
 TICKS = [-1, -0.1, 0, 0.1, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000]
@@ -104,3 +106,27 @@ def label(axes, texts, taken):
         labels.append(note)
         taken.append(box)
     return labels
+
+
+def plot_score_kl(metric_log, prefix):
+    """Draw score_kl.png: what a run paid in KL for its score, its training steps and its validations by colour of step.
+
+    Where a run went too far, the score still climbs while the KL runs away.
+    """
+    rows = metric_log.read()
+    figure = new_figure(6.4, 4.4)
+    axes, last = figure.add_subplot(), max(row["step"] for row in rows)
+    for source, style in ((prefix, dict(s=9, alpha=0.6)), ("val", dict(s=42, edgecolors="black", zorder=3))):
+        pairs = [row for row in rows if None not in (row.get(f"{source}/kl"), row.get(f"{source}/score"))]
+        steps, kl = points(pairs, f"{source}/kl")
+        _, score = points(pairs, f"{source}/score")
+        if source == "val":
+            axes.plot(kl, score, color="black", linewidth=0.8, zorder=2)
+        label = "validation" if source == "val" else "training step"
+        dots = axes.scatter(kl, score, c=steps, vmin=0, vmax=last, cmap="viridis", label=label, **style)
+    axes.set_xlabel("KL to the reference (nats per reply)")
+    axes.set_ylabel("score (standard deviations of the reference)")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, loc="lower right")
+    figure.colorbar(dots, label="step")
+    write_file(metric_log.out_dir / "score_kl.png", png(figure))

@@ -4,7 +4,6 @@ It is a plain dict of tensors and builtin values, read with `weights_only=True`:
 How it is written and read is in checkpoint_file.py: a full disk or a kill leaves the previous one intact.
 """
 
-import hashlib
 import os
 import subprocess
 from dataclasses import asdict
@@ -30,6 +29,8 @@ from common.checkpoint_file import (
     older,
     write,
 )
+from common.config import flatten
+from common.files import file_sha256
 from lowbit import layers
 from model import Llama, ModelConfig
 from tokenizer import DOCUMENT_IDS, Tokenizer
@@ -94,7 +95,7 @@ def save(
 
 
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:
-    """The model inside torch.compile and DistributedDataParallel."""
+    """The model inside torch.compile and torch's own DistributedDataParallel."""
     while (inner := getattr(model, "_orig_mod", getattr(model, "module", None))) is not None:
         model = inner
     return model
@@ -227,14 +228,6 @@ def check_data(tokenizer, source, meta: dict, meta_path) -> None:
             raise CheckpointError(f"{key} is {value} in {source} and {meta.get(key)} in {meta_path}")
 
 
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def parent_of(ckpt: Checkpoint) -> dict:
     """What a child checkpoint records about the one it started from."""
     return dict(path=str(ckpt.path), stage=ckpt.stage, sha256=file_sha256(ckpt.path))
@@ -297,7 +290,7 @@ def _is_main() -> bool:
 
 
 def _refuse_changes(ckpt: Checkpoint, config: dict) -> None:
-    there, here = (UNWRITTEN | _flat(each) for each in (ckpt.config, config))
+    there, here = (UNWRITTEN | flatten(each) for each in (ckpt.config, config))
     processes = here.pop("processes", 1)
     before = there.pop("processes", processes)  # older files do not say
     if processes != before:  # then what they share, the batch of a step, must be the same
@@ -305,17 +298,7 @@ def _refuse_changes(ckpt: Checkpoint, config: dict) -> None:
             values["grad_accumulation_steps * processes"] = values.pop("grad_accumulation_steps", 1) * n
     for key in sorted(there.keys() | here.keys()):
         safe = any(fnmatch(key, pattern) for pattern in SAFE_ON_RESUME)
-        old, new = there.get(key, "absent"), here.get(key, "absent")
+        old, new = (values.get(key, "absent") for values in (there, here))
+        old, new = (list(value) if isinstance(value, tuple) else value for value in (old, new))
         if not safe and old != new:
             raise CheckpointError(f"cannot resume: {key} is {old} in {ckpt.path} and {new} in this run's config")
-
-
-def _flat(config: dict, prefix: str = "") -> dict:
-    """A nested config as {"model.dim": 64, ...}; a tuple equals a list."""
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat

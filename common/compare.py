@@ -15,7 +15,7 @@ import numpy as np
 
 from common import config
 from common.config import UserError
-from common.files import write_atomic
+from common.files import write_file
 from common.metrics import points, read_metrics
 from common.plots import Line, draw
 from common.report import format_table
@@ -97,7 +97,7 @@ def main(argv=None):
     if len(set(args.runs)) < len(args.runs):
         raise UserError(f"a run is given twice: {' '.join(args.runs)}")
     runs = [read_run(path, args.metric) for path in args.runs]
-    write_atomic(args.out, draw(panels(runs, args.metric)))
+    write_file(args.out, draw(panels(runs, args.metric)))
     print(table(runs, args.metric))
     print(f"\nwrote {args.out}")
 

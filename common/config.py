@@ -34,7 +34,7 @@ def parse_config(
     """configs/<stage>.py <- [config.py] <- [--key=value ...]; prints what differs from the defaults to `file`."""
     argv = sys.argv[1:] if argv is None else argv
     defaults_path = configs_dir / f"{stage}.py"
-    defaults = _flatten(_load(defaults_path, configs_dir))
+    defaults = flatten(_load(defaults_path, configs_dir))
     if "--help" in argv or "-h" in argv:
         print(_help(doc, defaults, _describe(defaults_path, configs_dir)))
         raise SystemExit(0)
@@ -85,7 +85,7 @@ def _read_file(path: Path, defaults: dict, configs_dir: Path) -> dict:
     """Flat values of a config file, each key known and of its default's type."""
     if path.suffix != ".py":
         raise ConfigError(f"{path}: a config file ends in .py, and options are written --key=value")
-    values = _flatten(_load(path, configs_dir))
+    values = flatten(_load(path, configs_dir))
     for key, value in values.items():
         try:
             values[key] = _checked(key, value, defaults)
@@ -185,12 +185,12 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def _flatten(config: dict, prefix: str = "") -> dict:
+def flatten(config: dict, prefix: str = "") -> dict:
     """{"model": {"dim": 64}} -> {"model.dim": 64}"""
     flat = {}
     for key, value in config.items():
         nested = isinstance(value, dict) and value
-        flat |= _flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return flat
 
 

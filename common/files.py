@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all, and JSON."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ def save_config(config: dict, out_dir: str | Path) -> None:
     write_json(Path(out_dir) / "config.json", config)
 
 
-def write_atomic(path: str | Path, data: bytes) -> None:
+def write_file(path: str | Path, data: bytes) -> None:
     """Replace `path` by `data` in one step, so that a reader sees the old file or the new one, never half."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
@@ -69,4 +70,12 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, values: dict) -> None:
-    write_atomic(path, (json.dumps(values, ensure_ascii=False, indent=2) + "\n").encode())
+    write_file(path, (json.dumps(values, ensure_ascii=False, indent=2) + "\n").encode())
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from common.config import UserError
-from common.files import write_atomic
+from common.files import write_file
 from common.plots import Line, draw
 from dataset.formats import DataError
 
@@ -98,7 +98,7 @@ class MetricLog:
             lines = [Line(name, name, *points(rows, name)) for name in names]
             drawn.append(("step", label, [line for line in lines if len(line.x)]))
         if any(lines for *_, lines in drawn):
-            write_atomic(self.out_dir / "loss.png", draw(drawn))
+            write_file(self.out_dir / "loss.png", draw(drawn))
 
     def _samples_until(self, step: int) -> list[str]:
         """Lines of samples.txt up to and including the block of `step`."""
@@ -114,7 +114,7 @@ class MetricLog:
     def _keep(path: Path, lines: list[str]) -> None:
         """Replace a file that exists by these lines."""
         if path.exists():
-            write_atomic(path, "".join(line + "\n" for line in lines).encode())
+            write_file(path, "".join(line + "\n" for line in lines).encode())
 
 
 def plain(value: Any) -> Any:
@@ -189,16 +189,17 @@ class TextLoss:
 
 
 @torch.no_grad()
-def source_losses(model, tokens, env, max_tokens=None, batch_size=16) -> tuple[TextLoss, dict[str, TextLoss]]:
+def source_losses(model, corpus, env, max_tokens=None, batch_size=16) -> tuple[TextLoss, dict[str, TextLoss]]:
     """Loss on about max_tokens of a Corpus (None: all of it) in rows of full context: over all, and by source.
 
     The rows are evenly spaced, so that each source has its share; its characters are in proportion to its tokens.
     """
     was_training = model.training
     model.eval()
-    every, losses = max(1, len(tokens) // (max_tokens or len(tokens))) if len(tokens) else 1, {}
-    for name, (start, stop) in tokens.segments.items():
-        x, y = tokens.windows(start, stop, model.config.max_seq_len)  # (N, T)
+    every = max(1, len(corpus) // (max_tokens or len(corpus))) if len(corpus) else 1
+    losses = {}
+    for name, (start, stop) in corpus.segments.items():
+        x, y = corpus.windows(start, stop, model.config.max_seq_len)  # (N, T)
         x, y = x[::every], y[::every]
         nats, scored = 0.0, int((y != -100).sum())
         if not scored:
@@ -206,11 +207,11 @@ def source_losses(model, tokens, env, max_tokens=None, batch_size=16) -> tuple[T
         for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True):
             with env.autocast():
                 nats += model(xs.to(env.device), ys.to(env.device)).item() * int((ys != -100).sum())
-        counts = tokens.meta["sources"][name][tokens.split]
+        counts = corpus.meta["sources"][name][corpus.split]
         losses[name] = TextLoss(nats, scored, counts["characters"] * scored / counts["tokens"])
     model.train(was_training)
     if not losses:
-        raise DataError(f"{tokens.path}: no source in it has two tokens to measure a loss on")
+        raise DataError(f"{corpus.path}: no source in it has two tokens to measure a loss on")
     columns = zip(*((loss.nats, loss.tokens, loss.characters) for loss in losses.values()), strict=True)
     return TextLoss(*map(sum, columns)), losses
 

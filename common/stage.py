@@ -183,7 +183,7 @@ class Stage:
             **training,
         )
 
-    def update(self, step, loss):
+    def clip_and_step(self, step, loss):
         """Clip the gradients, step unless something is not finite. Returns the gradient norm."""
         grad_norm = distributed.clip_gradients(self.trained.parameters(), self.config["grad_clip"])
         if self.guard.ok(step, loss, grad_norm):

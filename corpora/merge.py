@@ -1,7 +1,7 @@
 """Shards joined into the artifacts: which documents stay, and what is written of those.
 
-In every function `keep` and `is_val` (N,) tell of each document of all shards, in order, whether it stays and whether
-it is held out. What merge returns goes into meta.json.
+`why` (N,) tells of each document of all shards, in order, why it goes, as an index of REASONS; `keep` and `is_val` (N,)
+whether it stays and whether it is held out.
 """
 
 from collections import Counter
@@ -40,6 +40,7 @@ def choose(part, shards, own, config):
     """
     columns = [shard.columns() for shard in shards]
     content = np.concatenate([c["content"] for c in columns])
+    # the rule of clean.is_validation, on the hashes that records.columns_of kept
     is_val = np.concatenate([c["key"] for c in columns]) < np.uint64(config["val_share"] * 2**64)
     why = np.zeros(len(content), np.uint8)
     if config["dedup"] != "none":

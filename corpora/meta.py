@@ -7,16 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from common.checkpoint import file_sha256
-from common.files import read_json, write_atomic
+from common.files import file_sha256, read_json, write_file
 from common.plots import new_figure, png
 from common.report import markdown_table
+from corpora.records import STREAMS
 from dataset import formats
 from dataset.batches import Examples
 from dataset.corpus import Corpus
 from dataset.formats import DataError
 
-PARTS = ("text", "pretrain", "sft", "rm", "prompts")  # in the order that they are shown
+PARTS = tuple(STREAMS)  # in the order that they are shown
 
 
 def start_meta(out, parts, val_share, tokenizer):
@@ -76,10 +76,10 @@ def write_report(out, meta, part, outcomes):
         sections += [f"## {name}\n", part_table(name, meta["tally"][name]), ""]
     if lengths := meta.get("lengths"):
         histograms = {name: lengths[name] for name in sorted(lengths, key=PARTS.index)}
-        write_atomic(Path(out) / "lengths.png", draw_lengths(histograms))
+        write_file(Path(out) / "lengths.png", draw_lengths(histograms))
         sections.append("![documents by their length](lengths.png)\n")
     sections.append("dropped.jsonl has up to 20 records of each source and reason.\n")
-    write_atomic(Path(out) / "report.md", "\n".join(sections).encode())
+    write_file(Path(out) / "report.md", "\n".join(sections).encode())
 
     path, rows = Path(out) / "dropped.jsonl", []
     if path.exists():
@@ -89,7 +89,7 @@ def write_report(out, meta, part, outcomes):
         for reason, samples in sorted(found.samples.items()):
             rows += [dict(part=part, source=source, reason=reason, place=p, text=text) for _, p, text in samples]
     rows.sort(key=lambda row: PARTS.index(row["part"]))
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
 def part_table(part, tally):

@@ -86,7 +86,7 @@ def why_not_write(review, low, high):
     return None if low <= len(review.text) <= high else f"not {low} to {high} characters"
 
 
-# reading: every function below yields (place, what was made or None, why it was dropped or None), as data_sources does
+# reading: every function below yields (place, what was made or None, why it was dropped or None), as sources.py does
 
 
 def resolve(name):

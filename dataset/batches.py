@@ -1,4 +1,4 @@
-"""Batches of examples: the conversations, pairs and prompts of a .pkl, in which order they come, padded or packed."""
+"""Batches of examples: the conversations, pairs and prompts of a .pkl, their order, padded or packed, on a device."""
 
 import numpy as np
 import torch
@@ -112,12 +112,6 @@ def pack_batch(rows):
     batch["loss_mask"][:, 0] = 0
     batch["loss_mask"][:, 1:] *= documents[:, 1:] == documents[:, :-1]
     return batch | {"documents": documents}
-
-
-def document_numbers(ids, eos_id):
-    """Which document of its row each token is of (B, T), counted from 0; an <eos> is the last of its document."""
-    ends = (ids == eos_id).long()
-    return ends.cumsum(1) - ends
 
 
 def move(tensors, device):

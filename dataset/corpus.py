@@ -1,4 +1,4 @@
-"""The training text of a data directory: the .bin files of its sources, read as one sequence or mixed by weight."""
+"""The text of a data directory: the .bin files of its sources, read as one sequence or mixed by weight."""
 
 import functools
 import math
@@ -13,13 +13,13 @@ from dataset.formats import DataError, check_ids, load_meta, token_dtype
 BLOCK = 1000  # training rows, in each of which every source of a mixture has its exact share
 
 
-def _epoch_layout(n_windows, n_tokens, seed, epoch):
+def epoch_layout(n_windows, n_tokens, seed, epoch):
     """Order of one epoch's windows, and where on the ring of tokens the first of them starts."""
     rng = np.random.default_rng((seed, epoch))
     return rng.permutation(n_windows), int(rng.integers(n_tokens))
 
 
-def _block_layout(rows, seed, block):
+def block_layout(rows, seed, block):
     """Which ring each row of a block reads (BLOCK,), shuffled; ring i has rows[i] of them."""
     return np.random.default_rng((seed, block, 1)).permutation(np.repeat(np.arange(len(rows)), rows))
 
@@ -80,8 +80,8 @@ class Corpus:
         if len(self) == 0:
             raise DataError(f"{self.path}: no tokens")
         self.rings = mix(mixture, self.segments) if mixture else [Ring(str(self.path), 0, len(self), BLOCK)]
-        self._epoch_layout = functools.lru_cache(2 * len(self.rings))(_epoch_layout)
-        self._block_layout = functools.lru_cache(2)(_block_layout)
+        self._epoch_layout = functools.lru_cache(2 * len(self.rings))(epoch_layout)
+        self._block_layout = functools.lru_cache(2)(block_layout)
 
     def _open(self, source, dtype):
         path, meta_path = self.file(source), self.directory / "meta.json"
@@ -113,15 +113,15 @@ class Corpus:
 
     def _row(self, row, seq_len, seed):
         """Row `row` of the training sequence (T + 1,)."""
-        block, i = divmod(row, BLOCK)
+        block, place = divmod(row, BLOCK)
         layout = self._block_layout(tuple(ring.rows for ring in self.rings), seed, block)
-        ring = self.rings[layout[i]]
-        row = block * ring.rows + np.count_nonzero(layout[:i] == layout[i])  # in the ring's own sequence
+        ring = self.rings[layout[place]]
+        own = block * ring.rows + np.count_nonzero(layout[:place] == layout[place])  # in the ring's own sequence
         n_tokens = ring.stop - ring.start
         n_windows = n_tokens // seq_len
-        epoch, i = divmod(row, n_windows)
+        epoch, window = divmod(own, n_windows)
         order, offset = self._epoch_layout(n_windows, n_tokens, seed, epoch)
-        start = ring.start + int(offset + order[i] * seq_len) % n_tokens
+        start = ring.start + int(offset + order[window] * seq_len) % n_tokens
         stop = start + seq_len + 1
         if stop <= ring.stop:
             return self.read(start, stop)
@@ -157,3 +157,9 @@ class Corpus:
         x, y = np.zeros(n * seq_len, np.int64), np.full(n * seq_len, -100, np.int64)
         x[: len(ids) - 1], y[: len(ids) - 1] = ids[:-1], ids[1:]
         return torch.from_numpy(x.reshape(n, seq_len)), torch.from_numpy(y.reshape(n, seq_len))
+
+
+def document_numbers(ids, eos_id):
+    """Which document of its row each token is of (B, T), counted from 0; an <eos> is the last of its document."""
+    ends = (ids == eos_id).long()
+    return ends.cumsum(1) - ends

@@ -8,8 +8,8 @@ embedding, and transformers 5.23 loads one only where `dequantize` is set and al
 
 import math
 
+import torch
 import torch.nn.functional as F
-from torch import int32, tensor, uint8
 
 from common.config import UserError
 from lowbit.layers import Int4Weight, LowBitWeight, pack_nibbles, unpack_nibbles
@@ -60,7 +60,7 @@ def quantization_config(args, ignore):
 def to_words(codes, bits):
     """codes (N, K) uint8, below 2^bits -> (N, ceil(K * bits / 32)) int32."""
     codes = F.pad(codes, (0, -codes.size(1) % (32 // bits)))
-    words = (pack_nibbles(codes) if bits == 4 else codes).flatten().view(int32)
+    words = (pack_nibbles(codes) if bits == 4 else codes).flatten().view(torch.int32)
     return words.view(len(codes), -1)
 
 
@@ -68,14 +68,14 @@ def pack(layer, args, order, dtype):
     """The tensors of a layer by the ending of their names; `order` puts rows (N, ...) into another order."""
     bits, shape = args["num_bits"], (layer.n_rows, layer.n_columns)
     if bits == 8:
-        codes, scale = layer.q.view(uint8) ^ 128, layer.scale[:, None]
+        codes, scale = layer.q.view(torch.uint8) ^ 128, layer.scale[:, None]
     else:
         codes, scale = unpack_nibbles(layer.q)[:, : layer.n_columns], split(layer.scale, layer, args)
     tensors = dict(weight_packed=to_words(order(codes), bits), weight_scale=order(scale).to(dtype).contiguous())
     if not args["symmetric"]:
         zero = order(split(layer.zero, layer, args))
         tensors["weight_zero_point"] = to_words(zero.T, bits).T.contiguous()
-    return tensors | dict(weight_shape=tensor(shape))
+    return tensors | dict(weight_shape=torch.tensor(shape))
 
 
 def split(values, layer, args):

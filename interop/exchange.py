@@ -12,7 +12,7 @@ from model import Llama
 
 FACTS = "tiny_llama2_zh.provenance"  # our key in the metadata of safetensors and GGUF
 SAMPLING = {key: chat_defaults[key] for key in ("temperature", "top_k", "top_p")}
-# our names of tensors, Hugging Face's, GGUF's
+# our names of tensors, Hugging Face's, GGUF's; those of a layer in the order of a llama2.c file
 NAMES = [
     ("tok_embeddings", "model.embed_tokens", "token_embd"),
     ("layers.{}.attention_norm", "model.layers.{}.input_layernorm", "blk.{}.attn_norm"),

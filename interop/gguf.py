@@ -5,9 +5,9 @@ import json
 import gguf
 
 from common import checkpoint
-from common.provenance import provenance
 from interop import vocabulary
 from interop.exchange import FACTS, SAMPLING, renamed, text_ids
+from interop.provenance import provenance
 from model import ModelConfig
 
 TYPES = dict(float32="ALL_F32", float16="MOSTLY_F16", q8_0="MOSTLY_Q8_0", q4_0="MOSTLY_Q4_0")

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from common import checkpoint
 from common.config import UserError
 from common.files import read_json, write_json
-from common.provenance import model_card, provenance
 from configs.eval_generate import config as chat_defaults
 from interop import compressed, vocabulary
 from interop.exchange import FACTS, SAMPLING, imported, renamed, shapes_of, text_ids
+from interop.provenance import model_card, provenance
 from model import ModelConfig
 from tokenizer import MODEL_FILE, Tokenizer
 

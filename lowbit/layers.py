@@ -41,11 +41,6 @@ def unpack_nibbles(packed):
     return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
 
 
-def linear_float32(x, q, scale):
-    """x (..., K), q (N, K) int8, scale (N,) -> (..., N) float32: exact weights, on any device."""
-    return F.linear(x.float(), q.float()) * scale.float()
-
-
 def linear_kernel(x, *weight, multiply=torch._weight_int8pack_mm):
     """x (..., K) and a weight as `multiply` takes it -> (..., N).
 
@@ -146,7 +141,7 @@ class Int8Weight(LowBitWeight):
         return self.q[ids].float() * self.scale[ids].float()[..., None]
 
     def piece(self, x, part):
-        return linear_float32(x, self.q[part], self.scale[part])
+        return F.linear(x.float(), self.q[part].float()) * self.scale[part].float()
 
     def make_kernel(self):
         q, scale = self.q, self.scale

@@ -50,7 +50,7 @@ def play(step_of, n=480, steps=300, lr=0.03, entropy_coef=0.0):
         optimizer.zero_grad()
         return 1.0
 
-    stage = SimpleNamespace(env=ENV, update=apply)
+    stage = SimpleNamespace(env=ENV, clip_and_step=apply)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
         batch = policy.sample(n, generator)

@@ -109,7 +109,7 @@ def test_losses_and_gradients_are_trls(kind):
 def updated(kind, batch, old_logps, advantages, **changes):
     """The gradients of the update's only minibatch, and the metrics."""
     policy, found = tiny(), []
-    stage = SimpleNamespace(env=ENV, update=lambda step, loss: found.append(gradients(policy)) or 1.0)
+    stage = SimpleNamespace(env=ENV, clip_and_step=lambda step, loss: found.append(gradients(policy)) or 1.0)
     config, order = CONFIG | dict(loss=kind) | changes, torch.Generator().manual_seed(5)
     stats = grpo_train.update(stage, 1, policy, batch, old_logps, advantages[:, None], config, order)
     return found[0], stats

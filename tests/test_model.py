@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from configs.sizes import count_parameters, sizes
-from dataset.batches import document_numbers
+from dataset.corpus import document_numbers
 from generate import KVCache, generate, sample
 from model import Llama, ModelConfig
 

@@ -11,10 +11,11 @@ from chains import argv, failure, metrics, rl_options
 from tiny import ENV, EOS, TEMPERATURE, assert_same, float64, gradients, ragged, tiny
 
 import ppo_train
-from alignment.objective import entropy_bonus, masked_whiten, policy_loss, ratio_stats
+from alignment.objective import entropy_bonus, policy_loss, ratio_stats
 from alignment.rollout import Rollout, in_batches, rollout, sequence_kl
 from common import checkpoint
 from generate import generate
+from ppo_train import masked_whiten
 
 LOG_2 = math.log(2)
 
@@ -160,7 +161,7 @@ def test_ppo_update_does_not_depend_on_micro_batches_or_padding(micro_batch_size
 
     def updated(batch, old, size):
         found = []
-        stage = SimpleNamespace(env=ENV, update=lambda step, loss: found.append(gradients(both)) or 1.0)
+        stage = SimpleNamespace(env=ENV, clip_and_step=lambda step, loss: found.append(gradients(both)) or 1.0)
         order = torch.Generator().manual_seed(5)
         metrics = ppo_train.update(stage, 1, policy, value, batch, old, config | dict(micro_batch_size=size), order)
         return found, metrics

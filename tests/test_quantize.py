@@ -347,11 +347,11 @@ def test_every_recipe_through_the_stage(tmp_path, data_dir, tokenizer_bytes, cap
     low = {name for name, module in model.named_modules() if isinstance(module, layers.LowBitWeight)}
     in_four_bits = {name for name in low if layers.bits_of(name, ckpt.quant) == 4}
     assert len(calibrated) == (len(in_four_bits - {"tok_embeddings"}) if "gptq" in recipe or "all" in recipe else 0)
-    for name in layers:
+    for name in low:
         bits = 4 if name in in_four_bits else 8
         assert isinstance(model.get_submodule(name), layers.Int4Weight if bits == 4 else layers.Int8Weight)
     if recipe == "all in int4":
-        assert in_four_bits == layers
+        assert in_four_bits == low
     elif recipe != "int8":
         assert "scalar" not in in_four_bits or "part" in recipe
         assert in_four_bits and "tok_embeddings" not in in_four_bits

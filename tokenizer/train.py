@@ -15,6 +15,8 @@ from pathlib import Path
 
 import sentencepiece
 
+from common.config import parse_config, run
+from common.files import save_config, write_file
 from tokenizer import MODEL_FILE, Tokenizer, TokenizerError
 
 SAMPLE_LINES = 10_000  # kept aside to measure characters per token
@@ -129,9 +131,6 @@ def characters_per_token(tokenizer: Tokenizer, lines: list[str]) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    from common.config import parse_config
-    from common.files import save_config, write_atomic
-
     config = parse_config("tokenizer", argv, __doc__)
     out = Path(config["out"])
     if (out / MODEL_FILE).exists() and not config["overwrite"]:
@@ -140,9 +139,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f"training {config['vocab_size']:,} pieces on {', '.join(corpus.paths)}")
     tokenizer = Tokenizer(train_bpe(corpus, config))
 
-    write_atomic(out / "tokenizer.vocab", vocab_text(tokenizer).encode())
+    write_file(out / "tokenizer.vocab", vocab_text(tokenizer).encode())
     save_config(config, out)
-    write_atomic(out / MODEL_FILE, tokenizer.model_bytes)
+    write_file(out / MODEL_FILE, tokenizer.model_bytes)
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in corpus.skipped.items()) or "none"
     print(f"{corpus.lines:,} lines, {corpus.characters:,} characters; lines skipped: {skipped}")
     ratio = characters_per_token(tokenizer, corpus.sample)
@@ -151,6 +150,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from common.config import run
-
     run(main)

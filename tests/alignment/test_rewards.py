@@ -9,8 +9,9 @@ import torch
 from tiny import ragged
 
 from alignment.objective import add_up, average
-from alignment.rewards import Reward, checked, final_scores, length_reward, plot_score_kl, reward_function
+from alignment.rewards import Reward, checked, final_scores, length_reward, reward_function
 from alignment.rollout import Watch, reply_metrics, rollout
+from alignment.tradeoff import plot_score_kl
 from common import checkpoint
 from common.config import ConfigError
 from common.metrics import MetricLog

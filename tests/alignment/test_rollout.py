@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from tiny import assert_same, conversations, float64, ragged, tiny, widen
 
-from alignment.objective import masked_mean, masked_whiten
+from alignment.objective import masked_mean
 from alignment.rollout import in_batches, sequence_scores
 from dataset.batches import pad_batch
+from ppo_train import masked_whiten
 
 # masked arithmetic and batches
 

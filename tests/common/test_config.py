@@ -9,7 +9,7 @@ import pytest
 from chains import ROOT
 
 from common.config import ConfigError, UserError, parse_config, run
-from common.files import save_config, write_atomic
+from common.files import save_config, write_file
 
 DEFAULTS = """
 config = dict(
@@ -254,9 +254,9 @@ def test_save_config_round_trips_and_leaves_no_temporary_file(tmp_path):
 
 def test_write_atomic_keeps_the_old_file_on_failure(tmp_path):
     path = tmp_path / "f"
-    write_atomic(path, b"old")
+    write_file(path, b"old")
     with pytest.raises(TypeError):
-        write_atomic(path, "not bytes")
+        write_file(path, "not bytes")
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
 

@@ -1,4 +1,4 @@
-"""corpora/files.py, read through data_sources: every file format, and what real files do to a reader."""
+"""corpora/files.py, read through corpora/sources.py: every file format, and what real files do to a reader."""
 
 import gzip
 import json

@@ -14,9 +14,9 @@ import torch
 
 import export
 from common import checkpoint
-from common.provenance import provenance
 from generate import generate
 from interop import exchange
+from interop.provenance import provenance
 from model import Llama, ModelConfig
 from tokenizer import Tokenizer, encode_opening, encode_prompt
 
