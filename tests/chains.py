@@ -10,15 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
+import data_process
 import dpo_train
 import ppo_train
 import pretrain
 import quantize
 import rm_train
 import sft
+import tokenizer.train
 from common import checkpoint
 from common.config import run
 from common.stage import Stage
+from model import Llama, ModelConfig
+from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, HALF = 6, 3
@@ -68,6 +72,28 @@ def data_options(folder, out, tokenizer_path):
     corpora = dict(positive="positive.txt", negative="negative.txt", people_daily="paper.txt")
     options = {key: folder / name for key, name in corpora.items()} | dict(out=out, tokenizer=tokenizer_path)
     return options | dict(val_share=0.2, max_seq_len=64, rm_length_bin=8, prompts_train=24, prompts_val=8)
+
+
+def make_data(folder, parts):
+    """Corpora, a tokenizer of 440 pieces and the data of some parts, in `folder`."""
+    write_corpora(folder)
+    data = data_options(folder, folder / "data", folder / "tokenizer")
+    data_process.main(argv(**data, parts="text"))
+    tokenizer.train.main(argv(input=folder / "data" / "corpus.txt", vocab_size=440, out=folder / "tokenizer"))
+    data_process.main(argv(**data, parts=parts))
+
+
+def make_model(folder, stage, seed=0, **changes):
+    """A checkpoint of that stage that knows nothing yet, for the tokenizer in `folder`."""
+    vocabulary = Tokenizer.load(folder / "tokenizer")
+    torch.manual_seed(seed)
+    shape = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=64, vocab_size=vocabulary.vocab_size)
+    model = Llama(ModelConfig(**shape | changes))
+    if model.scalar is not None:
+        torch.nn.init.normal_(model.scalar.weight)
+    (folder / stage).mkdir()
+    facts = dict(stage=stage, step=0, tokens_seen=0, config={}, tokenizer=vocabulary.model_bytes)
+    checkpoint.save(folder / stage, model=model, **facts)
 
 
 def options_of(folder, stage, out, changes):

@@ -2,13 +2,7 @@
 
 import pytest
 import torch
-from chains import MAINS, ROOT, argv, data_options, train, write_corpora
-
-import data_process
-import tokenizer.train
-from common import checkpoint
-from model import Llama, ModelConfig
-from tokenizer import Tokenizer
+from chains import MAINS, ROOT, make_data, make_model, train
 
 torch.set_num_threads(min(2, torch.get_num_threads()))  # the models here are too small for more
 
@@ -42,12 +36,7 @@ def shared_data():
 def chain(tmp_path_factory):
     """The folder of a finished chain: corpora, tokenizer, data and a run of every stage. Tests leave it as it is."""
     folder = tmp_path_factory.mktemp("chain")
-    write_corpora(folder)
-    data = data_options(folder, folder / "data", folder / "tokenizer")
-    data_process.main(argv(**data, parts="text"))
-    vocabulary = dict(input=folder / "data" / "corpus.txt", vocab_size=440, out=folder / "tokenizer")
-    tokenizer.train.main(argv(**vocabulary))
-    data_process.main(argv(**data, parts="pretrain,sft,rm,prompts"))
+    make_data(folder, "pretrain,sft,rm,prompts")
     for stage in MAINS:
         train(folder, stage, folder / stage)
     return folder
@@ -57,22 +46,9 @@ def chain(tmp_path_factory):
 def small(tmp_path_factory):
     """A folder with data, a language model "sft" and a reward model "rm" that were never trained."""
     folder = tmp_path_factory.mktemp("small")
-    write_corpora(folder)
-    options = data_options(folder, folder / "data", folder / "tokenizer")
-    data_process.main(argv(**options, parts="text"))
-    tokenizer.train.main(argv(input=folder / "data" / "corpus.txt", vocab_size=440, out=folder / "tokenizer"))
-    data_process.main(argv(**options, parts="prompts"))
-    model_bytes = Tokenizer.load(folder / "tokenizer").model_bytes
-    for seed, stage in enumerate(("sft", "rm")):
-        torch.manual_seed(seed)
-        shape = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=440, max_seq_len=64)
-        model = Llama(ModelConfig(**shape, scalar_head=stage == "rm"))
-        if stage == "rm":
-            torch.nn.init.normal_(model.scalar.weight)
-        (folder / stage).mkdir()
-        checkpoint.save(
-            folder / stage, stage=stage, step=1, tokens_seen=1, model=model, tokenizer=model_bytes, config={}
-        )
+    make_data(folder, "prompts")
+    make_model(folder, "sft")
+    make_model(folder, "rm", seed=1, scalar_head=True)
     return folder
 
 

@@ -8,17 +8,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from chains import argv, assert_same_tensors, data_options, losses, metrics, options_of, write_corpora
+from chains import (
+    argv,
+    assert_same_tensors,
+    losses,
+    make_data,
+    make_model,
+    metrics,
+    options_of,
+)
 from tiny import ENV, assert_same, conversations, examples, float64, gradients, tiny
 
-import data_process
 import dpo_train
-import tokenizer.train
 from common import checkpoint
 from common.config import ConfigError
 from dataset.batches import pad_batch
-from model import Llama, ModelConfig
-from tokenizer import Tokenizer
 
 LOG_2 = math.log(2)
 CHOSEN, REJECTED = ((4, 3), (2, 12), (9, 1), (3, 6)), ((4, 8), (2, 2), (9, 5), (3, 7))
@@ -271,17 +275,8 @@ def test_a_reference_that_cannot_be_read_is_computed_again(cached, content):
 def folder(tmp_path_factory):
     """Data of a small chain and a model that knows nothing yet."""
     folder = tmp_path_factory.mktemp("dpo")
-    write_corpora(folder)
-    data = data_options(folder, folder / "data", folder / "tokenizer")
-    data_process.main(argv(**data, parts="text"))
-    tokenizer.train.main(argv(input=folder / "data" / "corpus.txt", vocab_size=440, out=folder / "tokenizer"))
-    data_process.main(argv(**data, parts="rm,prompts"))
-    vocabulary = Tokenizer.load(folder / "tokenizer")
-    torch.manual_seed(0)
-    shape = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=64, vocab_size=vocabulary.vocab_size)
-    facts = dict(stage="sft", step=0, tokens_seen=0, config={}, tokenizer=vocabulary.model_bytes)
-    (folder / "sft").mkdir()
-    checkpoint.save(folder / "sft", model=Llama(ModelConfig(**shape)), **facts)
+    make_data(folder, "rm,prompts")
+    make_model(folder, "sft")
     dpo_train.main(options_of(folder, "dpo", folder / "dpo", dict(save_interval=3)))
     return folder
 

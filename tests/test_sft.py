@@ -9,30 +9,24 @@ import torch
 import transformers
 from chains import (
     HALF,
-    argv,
     assert_same_run,
-    data_options,
     losses,
+    make_data,
+    make_model,
     metrics,
     options_of,
     train,
     train_in_two_sittings,
     train_rows,
-    write_corpora,
 )
 from parallel import assert_same_training, torchrun_stage
 from tiny import VOCAB, assert_same, conversations, examples, float64, gradients, tiny, widen
 
-import data_process
 import sft
-import tokenizer.train
-from common import checkpoint
 from common.checkpoint import CheckpointError
 from common.config import ConfigError
 from dataset.batches import pack_batch, pad_batch
 from interop import exchange, hf
-from model import Llama, ModelConfig
-from tokenizer import Tokenizer
 
 # two turns with two answers among them: question <bos> answer <eos>, twice
 TURNS = (np.random.default_rng(9).integers(3, VOCAB, 11).tolist(), [0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1])
@@ -201,17 +195,8 @@ PACKED = dict(packing=True, batch_size=2)
 def folder(tmp_path_factory):
     """Data of a small chain, a model that knows nothing yet, and a packed run."""
     folder = tmp_path_factory.mktemp("sft")
-    write_corpora(folder)
-    data = data_options(folder, folder / "data", folder / "tokenizer")
-    data_process.main(argv(**data, parts="text"))
-    tokenizer.train.main(argv(input=folder / "data" / "corpus.txt", vocab_size=440, out=folder / "tokenizer"))
-    data_process.main(argv(**data, parts="sft"))
-    vocabulary = Tokenizer.load(folder / "tokenizer")
-    torch.manual_seed(0)
-    shape = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=64, vocab_size=vocabulary.vocab_size)
-    facts = dict(stage="pretrain", step=0, tokens_seen=0, config={}, tokenizer=vocabulary.model_bytes)
-    (folder / "pretrain").mkdir()
-    checkpoint.save(folder / "pretrain", model=Llama(ModelConfig(**shape)), **facts)
+    make_data(folder, "sft")
+    make_model(folder, "pretrain")
     train(folder, "sft", folder / "sft", **PACKED)
     return folder
 

@@ -4,11 +4,9 @@ import json
 
 import pytest
 import torch
-from chains import argv, data_options, options_of, train, write_corpora
+from chains import make_data, options_of, train
 from parallel import SCRIPTS, assert_same_training, torchrun, torchrun_stage
 
-import data_process
-import tokenizer.train
 from common.config import ConfigError, UserError
 from common.distributed import Env, all_sum, cleanup, clip_gradients, compiled, restarted, setup, sync, wrap
 from model import Llama, ModelConfig
@@ -127,11 +125,7 @@ def test_a_restart_by_torchrun_is_seen(monkeypatch):
 def folder(tmp_path_factory, module_in_float64):
     """Data of a small chain and one-process runs of its stages, each step four micro-batches."""
     folder = tmp_path_factory.mktemp("parallel")
-    write_corpora(folder)
-    data = data_options(folder, folder / "data", folder / "tokenizer")
-    data_process.main(argv(**data, parts="text"))
-    tokenizer.train.main(argv(input=folder / "data" / "corpus.txt", vocab_size=440, out=folder / "tokenizer"))
-    data_process.main(argv(**data, parts="pretrain,sft,rm,prompts"))
+    make_data(folder, "pretrain,sft,rm,prompts")
     for stage in SCRIPTS:
         train(folder, stage, folder / stage, batch_size=4, grad_accumulation_steps=4)
     return folder
