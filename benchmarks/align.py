@@ -13,22 +13,18 @@ out: out/seed-N with a run directory and a log of each stage, compare.md and com
      of JSON: lists have a value a seed
 """
 
-import argparse
 import importlib
-import json
 import math
-import subprocess
-import sys
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from harness import ROOT, argument_parser, flags, launch, print_figures, read_figures, run_python
 
+from common.metrics import read_metrics
 from dataset.batches import load_pairs
 from dataset.formats import load_meta
 
-ROOT = Path(__file__).resolve().parents[1]
 # script, the demo's config, and the runs that it starts from, by key
 STAGES = {
     "sft": ("sft", dict()),
@@ -42,22 +38,6 @@ BEST_OF = "best of 8"
 FIGURES = {"positive": "positive_share", "kl": "kl", "distinct_2": "distinct_2", "eos_rate": "eos_rate"}
 
 
-def execute(arguments, log, may_refuse=False):
-    """Standard output of a script of this project; what it says goes to the file `log`.
-
-    None where it exits with 2, which says that its input is not there, and may.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "w", encoding="utf-8") as file:
-        command = [sys.executable, *map(str, arguments)]
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=file, text=True, encoding="utf-8")
-    if may_refuse and done.returncode == 2:
-        return None
-    if done.returncode:
-        raise SystemExit(f"{arguments[0]} failed, see {log}: {log.read_text(encoding='utf-8').strip()[-300:]}")
-    return done.stdout
-
-
 def train(name, seed, options):
     """A stage's run directory, trained unless it is there."""
     script, parents = STAGES[name]
@@ -68,15 +48,15 @@ def train(name, seed, options):
     if options.steps_scale != 1:
         keys["max_steps"] = max(1, round(config["max_steps"] * options.steps_scale))
     print(f"seed {seed}: {name}", flush=True)
-    arguments = [f"{script}.py", f"configs/demo/{name}.py", "--resume"]
-    execute(arguments + [f"--{key}={value}" for key, value in keys.items()], folder / f"{name}.log")
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [ROOT / f"{script}.py", ROOT / f"configs/demo/{name}.py", "--resume", *flags(**keys)]
+    run_python(*command, log=folder / f"{name}.log")
     return folder / name
 
 
 def last_value(run, name):
     """The last value of a metric of a run directory."""
-    rows = [json.loads(line) for line in open(run / "metrics.jsonl", encoding="utf-8")]
-    return [row[name] for row in rows if name in row][-1]
+    return [row[name] for row in read_metrics(run / "metrics.jsonl") if name in row][-1]
 
 
 def one_seed(seed, options):
@@ -87,8 +67,8 @@ def one_seed(seed, options):
     keys = dict(compare=",".join(str(runs[name]) for name in COMPARED), reward_model=runs["rm"], best_of="2,4,8")
     keys |= dict(compare_examples=1000)  # all of the demo's
     keys |= dict(data=options.data, seed=seed, report=folder / "compare.md", picture=folder / "compare.png")
-    arguments = ["eval_generate.py", "--device=cpu", *(f"--{key}={value}" for key, value in keys.items())]
-    compared = json.loads(execute(arguments, folder / "compare.log").splitlines()[-1])
+    command = [ROOT / "eval_generate.py", *flags(device="cpu", **keys)]
+    compared = read_figures(run_python(*command, log=folder / "compare.log"))
     rows = dict(zip(COMPARED, compared["replies"], strict=False))
     rows["best_of_8"] = next(row for row in compared["replies"] if row["checkpoint"] == BEST_OF)
     figures = dict(rm_accuracy=last_value(runs["rm"], "val/accuracy"))
@@ -132,19 +112,19 @@ def speed(options):
     """Ratios to Hugging Face and TRL, with the rates that they come from."""
     figures = dict(sft_answer_tokens_ratio_hf=None)
     print("speed: align_sft.py", flush=True)
-    arguments = ["benchmarks/align_sft.py", f"--data={options.sft_data}"]
-    if out := execute(arguments, options.out / "align_sft.log", may_refuse=True):
-        figures |= json.loads(out.splitlines()[-1])
+    command = [ROOT / "benchmarks/align_sft.py", *flags(data=options.sft_data)]
+    if out := run_python(*command, log=options.out / "align_sft.log", may_refuse=True):
+        figures |= read_figures(out)
     else:
         print(f"{options.sft_data} lacks what it reads: fine-tuning is not measured", flush=True)
     sft = train("sft", options.seeds[0], options)
     print("speed: align_rollout.py", flush=True)
-    arguments = ["benchmarks/align_rollout.py", f"--ckpt={sft}", f"--data={options.data}"]
-    return figures | json.loads(execute(arguments, options.out / "align_rollout.log").splitlines()[-1])
+    command = [ROOT / "benchmarks/align_rollout.py", *flags(ckpt=sft, data=options.data)]
+    return figures | read_figures(run_python(*command, log=options.out / "align_rollout.log"))
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main():
+    parser = argument_parser(__doc__)
     parser.add_argument("--data", type=Path, default=Path("data/demo"))
     parser.add_argument("--pretrain", type=Path, default=Path("out/demo/pretrain"))
     parser.add_argument("--sft_data", type=Path, default=ROOT.parent / "shared/data/sft", help="of align_sft.py")
@@ -152,16 +132,15 @@ def main(argv=None):
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[1, 2, 3])
     parser.add_argument("--only", choices=["speed", "quality"], help="one of the two parts")
     parser.add_argument("--steps_scale", type=float, default=1.0, help="of the demo's steps, for a quick look")
-    options = parser.parse_args(argv)
-    for name in ("data", "pretrain", "sft_data", "out"):
-        setattr(options, name, getattr(options, name).resolve())  # the stages run in the repository's root
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
     figures = {}
     if options.only != "quality":
         figures |= speed(options)
     if options.only != "speed":
         figures |= quality(options)
-    print(json.dumps(figures))
+    print_figures(figures)
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

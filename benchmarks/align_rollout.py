@@ -11,21 +11,15 @@ in:  a run of sft.py, prompts.pkl and meta.json; transformers, trl (requirements
 out: tables and, last, one line of JSON on standard output
 """
 
-import argparse
 import contextlib
-import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
-
-from interop import exchange, hf
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from harness import ROOT, argument_parser, fastest, flags, launch, measure, print_figures, run_python
 
 from alignment.rollout import rollout
 from common import checkpoint
@@ -34,10 +28,10 @@ from common.report import format_table
 from configs.demo.pretrain import config as demo
 from configs.sizes import sizes
 from dataset.batches import load_prompts
+from interop import exchange, hf
 from model import Llama, ModelConfig
 from tokenizer import encode_prompt
 
-ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {
     "demo": demo["model"] | dict(vocab_size=6144),
     "tiny-llama2-24m": sizes["tiny-llama2-24m"] | dict(vocab_size=64793),
@@ -105,8 +99,7 @@ def measure_grpo(ckpt, data, steps):
         keys |= dict(max_steps=steps + 1, warmup_steps=0, learning_rate=LEARNING_RATE, min_learning_rate=LEARNING_RATE)
         keys |= dict(max_new_tokens=NEW_TOKENS, eval_prompts=1, eval_interval=steps + 1, save_interval=steps + 1)
         keys |= dict(log_interval=1, device="cpu", dtype="float32")
-        command = [sys.executable, str(ROOT / "grpo_train.py"), str(ROOT / "configs/demo/grpo.py")]
-        subprocess.run([*command, *(f"--{key}={value}" for key, value in keys.items())], check=True, stdout=sys.stderr)
+        run_python(ROOT / "grpo_train.py", ROOT / "configs/demo/grpo.py", *flags(**keys))
         rows = [row for row in read_metrics(Path(folder) / "grpo" / "metrics.jsonl") if "grpo/length" in row]
     first, *rest = rows
     seconds = rest[-1]["seconds"] - first["seconds"]
@@ -158,61 +151,35 @@ def measure_trl(ckpt, data, steps):
     return dict(rate=REPLIES * (len(ends) - 1) / seconds, length=sum(lengths[1:]) / len(lengths[1:]))
 
 
-def measure(*arguments):
-    """What a worker found, in a process of its own."""
-    print("measuring", *arguments, file=sys.stderr, flush=True)
-    command = [sys.executable, __file__, "--worker", *map(str, arguments)]
-    environment = os.environ | dict(HF_HUB_OFFLINE="1")
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(map(str, arguments))} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def alternate(jobs, rounds):
-    """{job: the best round of it}, jobs being tuples of a worker's arguments."""
-    best = {}
-    for _ in range(rounds):
-        for job in jobs:
-            found = measure(*job)
-            if found["rate"] > best.get(job, dict(rate=0.0))["rate"]:
-                best[job] = found
-    return best
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main():
+    parser = argument_parser(__doc__)
     parser.add_argument("--ckpt", default="out/demo/sft")
     parser.add_argument("--data", default="data/demo")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6, help="of GRPO that are timed, after one that warms up")
-    options = parser.parse_args(argv)
+    options = parser.parse_args()
     print(f"{torch.get_num_threads()} threads")
-    rates = alternate([("rollout", kind, shape) for shape in SHAPES for kind in ("ours", "hf")], options.rounds)
+    offline = partial(measure, HF_HUB_OFFLINE="1")  # all there is to load is on disk
+    jobs = {(kind, shape): (measure_rollout, kind, shape) for shape in SHAPES for kind in ("ours", "hf")}
+    rates = fastest(jobs, options.rounds, offline)
     figures, rows = {}, []
     for shape in SHAPES:
-        ours, hf = (rates["rollout", kind, shape]["rate"] for kind in ("ours", "hf"))
+        ours, hf = (rates[kind, shape]["rate"] for kind in ("ours", "hf"))
         rows.append(dict(shape=shape, ours=ours, hf=hf, ratio=ours / hf))
         prefix = "" if shape == "demo" else "24m_"
         figures |= {f"{prefix}rollout_tokens_ratio_hf": ours / hf}
         figures |= {f"{prefix}rollout_tokens_per_s_ours": ours, f"{prefix}rollout_tokens_per_s_hf": hf}
     columns = {"shape": "{shape}", "ours (tokens/s)": "{ours:,.0f}", "Hugging Face (tokens/s)": "{hf:,.0f}"}
     print(format_table(columns | {"ratio": "{ratio:.2f}"}, rows))
-    jobs = [(kind, options.ckpt, options.data, options.steps) for kind in ("grpo", "trl")]
-    ours, trl = alternate(jobs, options.rounds).values()
+    functions = dict(grpo=measure_grpo, trl=measure_trl)
+    jobs = {kind: (function, options.ckpt, options.data, options.steps) for kind, function in functions.items()}
+    ours, trl = fastest(jobs, options.rounds, offline).values()
     rows = [dict(name="grpo_train.py") | ours, dict(name="TRL GRPOTrainer") | trl]
     print(format_table({"": "{name}", "replies/s": "{rate:.1f}", "tokens per reply": "{length:.1f}"}, rows))
     figures |= dict(episodes_ratio_trl=ours["rate"] / trl["rate"])
     figures |= dict(episodes_per_s_ours=ours["rate"], episodes_per_s_trl=trl["rate"])
-    print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
-
-
-def worker(kind, *arguments):
-    if kind == "rollout":
-        return measure_rollout(*arguments)
-    *paths, steps = arguments
-    return dict(grpo=measure_grpo, trl=measure_trl)[kind](*paths, int(steps))
+    print_figures(figures, 3)
 
 
 if __name__ == "__main__":
-    print(json.dumps(worker(*sys.argv[2:]))) if sys.argv[1:2] == ["--worker"] else main()
+    launch(main)

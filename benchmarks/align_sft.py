@@ -11,17 +11,13 @@ in:  a folder with an alpaca .json; transformers and accelerate (requirements-de
 out: a table and, last, one line of JSON on standard output
 """
 
-import argparse
-import json
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from harness import ROOT, argument_parser, fastest, flags, launch, print_figures, run_python
 
 import sft
 from common import checkpoint
@@ -34,7 +30,6 @@ from dataset.formats import load_pkl
 from model import Llama, ModelConfig
 from tokenizer import Tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
 ALPACA, TOKENIZER = "llamafactory_alpaca_zh_demo.json", "tokenizer/chatglm3_tokenizer.model"
 SHAPE, CONTEXT = sizes["tiny-llama2-24m"], 512
 CONVERSATIONS, ROWS = 8, 2  # of a step; a row of 512 tokens holds four of this file on average
@@ -45,7 +40,7 @@ NAMES = dict(hf="Hugging Face Trainer, padded to the context", packed="sft.py, p
 def prepare(folder, data, tokenizer):
     """sft.pkl, a checkpoint of random weights and the same weights for transformers."""
     options = dict(sources=f"alpaca={data / ALPACA}", tokenizer=tokenizer, parts="sft", max_seq_len=CONTEXT, out=folder)
-    run("data_process.py", **options)
+    run_python(ROOT / "data_process.py", *flags(**options))
     tok = Tokenizer(tokenizer.read_bytes())
     torch.manual_seed(0)
     model = Llama(ModelConfig(**SHAPE | dict(vocab_size=tok.vocab_size, max_seq_len=CONTEXT)))
@@ -55,14 +50,7 @@ def prepare(folder, data, tokenizer):
                 p.mul_(3)  # at first every distribution is flat, and so are all losses, right or wrong
     facts = dict(stage="pretrain", step=0, tokens_seen=0, config={}, tokenizer=tok.model_bytes)
     checkpoint.save(folder / "ckpt.pt", model=model, **facts)
-    run("export.py", format="hf", ckpt=folder, out=folder / "hf")
-
-
-def run(script, **options):
-    command = [sys.executable, ROOT / script, *(f"--{key}={value}" for key, value in options.items())]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{script} failed: {done.stderr.strip()}")
+    run_python(ROOT / "export.py", *flags(format="hf", ckpt=folder, out=folder / "hf"))
 
 
 def training_examples(folder):
@@ -136,37 +124,26 @@ def worker_hf(folder):
 
 
 def worker(kind, folder):
+    folder = Path(folder)
     loss, tokens, seconds = worker_hf(folder) if kind == "hf" else worker_ours(folder, kind == "packed")
     return dict(loss=loss, rate=tokens / seconds, megabytes=peak_memory_gb() * 1e9 / 2**20)
 
 
-def measure(kind, folder):
-    done = subprocess.run([sys.executable, __file__, "--worker", kind, folder], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{NAMES[kind]} failed: {done.stderr.strip()}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main():
+    parser = argument_parser(__doc__)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data/sft", help=f"folder with {ALPACA}")
     parser.add_argument("--tokenizer", type=Path, help=f"a tokenizer.model; default {TOKENIZER} beside the folder")
     parser.add_argument("--rounds", type=int, default=2)
-    options = parser.parse_args(argv)
+    options = parser.parse_args()
     data = options.data.resolve()
     tokenizer = (options.tokenizer or data.parent / TOKENIZER).resolve()
     for path in (data / ALPACA, tokenizer):
         if not path.is_file():
             print(f"nothing to measure: {path} is not there", file=sys.stderr)
             sys.exit(2)
-    best = {}
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder), data, tokenizer)
-        for _ in range(options.rounds):
-            for kind in NAMES:
-                result = measure(kind, folder)
-                if result["rate"] > best.get(kind, dict(rate=0))["rate"]:
-                    best[kind] = result
+        best = fastest({kind: (worker, kind, folder) for kind in NAMES}, options.rounds)
     columns = {
         "": "{name}",
         "answer tokens/s": "{rate:,.0f}",
@@ -181,11 +158,8 @@ def main(argv=None):
         sft_loss_ours=best["packed"]["loss"],
         sft_loss_hf=best["hf"]["loss"],
     )
-    print(json.dumps({key: round(value, 6) for key, value in figures.items()}))
+    print_figures(figures, 6)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        print(json.dumps(worker(sys.argv[2], Path(sys.argv[3]))))
-    else:
-        main()
+    launch(main)

@@ -11,21 +11,18 @@ in:  a tokenizer (path or Hugging Face id)
 out: a table and, last, one line of JSON on standard output; what was written in between is removed
 """
 
-import argparse
 import json
 import random
 import re
 import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from harness import ROOT, argument_parser, fastest, flags, launch, measure, print_figures, run_python
 
 from common.report import format_table, peak_memory_gb
 from configs.data_process import config as defaults
@@ -36,7 +33,6 @@ from dataset.batches import Examples
 from dataset.formats import load_pkl, save_pkl
 from tokenizer import Tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGE = 500  # characters of a document in which near-duplicates are looked for
 EDITED = 0.1  # share of the characters of a planted near-duplicate that are edited
 
@@ -77,24 +73,20 @@ def write_corpus(path, lines, n_bytes, seed=0):
     return path
 
 
-# workers: each prints one line of JSON
-
-
 def worker_ours(path, tokenizer, workers, out, dedup):
     """The stage itself; seconds without those of starting Python, and the largest process."""
-    command = [sys.executable, str(ROOT / "data_process.py"), f"--sources=web:text_rows={path}", "--parts=pretrain"]
-    command += [f"--tokenizer={tokenizer}", f"--workers={workers}", f"--out={out}", f"--dedup={dedup}"]
-    command += ["--val_share=0.01", "--unit_bytes=16777216"]
+    options = dict(sources=f"web:text_rows={path}", parts="pretrain", tokenizer=tokenizer, workers=workers, out=out)
+    command = [ROOT / "data_process.py", *flags(dedup=dedup, val_share=0.01, unit_bytes=1 << 24, **options)]
     start = time.perf_counter()
-    subprocess.run([*command, "--help"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)  # imports everything
+    run_python(*command, "--help")  # imports everything
     middle = time.perf_counter()
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run_python(*command)
     seconds = (time.perf_counter() - middle) - (middle - start)
     meta = json.loads((Path(out) / "meta.json").read_text(encoding="utf-8"))
     counts = meta["tally"]["pretrain"]["web"]
     megabytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024  # of the largest, in KB on Linux
     tokens = counts["train"]["tokens"] + counts["val"]["tokens"]
-    return dict(tokens=tokens, seconds=seconds, megabytes=megabytes)
+    return dict(rate=tokens / seconds, tokens=tokens, seconds=seconds, megabytes=megabytes)
 
 
 def worker_raw(path, tokenizer):
@@ -104,7 +96,8 @@ def worker_raw(path, tokenizer):
     start, tokens = time.perf_counter(), 0
     for i in range(0, len(texts), 1000):
         tokens += sum(map(len, sp.encode(texts[i : i + 1000], num_threads=1)))
-    return dict(tokens=tokens, seconds=time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return dict(rate=tokens / seconds, tokens=tokens, seconds=seconds)
 
 
 def worker_loop(path, tokenizer):
@@ -117,14 +110,16 @@ def worker_loop(path, tokenizer):
     with tempfile.TemporaryFile() as file:
         np.array(ids, np.uint16).tofile(file)
     seconds = time.perf_counter() - start
-    return dict(tokens=len(ids), seconds=seconds, megabytes=peak_memory_gb() * 1e9 / 2**20)
+    megabytes = peak_memory_gb() * 1e9 / 2**20
+    return dict(rate=len(ids) / seconds, tokens=len(ids), seconds=seconds, megabytes=megabytes)
 
 
 def worker_write(path, n=4_000_000, length=200):
-    """A sft.pkl of four million examples in the flat layout."""
+    """Write a sft.pkl of four million examples in the flat layout; its path."""
     tokens = np.random.default_rng(0).integers(3, 64789, n * length, dtype=np.uint16)
     loss_mask = np.packbits(np.tile(np.arange(length) >= length // 2, n), bitorder="little")
     save_pkl(path, dict(tokens=tokens, offsets=np.arange(n + 1, dtype=np.int64) * length, loss_mask=loss_mask))
+    return path
 
 
 def worker_load(path):
@@ -133,15 +128,6 @@ def worker_load(path):
     examples = Examples(load_pkl(path), vocab_size=64793, path=path)
     seconds = time.perf_counter() - start
     return dict(seconds=seconds, ratio=(peak_memory_gb() - before) * 1e9 / examples.tokens.nbytes, n=len(examples))
-
-
-def measure(kind, *arguments):
-    command = [sys.executable, __file__, "--worker", kind, *map(str, arguments)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-# near-duplicates
 
 
 def plant(texts, n, rng):
@@ -179,19 +165,19 @@ def near_duplicate_quality(texts, n, rng):
     return quality | dict(seconds=seconds, signing=signing, planted=planted, dropped=int(dropped.sum()))
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main():
+    parser = argument_parser(__doc__)
     parser.add_argument("--tokenizer", default="THUDM/chatglm3-6b", help="path or Hugging Face id")
     parser.add_argument("--text", nargs="*", default=[], help="more text files, a paragraph a line")
     parser.add_argument("--megabytes", type=int, default=160, help="size of the large corpus; the small one is a tenth")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--documents", type=int, default=100_000, help="for near-duplicates")
     parser.add_argument("--out", default="out/benchmark_data", help="folder to work in, removed at the end")
-    options = parser.parse_args(argv)
+    options = parser.parse_args()
     out = Path(options.out)
     out.mkdir(parents=True)
     try:
-        print(report(options, out))
+        report(options, out)
     finally:
         shutil.rmtree(out)
 
@@ -203,21 +189,15 @@ def report(options, out):
     large = write_corpus(out / "large.jsonl", lines, options.megabytes << 20)
     small = write_corpus(out / "small.jsonl", lines, (options.megabytes << 20) // 10)
     jobs = {
-        "raw SentencePiece": ("raw", large, options.tokenizer),
-        "plain loop": ("loop", large, options.tokenizer),
-        "data_process.py, 1 process": ("ours", large, options.tokenizer, 1, out / "one", "exact"),
-        "data_process.py, 2 processes": ("ours", large, options.tokenizer, 2, out / "two", "exact"),
-        "a tenth of the text, 1 process": ("ours", small, options.tokenizer, 1, out / "small", "exact"),
-        "near-duplicates too, 1 process": ("ours", small, options.tokenizer, 1, out / "near", "near"),
+        "raw SentencePiece": (worker_raw, large, options.tokenizer),
+        "plain loop": (worker_loop, large, options.tokenizer),
+        "data_process.py, 1 process": (worker_ours, large, options.tokenizer, 1, out / "one", "exact"),
+        "data_process.py, 2 processes": (worker_ours, large, options.tokenizer, 2, out / "two", "exact"),
+        "a tenth of the text, 1 process": (worker_ours, small, options.tokenizer, 1, out / "small", "exact"),
+        "near-duplicates too, 1 process": (worker_ours, small, options.tokenizer, 1, out / "near", "near"),
     }
-    best = {}
-    for _ in range(options.rounds):
-        for name, job in jobs.items():
-            run = measure(*job)
-            run["rate"] = run["tokens"] / run["seconds"]
-            if run["rate"] > best.get(name, run)["rate"] or name not in best:
-                best[name] = run
-    rows = [dict(name=name, megabytes=float("nan")) | run for name, run in best.items()]
+    best = fastest(jobs, options.rounds)
+    rows = [dict(name=name, megabytes=float("nan")) | found for name, found in best.items()]
     columns = {
         "": "{name}",
         "tokens": "{tokens:,}",
@@ -227,10 +207,9 @@ def report(options, out):
     }
     print(format_table(columns, rows), flush=True)
     near = near_duplicate_quality(texts, options.documents, random.Random(0))
-    print(json.dumps(near), flush=True)
-    measure("write", out / "sft.pkl")
-    load = measure("load", out / "sft.pkl")
-    print(json.dumps(load), flush=True)
+    print_figures(near)
+    load = measure(worker_load, measure(worker_write, out / "sft.pkl"))
+    print_figures(load)
     ours = best["data_process.py, 1 process"]
     figures = dict(
         rss_ratio_10x=ours["megabytes"] / best["a tenth of the text, 1 process"]["megabytes"],
@@ -245,13 +224,8 @@ def report(options, out):
         load_4m_examples_s=load["seconds"],
         load_4m_examples_over_raw=load["ratio"],
     )
-    return json.dumps({key: round(value, 4) for key, value in figures.items()})
+    print_figures(figures, 4)
 
-
-WORKERS = dict(ours=worker_ours, raw=worker_raw, loop=worker_loop, write=worker_write, load=worker_load)
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        print(json.dumps(WORKERS[sys.argv[2]](*sys.argv[3:])))
-    else:
-        main()
+    launch(main)

@@ -11,7 +11,6 @@ in:  nothing; text is made up, a tokenizer and data are made of it by the script
 out: a line a trial and, last, one line of JSON on standard output; exit code 1 if a trial differed
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -24,14 +23,12 @@ import time
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from harness import ROOT, argument_parser, flags, launch, print_figures, run_python
 
 from common import checkpoint
 from common.checkpoint_file import older
 from common.metrics import read_metrics
 
-ROOT = Path(__file__).resolve().parents[1]
 STEPS = 40
 SAVING = 0.1  # seconds in which a kill falls after a save has begun; a save takes about as long
 MOST_KILLS = 3  # in a trial
@@ -41,22 +38,8 @@ OPTIONS = {
     "warmup_steps": 5, "eval_interval": 20, "save_interval": 3, "log_interval": 1, "sample_prompts": "天",
     "sample_tokens": 8, "device": "cpu",
 }  # fmt: skip
-
-
-def start(*command):
-    # waiting threads that sleep leave the processor to others
-    env = os.environ | {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT)}
-    # a file, since a pipe that nobody reads would fill up
-    errors = tempfile.TemporaryFile("w+", encoding="utf-8")
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=errors)
-    return process, errors
-
-
-def finish(process, errors):
-    """Wait for the end, which must be a good one."""
-    if process.wait() != 0:
-        errors.seek(0)
-        raise SystemExit(f"exit code {process.returncode}: {errors.read()[-2000:]}")
+# waiting threads that sleep leave the processor to others
+ENVIRONMENT = dict(OMP_NUM_THREADS="2", OMP_WAIT_POLICY="passive", PYTHONPATH=str(ROOT))
 
 
 def make_data(folder, rng):
@@ -68,10 +51,11 @@ def make_data(folder, rng):
     rows = [json.dumps(dict(text=line), ensure_ascii=False) + "\n" for line in lines]
     (folder / "text.jsonl").write_text("".join(rows), encoding="utf-8")
     tokenizer, data = f"{folder}/tokenizer", f"{folder}/data"
-    finish(*start("-m", "tokenizer.train", f"--input={folder}/text.txt", "--vocab_size=600", f"--out={tokenizer}"))
-    sources = [f"--sources=made_up:text_rows={folder}/text.jsonl", "--parts=pretrain", "--val_share=0.05"]
-    finish(*start("data_process.py", *sources, f"--tokenizer={tokenizer}", f"--out={data}"))
-    return [f"--tokenizer={tokenizer}", f"--data={data}", *(f"--{key}={value}" for key, value in OPTIONS.items())]
+    vocabulary = flags(input=folder / "text.txt", vocab_size=600, out=tokenizer)
+    run_python("-m", "tokenizer.train", *vocabulary, **ENVIRONMENT)
+    sources = dict(sources=f"made_up:text_rows={folder}/text.jsonl", parts="pretrain", val_share=0.05)
+    run_python(ROOT / "data_process.py", *flags(tokenizer=tokenizer, out=data, **sources), **ENVIRONMENT)
+    return flags(tokenizer=tokenizer, data=data, **OPTIONS)
 
 
 def last_step(out):
@@ -127,9 +111,11 @@ def outcome(out):
 
 def trial(command, out, rng, seconds):
     """Kill and resume one to MOST_KILLS times, then let it end; what each kill met."""
+    command = [*command, f"--out={out}", "--resume"]
+    silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     kills, wanted = [], rng.randint(1, MOST_KILLS)
     while len(kills) < wanted:
-        process, _ = start(*command, f"--out={out}", "--resume")
+        process = subprocess.Popen([sys.executable, *command], env=os.environ | ENVIRONMENT, **silent)
         met = wait_until_killed(process, out, rng, seconds)
         if met is not None:
             kills.append(met + (", cut short" if rng.random() < 0.25 and cut_short(out / checkpoint.FILE_NAME) else ""))
@@ -137,21 +123,21 @@ def trial(command, out, rng, seconds):
             break
         else:  # it ended before the first kill: once more
             shutil.rmtree(out)
-    finish(*start(*command, f"--out={out}", "--resume"))
+    run_python(*command, **ENVIRONMENT)
     return kills
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main():
+    parser = argument_parser(__doc__)
     parser.add_argument("--tries", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args(argv)
+    options = parser.parse_args()
     survived, kills = 0, []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        command = ["pretrain.py", *make_data(folder, random.Random(options.seed))]
+        command = [ROOT / "pretrain.py", *make_data(folder, random.Random(options.seed))]
         began = time.perf_counter()
-        finish(*start(*command, f"--out={folder / 'whole'}"))
+        run_python(*command, f"--out={folder / 'whole'}", **ENVIRONMENT)
         seconds = time.perf_counter() - began
         expected = outcome(folder / "whole")
         size = checkpoint.find(folder / "whole").stat().st_size
@@ -166,9 +152,9 @@ def main(argv=None):
             verdict = f"differs in {', '.join(different)}" if different else "the same to the last bit"
             print(f"trial {number}: killed at {'; '.join(met)}; {verdict}", flush=True)
     counts = {name.replace(" ", "_"): sum(name in met for met in kills) for name in ("saving", "cut short")}
-    print(json.dumps(dict(survived=survived, tried=options.tries, kills=len(kills)) | counts))
+    print_figures(dict(survived=survived, tried=options.tries, kills=len(kills)) | counts)
     return survived < options.tries
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch(main)

@@ -13,19 +13,14 @@ out: out/optimizers.png, a run directory for each run (a finished one is not rep
      JSON
 """
 
-import argparse
-import json
-import subprocess
-import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from harness import ROOT, argument_parser, flags, launch, print_figures, run_python
 
-ROOT = Path(__file__).resolve().parents[1]
+from common.metrics import read_metrics
+from common.plots import new_figure, png
+
 ADAMW = dict(optimizer="adamw", schedule="cosine", learning_rate=2e-3)
 MUON = dict(optimizer="muon", schedule="wsd", learning_rate=5e-3)
 SWEEP = {"adamw": (1e-3, 2e-3, 4e-3, 8e-3), "muon": (2.5e-3, 5e-3, 1e-2, 2e-2)}
@@ -44,10 +39,8 @@ def train(out, steps, recipe, seed, options):
         eval_interval=max(steps // 8, 1),
         save_interval=steps,
     )
-    command = [sys.executable, str(ROOT / "pretrain.py"), str(ROOT / "configs/demo/pretrain.py"), "--resume"]
-    command += [f"--{key}={value}" for key, value in keys.items()]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    rows = [json.loads(line) for line in open(Path(out) / "metrics.jsonl", encoding="utf-8")]
+    run_python(ROOT / "pretrain.py", ROOT / "configs/demo/pretrain.py", "--resume", *flags(**keys))
+    rows = read_metrics(out / "metrics.jsonl")
     tokens_per_step = next(row["train/tokens"] / row["step"] for row in rows if "train/tokens" in row)
     return [(r["step"], r["step"] * tokens_per_step, r["val/loss"]) for r in rows if "val/loss" in r]
 
@@ -65,7 +58,8 @@ def sweep(options):
 
 def draw(curves, path):
     """Validation loss against tokens; curves {label: [runs]}, each run [(step, tokens, loss)]."""
-    figure, axes = plt.subplots(figsize=(8.4, 4.6), dpi=150, layout="constrained")
+    figure = new_figure(8.4, 4.6)
+    axes = figure.add_subplot()
     for color, (label, runs) in enumerate(curves.items()):
         for i, run in enumerate(runs):
             _, tokens, losses = zip(*run[1:], strict=True)
@@ -78,11 +72,11 @@ def draw(curves, path):
     axes.set_ylabel("validation loss (nats per token)")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    figure.savefig(path)
+    path.write_bytes(png(figure))
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main():
+    parser = argument_parser(__doc__)
     parser.add_argument("--data", default="data/demo")
     parser.add_argument("--tokenizer", default="out/demo/tokenizer")
     parser.add_argument("--out", type=Path, default=Path("out/benchmark_optimizers"))
@@ -90,7 +84,7 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--fractions", type=float, nargs="*", default=[0.4, 0.5, 0.6], help="of those steps, for Muon")
     parser.add_argument("--sweep", action="store_true", help="only compare learning rates")
-    options = parser.parse_args(argv)
+    options = parser.parse_args()
     if options.sweep:
         sweep(options)
         return
@@ -110,8 +104,8 @@ def main(argv=None):
     reached = [fraction for fraction, loss in by_fraction.items() if loss <= target]
     figures = dict(muon_token_fraction=min(reached, default=None), steps=options.steps, adamw_loss=round(target, 4))
     figures |= {f"muon_loss_{fraction:g}": round(loss, 4) for fraction, loss in by_fraction.items()}
-    print(json.dumps(figures))
+    print_figures(figures)
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -9,17 +9,10 @@ and memory, or be busy with other work. All take turns, --rounds times, and of e
 out: a table and, last, one line of JSON on standard output
 """
 
-import argparse
-import json
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from harness import argument_parser, fastest, launch, measure, print_figures
 
 from common import distributed
 from common.optim import build_optimizer
@@ -38,7 +31,7 @@ JOBS = {
 
 
 def worker(parallel, rows, steps):
-    """Seconds of `steps` optimizer steps as the stages do them; printed by rank 0."""
+    """Optimizer steps a second, done as the stages do them, and the model's parameters; rank 0 tells."""
     env = distributed.setup("cpu", "float32")
     config = dict(parallel=parallel, optimizer="adamw", learning_rate=1e-3, beta1=0.9, beta2=0.95, weight_decay=0.1)
     model = Llama(ModelConfig(**MODEL))
@@ -59,42 +52,31 @@ def worker(parallel, rows, steps):
         optimizer.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - start
     distributed.cleanup(env)
-    if env.is_main:
-        print(json.dumps(dict(seconds=seconds, parameters=parameters)))
+    return dict(rate=steps / seconds, parameters=parameters) if env.is_main else None
 
 
-def measure(processes, parallel, options):
-    """Steps a second of one run, which is its own group of processes, and the model's parameters."""
+def measure_group(processes, *arguments):
+    """What the first of so many processes found."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launcher, __file__, "--worker", parallel, str(options.rows), str(options.steps)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
-    found = json.loads(result.stdout.splitlines()[-1])
-    return options.steps / found["seconds"], found["parameters"]
+    return measure(worker, *arguments, launcher=launcher, OMP_NUM_THREADS="1")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argument_parser(__doc__)
     parser.add_argument("--rows", type=int, default=32, help="rows of 256 tokens in a step, an even number")
     parser.add_argument("--steps", type=int, default=3, help="steps that are timed")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each")
     options = parser.parse_args()
-    rates = {name: [] for name in JOBS}
-    for _ in range(options.rounds):
-        for name, job in JOBS.items():
-            rate, parameters = measure(*job, options)
-            rates[name].append(rate)
-    best = {name: max(found) for name, found in rates.items()}
-    one, ddp, fsdp, free = best.values()
+    jobs = {name: (*job, options.rows, options.steps) for name, job in JOBS.items()}
+    best = fastest(jobs, options.rounds, measure_group)
+    parameters = best["1 process"]["parameters"]
+    one, ddp, fsdp, free = (found["rate"] for found in best.values())
     print(f"{parameters:,} parameters, {options.rows * MODEL['max_seq_len']:,} tokens a step, one thread a process")
-    rows = [dict(name=name, rate=rate, speedup=rate / one) for name, rate in best.items()]
+    rows = [dict(name=name, speedup=found["rate"] / one) | found for name, found in best.items()]
     print(format_table({"": "{name}", "steps/s": "{rate:.3f}", "speedup": "{speedup:.2f}"}, rows))
     figures = dict(ddp_speedup_2=ddp / one, fsdp_speedup_2=fsdp / one, free_speedup_2=free / one)
-    print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
+    print_figures(figures, 3)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        worker(sys.argv[2], *map(int, sys.argv[3:]))
-    else:
-        main()
+    launch(main)

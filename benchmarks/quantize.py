@@ -11,34 +11,27 @@ in:  a float32 checkpoint, its val.*.bin and train.*.bin; xllamacpp (requirement
 out: out/{quantize.md, quantize.png}; the tables and, last, one line of JSON on standard output
 """
 
-import argparse
 import contextlib
-import json
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import gguf
-import matplotlib
 import torch
-
-from generate import generate
-from interop import exchange
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from harness import argument_parser, launch, print_figures, take_turns
 
 import export
 import quantize
 from common import checkpoint
 from common.distributed import setup
 from common.metrics import source_losses
+from common.plots import new_figure, png
 from common.report import format_table
 from configs.quantize import config as defaults
 from configs.sizes import sizes
+from generate import generate
+from interop import exchange
 from lowbit.layers import LowBitWeight
 from model import Llama, ModelConfig
 
@@ -81,7 +74,7 @@ def resident_bytes(model):
 @torch.no_grad()
 def measure_ours(path, dtype):
     """Tokens per second and bytes of a checkpoint, in this process."""
-    model = checkpoint.build_model(checkpoint.load(path)).to(dtype).eval()
+    model = checkpoint.build_model(checkpoint.load(path)).to(getattr(torch, dtype)).eval()
     prompt = list(range(3, 3 + PROMPT))
     generate(model, [prompt], 10, temperature=0, eos_id=-1)  # packs the kernels' weights
     decode, prefill, n = 0.0, 0.0, min(PREFILL, model.config.max_seq_len)
@@ -114,17 +107,12 @@ def measure_llama_cpp(path, context):
     return rates
 
 
-def measure(jobs):
-    """{format: rates} of [(format, arguments of a worker)], the best of ROUNDS rounds."""
-    best = {}
-    for round_ in range(ROUNDS):
-        for name, arguments in jobs:
-            print(f"speed, round {round_ + 1} of {ROUNDS}: {name}", file=sys.stderr, flush=True)
-            command = [sys.executable, __file__, "--worker", *map(str, arguments)]
-            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-            rates = json.loads(out.stdout.strip().splitlines()[-1])
-            best[name] = {key: max(value, best.get(name, rates)[key]) for key, value in rates.items()}
-    return best
+def measure_all(jobs):
+    """{format: rates}, each rate the best of ROUNDS rounds."""
+    return {
+        name: {key: max(rates[key] for rates in rounds) for key in rounds[0]}
+        for name, rounds in take_turns(jobs, ROUNDS).items()
+    }
 
 
 def write_formats(ckpt, folder, recipes, batches):
@@ -183,18 +171,15 @@ def compare(models, val, env):
 
 
 def jobs_of(files, context):
-    """What measure() is to run for the files of write_formats."""
-    jobs = []
-    for name, path in files.items():
-        if name in LLAMA_CPP:
-            jobs.append((name, ["llama.cpp", path, context]))
-        else:
-            jobs.append((name, ["ours", files["float32"] if name == "bfloat16" else path, name]))
-    return jobs
+    """What measures the speed of the files of write_formats: {format: function and arguments}."""
+    jobs = {name: (measure_ours, path, "float32") for name, path in files.items()}
+    jobs["bfloat16"] = measure_ours, files["float32"], "bfloat16"
+    return jobs | {name: (measure_llama_cpp, files[name], context) for name in LLAMA_CPP}
 
 
 def draw(rows, path):
-    figure, axes = plt.subplots(figsize=(8, 5))
+    figure = new_figure(8, 5)
+    axes = figure.add_subplot()
     for i, row in enumerate(sorted(rows, key=lambda row: row["rise"])):
         at = row["file"] / 1e6, 100 * row["rise"]
         axes.scatter(*at, color="C1" if row["format"] in LLAMA_CPP else "C0")
@@ -203,8 +188,7 @@ def draw(rows, path):
     axes.set_ylabel("rise of validation perplexity over float32 (%)")
     axes.margins(0.15)
     axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    path.write_bytes(png(figure))
 
 
 def table_rows(files, rates, float32_bytes):
@@ -214,8 +198,28 @@ def table_rows(files, rates, float32_bytes):
     ]
 
 
+def figures_of(by, large_by, size):
+    """What the last line tells, from the rows {format: row} of the trained model and of the large one of that size."""
+    gptq, rtn, q4_0 = (by[name]["rise"] for name in ("int4 GPTQ g64", "int4 RTN g64", "llama.cpp Q4_0"))
+    return dict(
+        int8_bytes_ratio=by["int8"]["ratio"],
+        int8_ppl_rise=by["int8"]["rise"],
+        int8_decode_ratio_fp32=large_by["int8"]["decode"] / large_by["float32"]["decode"],
+        int8_decode_ratio_llamacpp_q8_0=large_by["int8"]["decode"] / large_by["llama.cpp Q8_0"]["decode"],
+        int4_bytes_ratio=by["int4 GPTQ g64"]["ratio"],
+        int4_rtn_ppl_rise=rtn,
+        int4_gptq_ppl_rise=gptq,
+        llamacpp_q4_0_ppl_rise=q4_0,
+        gptq_rise_over_rtn=gptq / rtn,
+        gptq_rise_over_q4_0=gptq / q4_0,
+        decode_model=size,
+        trained_int8_decode_ratio_fp32=by["int8"]["decode"] / by["float32"]["decode"],
+        trained_int8_decode_ratio_llamacpp_q8_0=by["int8"]["decode"] / by["llama.cpp Q8_0"]["decode"],
+    )
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argument_parser(__doc__)
     parser.add_argument("--ckpt", default="out/demo/pretrain", help="float32 checkpoint, trained for minutes at least")
     parser.add_argument("--data", default="data/demo", help="folder of its val.*.bin and train.*.bin")
     parser.add_argument("--out", default="out/demo/benchmark", help="folder for the table and the picture")
@@ -234,7 +238,7 @@ def main():
         quality = compare(models, val, env)
         float32_bytes = 4 * models["float32"].num_params()
         del models
-        rows = table_rows(files, measure(jobs_of(files, context)), float32_bytes)
+        rows = table_rows(files, measure_all(jobs_of(files, context)), float32_bytes)
         rows = [row | quality[row["format"]] for row in rows]
 
         large = Llama(ModelConfig(**sizes[options.size]))
@@ -243,7 +247,7 @@ def main():
         checkpoint.save(random_ckpt, model=large, **facts)
         fast = {name: RECIPES[name] for name in ("int8", "int4 RTN g64")}
         files, _ = write_formats(checkpoint.load(random_ckpt), Path(folder) / "large", fast, None)
-        speed = table_rows(files, measure(jobs_of(files, large.config.max_seq_len)), 4 * large.num_params())
+        speed = table_rows(files, measure_all(jobs_of(files, large.config.max_seq_len)), 4 * large.num_params())
     by, large_by = ({row["format"]: row for row in some} for some in (rows, speed))
     out.mkdir(parents=True, exist_ok=True)
     draw(rows, out / "quantize.png")
@@ -257,33 +261,9 @@ def main():
         ]
     )
     (out / "quantize.md").write_text(text + "\n", encoding="utf-8")
-    gptq, rtn, q4_0 = (by[name]["rise"] for name in ("int4 GPTQ g64", "int4 RTN g64", "llama.cpp Q4_0"))
-    figures = dict(
-        int8_bytes_ratio=by["int8"]["ratio"],
-        int8_ppl_rise=by["int8"]["rise"],
-        int8_decode_ratio_fp32=large_by["int8"]["decode"] / large_by["float32"]["decode"],
-        int8_decode_ratio_llamacpp_q8_0=large_by["int8"]["decode"] / large_by["llama.cpp Q8_0"]["decode"],
-        int4_bytes_ratio=by["int4 GPTQ g64"]["ratio"],
-        int4_rtn_ppl_rise=rtn,
-        int4_gptq_ppl_rise=gptq,
-        llamacpp_q4_0_ppl_rise=q4_0,
-        gptq_rise_over_rtn=gptq / rtn,
-        gptq_rise_over_q4_0=gptq / q4_0,
-        decode_model=options.size,
-        trained_int8_decode_ratio_fp32=by["int8"]["decode"] / by["float32"]["decode"],
-        trained_int8_decode_ratio_llamacpp_q8_0=by["int8"]["decode"] / by["llama.cpp Q8_0"]["decode"],
-    )
-    print(f"{text}\n\n{json.dumps({key: round(v, 5) if isinstance(v, float) else v for key, v in figures.items()})}")
-
-
-def worker(kind, path, option):
-    rates = (
-        measure_llama_cpp(path, int(option))
-        if kind == "llama.cpp"
-        else measure_ours(path, torch.bfloat16 if option == "bfloat16" else torch.float32)
-    )
-    print(json.dumps(rates))
+    print(f"{text}\n")
+    print_figures(figures_of(by, large_by, options.size), 5)
 
 
 if __name__ == "__main__":
-    worker(*sys.argv[2:]) if sys.argv[1:2] == ["--worker"] else main()
+    launch(main)

@@ -11,18 +11,12 @@ in:  transformers (requirements-dev.txt)
 out: a table and, last, one line of JSON on standard output
 """
 
-import argparse
-import json
-import math
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from harness import argument_parser, fastest, launch, print_figures, read_figures, run_python, take_turns
 
 from common.optim import build_optimizer
 from common.plan import flops_per_token, measured_peak
@@ -81,7 +75,8 @@ def make_hf(config, T):
 def compare_losses(shape, repeats=3):
     """Milliseconds of output projection and loss with their gradients: in one piece, torch's in chunks, ours."""
     arguments, B, T = SHAPES[shape]
-    V, D = arguments["vocab_size"], arguments["dim"]
+    config = ModelConfig(**arguments)
+    V, D = config.vocab_size, config.dim
     h, W = torch.randn(B * T, D).requires_grad_(), torch.randn(V, D).mul_(0.02).requires_grad_()
     targets, weights = torch.randint(0, V, (B * T,)), torch.full((B * T,), 1 / (B * T))
     chunked = torch.nn.LinearCrossEntropyOptions()
@@ -90,13 +85,14 @@ def compare_losses(shape, repeats=3):
         "torch's linear_cross_entropy": lambda: F.linear_cross_entropy(h, W, targets, options=chunked),
         "ours": lambda: LinearCrossEntropy.apply(h, W, targets, weights),
     }
-    best = dict.fromkeys(losses, math.inf)
-    for _ in range(repeats):
-        for name, loss in losses.items():
-            start = time.perf_counter()
-            loss().backward()
-            best[name] = min(best[name], time.perf_counter() - start)
-    return {name: round(1000 * seconds, 1) for name, seconds in best.items()}
+
+    def seconds(loss):
+        start = time.perf_counter()
+        loss().backward()
+        return time.perf_counter() - start
+
+    found = take_turns({name: (loss,) for name, loss in losses.items()}, repeats, seconds)
+    return {name: round(1000 * min(times), 1) for name, times in found.items()}
 
 
 def finish(model, optimizer):
@@ -105,10 +101,13 @@ def finish(model, optimizer):
     optimizer.zero_grad(set_to_none=True)
 
 
-def worker(kind, shape):
-    """One line of JSON: tokens a second and the peak memory of this process."""
-    if kind == "peak":
-        return dict(flops=measured_peak(2048, seconds=2))
+def measure_peak():
+    """Floating-point operations a second of large matrix products."""
+    return dict(rate=measured_peak(2048, seconds=2))
+
+
+def measure_step(kind, shape):
+    """Tokens a second, their floating-point operations, and the peak memory of this process."""
     arguments, B, T = SHAPES[shape]
     config = ModelConfig(**arguments)
     step = (make_ours if kind == "ours" else make_hf)(config, T)
@@ -123,30 +122,25 @@ def worker(kind, shape):
     return dict(rate=rate, flops=rate * flops_per_token(config, T), megabytes=peak_memory_gb() * 1e9 / 2**20)
 
 
-def measure(*arguments):
-    command = [sys.executable, __file__, "--worker", *arguments]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main():
+    parser = argument_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--losses", action="store_true", help="only the loss, beside torch's own")
-    options = parser.parse_args(argv)
+    options = parser.parse_args()
     if options.losses:
-        print(json.dumps({shape: compare_losses(shape) for shape in SHAPES}))
+        print_figures({shape: compare_losses(shape) for shape in SHAPES})
         return
-    best, peak = {}, 0.0
-    for _ in range(options.rounds):
-        for shape in SHAPES:
-            for kind in ("hf", "ours"):
-                run = measure(kind, shape)
-                if run["rate"] > best.get((kind, shape), dict(rate=0))["rate"]:
-                    best[kind, shape] = run
-            peak = max(peak, measure("peak", shape)["flops"])
+    jobs = {}
+    for shape in SHAPES:
+        jobs |= {(kind, shape): (measure_step, kind, shape) for kind in ("hf", "ours")}
+        jobs["peak", shape] = (measure_peak,)
+    best = fastest(jobs, options.rounds)
+    peak = max(best.pop(("peak", shape))["rate"] for shape in SHAPES)
     names = dict(hf="Hugging Face", ours="ours")
-    rows = [dict(shape=shape, name=names[kind], share=run["flops"] / peak) | run for (kind, shape), run in best.items()]
+    rows = [
+        dict(shape=shape, name=names[kind], share=found["flops"] / peak) | found
+        for (kind, shape), found in best.items()
+    ]
     columns = {
         "shape": "{shape}",
         "": "{name}",
@@ -163,11 +157,10 @@ def main(argv=None):
         fraction_of_matmul_peak=ours["flops"] / peak,
         demo_tokens_per_s_ratio_hf=best["ours", "demo"]["rate"] / best["hf", "demo"]["rate"],
     )
-    done = subprocess.run([sys.executable, PARALLEL], check=True, stdout=subprocess.PIPE, text=True)
-    print(done.stdout)
-    figures |= json.loads(done.stdout.splitlines()[-1])
-    print(json.dumps({key: round(value, 4) for key, value in figures.items()}))
+    out = run_python(PARALLEL)
+    print(out)
+    print_figures(figures | read_figures(out), 4)
 
 
 if __name__ == "__main__":
-    print(json.dumps(worker(*sys.argv[2:]))) if sys.argv[1:2] == ["--worker"] else main()
+    launch(main)
