@@ -252,7 +252,7 @@ def test_save_config_round_trips_and_leaves_no_temporary_file(tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
 
 
-def test_write_atomic_keeps_the_old_file_on_failure(tmp_path):
+def test_write_file_keeps_the_old_file_on_failure(tmp_path):
     path = tmp_path / "f"
     write_file(path, b"old")
     with pytest.raises(TypeError):
