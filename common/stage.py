@@ -80,7 +80,7 @@ class Stage:
                 raise ConfigError(f"{key}={value}: at least 1 is needed")
         self.env = distributed.setup(config["device"], config["dtype"], config["seed"])
         if self.env.world_size > 1 and not parallel:
-            raise UserError(f"{name} runs in one process: start it without torchrun")
+            raise UserError(f"stage {name} runs in one process: start it without torchrun")
         config["processes"] = self.env.world_size
         if distributed.restarted(self.env):
             config.update(resume=True, overwrite=False)

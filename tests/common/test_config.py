@@ -1,4 +1,4 @@
-"""Layers, types and messages of common/config.py on throw-away config packages."""
+"""Layers, types and messages of common/config.py on throw-away config packages; files that common/files.py writes."""
 
 import json
 import re
