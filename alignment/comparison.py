@@ -132,9 +132,8 @@ def compare(models, data, config, reward_model=None):
     """
     polarity, first = snownlp_judge(), next(iter(models))
     tokenizer = models[first].tokenizer
-    context = min(
-        loaded.model.config.max_seq_len for loaded in [*models.values(), *([reward_model] if reward_model else [])]
-    )
+    readers = [*models.values(), reward_model] if reward_model else models.values()
+    context = min(loaded.model.config.max_seq_len for loaded in readers)
     _, prompts = load_prompts(data / "prompts.pkl", tokenizer.vocab_size)
     prompts = [prompt for prompt in prompts if len(prompt) < context][: config["compare_prompts"]]
     if not prompts:

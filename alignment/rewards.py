@@ -1,5 +1,7 @@
-"""What a reply is worth to RL, a reward model's score or a Python function's, in units of the reference's replies;
-and the validation of a policy by it."""
+"""What a reply is worth to RL: a reward model's score or a Python function's, in units of the reference's replies.
+
+A policy is validated by it too.
+"""
 
 import hashlib
 import importlib
