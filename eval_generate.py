@@ -34,7 +34,6 @@ from common.metrics import plain, source_losses
 from common.report import format_table
 from dataset.corpus import Corpus
 from dataset.formats import load_meta
-from generate import generate
 from model import Llama
 from tokenizer import StreamDecoder, Tokenizer, encode_example, encode_opening, encode_prompt
 
@@ -104,7 +103,7 @@ def say(loaded, messages, config, seed):
 
     sampling = {key: config[key] for key in ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")}
     ids = prompt_ids(loaded, messages, config["max_new_tokens"])
-    generate(loaded.model, [ids], **sampling, eos_id=loaded.stop_id, seed=seed, on_token=on_token)
+    loaded.model.generate([ids], **sampling, eos_id=loaded.stop_id, seed=seed, on_token=on_token)
     print(flush=True)
     return "".join(parts)
 

@@ -1,10 +1,8 @@
-"""Sampling from a model: prompts of any lengths in one batch, keys and values cached, finished rows leaving."""
+"""model.generate: prompts of any lengths in one batch, keys and values cached, finished rows leaving."""
 
 from dataclasses import dataclass
 
 import torch
-
-from model import upcast
 
 
 @dataclass
@@ -90,11 +88,12 @@ def generate(
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     out = Generation([[] for _ in prompts], [[] for _ in prompts] if return_logps else None)
     seen = None if repetition_penalty == 1.0 else prompt_tokens(prompts, model.config.vocab_size, device)
+    wide = torch.promote_types(model.norm.weight.dtype, torch.float32)  # for softmax and sums
     h, cache = prefill(model, prompts, max_new_tokens)  # (B, D)
     rows = torch.arange(len(prompts), device=device)  # which prompt each row of the batch still continues
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for _ in range(max_new_tokens):
-        logits = penalise(upcast(model.head(h)), seen, repetition_penalty)  # (B, V)
+        logits = penalise(model.head(h).to(wide), seen, repetition_penalty)  # (B, V)
         token = sample(logits, temperature, top_k, top_p, generator)  # (B,)
         live, logps = ~done, None
         if return_logps:

@@ -14,6 +14,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from generate import generate
+
 
 @dataclass
 class ModelConfig:
@@ -212,6 +214,8 @@ class LinearLogps(torch.autograd.Function):
 
 
 class Llama(nn.Module):
+    generate = generate  # model.generate(prompts, max_new_tokens, ...)
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config

@@ -23,7 +23,6 @@ from common.stage import Stage
 from dataset.batches import move
 from dataset.corpus import Corpus, document_numbers
 from dataset.formats import load_meta
-from generate import generate
 from model import Llama
 from tokenizer import Tokenizer, encode_opening
 
@@ -61,7 +60,7 @@ def warn_unless_uniform(loss, vocab_size):
 def continue_prompts(model, tokenizer, config):
     """[(prompt, continuation)] of the configured prompts, the same seed every time."""
     prompts = [encode_opening(tokenizer, text) for text in config["sample_prompts"]]
-    replies = generate(model, prompts, config["sample_tokens"], temperature=0.8, top_p=0.9, seed=config["seed"])
+    replies = model.generate(prompts, config["sample_tokens"], temperature=0.8, top_p=0.9, seed=config["seed"])
     return [(text, tokenizer.decode(ids)) for text, ids in zip(config["sample_prompts"], replies.tokens, strict=True)]
 
 

@@ -30,7 +30,6 @@ from common.metrics import MetricLog, source_losses
 from dataset.batches import Examples, pad_batch
 from dataset.corpus import Corpus
 from dataset.formats import load_pkl
-from generate import generate
 from lowbit.gptq import gptq, quantize_int4
 from lowbit.layers import GROUP_SIZES, bits_of, pack_nibbles
 from tokenizer import encode_opening, encode_prompt
@@ -262,7 +261,7 @@ def sample_pairs(model, label, tok, continues, prompts, max_new_tokens):
         ids = [encode_opening(tok, prompt)[:room] for prompt in prompts]
     else:
         ids = [encode_prompt(tok, [{"role": "user", "content": prompt}], room) for prompt in prompts]
-    replies = generate(model, ids, max_new_tokens, temperature=0, eos_id=stop_id).tokens
+    replies = model.generate(ids, max_new_tokens, temperature=0, eos_id=stop_id).tokens
     return [(f"[{label}] {prompt}", tok.decode(reply)) for prompt, reply in zip(prompts, replies, strict=True)]
 
 

@@ -20,7 +20,6 @@ from common.optim import build_optimizer, learning_rate, set_learning_rate
 from common.stage import Stage
 from dataset.batches import BatchOrder, Examples, PackedOrder, epoch_order, pack_batch, pad_batch, to_device
 from dataset.formats import load_pkl
-from generate import generate
 
 PANELS = [
     ("loss (nats per answer token)", ["train/loss", "val/loss"]),
@@ -88,7 +87,7 @@ def evaluate(model, val, tokenizer, config, env, n_prompts):
     for i in range(0, len(prompts), 50):
         batch = by_length[i : i + 50]
         sampling = dict(temperature=0.8, top_p=0.9, eos_id=tokenizer.eos_id, seed=config["seed"])
-        new = generate(model, [prompts[j] for j in batch], config["eval_new_tokens"], **sampling).tokens
+        new = model.generate([prompts[j] for j in batch], config["eval_new_tokens"], **sampling).tokens
         replies |= zip(batch, new, strict=True)
     model.train()
     eos_rate = share([reply[-1] == tokenizer.eos_id for reply in replies.values()])

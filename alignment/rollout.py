@@ -9,7 +9,6 @@ from tqdm import tqdm
 from alignment.objective import masked_mean
 from common.metrics import distinct_2
 from dataset.batches import pad_batch
-from generate import generate
 
 
 @dataclass
@@ -35,8 +34,8 @@ class Rollout:
 
 def rollout(model, prompts, max_new_tokens, temperature=1.0, eos_id=2, seed=None, top_p=1.0):
     """Sample one reply to each prompt (id lists) from softmax(logits / temperature); training leaves top_p at 1."""
-    replies = generate(
-        model, prompts, max_new_tokens, temperature=temperature, top_p=top_p, eos_id=eos_id, seed=seed
+    replies = model.generate(
+        prompts, max_new_tokens, temperature=temperature, top_p=top_p, eos_id=eos_id, seed=seed
     ).tokens
     rows = [(p + r, [0] * len(p) + [1] * len(r)) for p, r in zip(prompts, replies, strict=True)]
     device = model.norm.weight.device

@@ -30,7 +30,6 @@ from common.plots import new_figure, png
 from common.report import format_table
 from configs.quantize import config as defaults
 from configs.sizes import sizes
-from generate import generate
 from interop import exchange
 from lowbit.layers import LowBitWeight
 from model import Llama, ModelConfig
@@ -76,12 +75,12 @@ def measure_ours(path, dtype):
     """Tokens per second and bytes of a checkpoint, in this process."""
     model = checkpoint.build_model(checkpoint.load(path)).to(getattr(torch, dtype)).eval()
     prompt = list(range(3, 3 + PROMPT))
-    generate(model, [prompt], 10, temperature=0, eos_id=-1)  # packs the kernels' weights
+    model.generate([prompt], 10, temperature=0, eos_id=-1)  # packs the kernels' weights
     decode, prefill, n = 0.0, 0.0, min(PREFILL, model.config.max_seq_len)
     ids = torch.arange(n)[None] % model.config.vocab_size
     for _ in range(3):
         start = time.perf_counter()
-        new = len(generate(model, [prompt], NEW_TOKENS, temperature=0, eos_id=-1).tokens[0])
+        new = len(model.generate([prompt], NEW_TOKENS, temperature=0, eos_id=-1).tokens[0])
         middle = time.perf_counter()
         model.head(model.hidden(ids)[:, -1])
         decode = max(decode, new / (middle - start))

@@ -23,7 +23,6 @@ from common.checkpoint import CheckpointError
 from common.config import ConfigError, UserError
 from common.metrics import distinct_2, wilson_interval
 from dataset.formats import BinWriter, DataError, save_meta, save_pkl, token_dtype
-from generate import generate
 from model import Llama, ModelConfig
 from tokenizer import Tokenizer, encode_example, encode_prompt
 
@@ -120,7 +119,7 @@ def test_pretrained_continue_and_others_answer(tmp_path, tok, capsys, stage, par
     ckpt = save(tmp_path / "run", tok, model, stage)
     ids = [tok.eos_id, *tok.encode("这本书")] if stage == "pretrain" else [*tok.encode("这本书"), tok.bos_id]
     sampling = dict(temperature=0.7, top_k=30, top_p=0.95, repetition_penalty=1.2, seed=5)
-    expected = tok.decode(generate(model, [ids], 20, **sampling).tokens[0]).rstrip("\ufffd")
+    expected = tok.decode(model.generate([ids], 20, **sampling).tokens[0]).rstrip("\ufffd")
     options = [f"--{key}={value}" for key, value in sampling.items()]
     out, _ = run(capsys, f"--ckpt={ckpt}", "--prompt=这本书", "--max_new_tokens=20", *options)
     assert out.rstrip("\n") == expected.rstrip("\n")
@@ -141,7 +140,7 @@ def test_an_int8_checkpoint_answers(tmp_path, tok, capsys):
     int8 = quantize.quantize_checkpoint(ckpt)
     model = checkpoint.build_model(int8)
     path = save(tmp_path / "int8", tok, model, "quantize", quant=int8.quant, parent=checkpoint.parent_of(ckpt))
-    expected = generate(model, [encode_prompt(tok, user("这本书"))], 9, temperature=0).tokens[0]
+    expected = model.generate([encode_prompt(tok, user("这本书"))], 9, temperature=0).tokens[0]
     out, _ = run(capsys, f"--ckpt={path}", "--prompt=这本书", "--max_new_tokens=9", "--temperature=0")
     assert out == tok.decode(expected).rstrip("\ufffd") + "\n"
 
@@ -150,7 +149,7 @@ def test_system_text_stands_before_the_question(tmp_path, tok, capsys):
     model = random_model(tok.vocab_size)
     ckpt = save(tmp_path / "sft", tok, model)
     ids = encode_prompt(tok, [dict(role="system", content="好评"), *user("这本书")])
-    expected = tok.decode(generate(model, [ids], 9, temperature=0).tokens[0]).rstrip("\ufffd")
+    expected = tok.decode(model.generate([ids], 9, temperature=0).tokens[0]).rstrip("\ufffd")
     options = ["--prompt=这本书", "--system=好评", "--temperature=0", "--max_new_tokens=9"]
     assert run(capsys, f"--ckpt={ckpt}", *options).out == expected + "\n"
     base = save(tmp_path / "pretrain", tok, model, "pretrain")
@@ -193,7 +192,7 @@ def test_chat_remembers_until_clear_and_ends_with_exit(tmp_path, tok, capsys, mo
 
     def reply(messages):
         ids = encode_prompt(tok, messages)
-        return tok.decode(generate(model, [ids], 6, temperature=0).tokens[0]).rstrip("\ufffd")
+        return tok.decode(model.generate([ids], 6, temperature=0).tokens[0]).rstrip("\ufffd")
 
     one = reply(user("这本书"))
     two = reply([*user("这本书"), dict(role="assistant", content=one), *user("差评")])

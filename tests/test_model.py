@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from configs.sizes import count_parameters, sizes
 from dataset.corpus import document_numbers
-from generate import KVCache, generate, sample
+from generate import KVCache, sample
 from model import Llama, ModelConfig
 
 SHAPES = {"MHA": dict(), "GQA": dict(n_kv_heads=2), "untied": dict(tied=False), "MQA": dict(n_kv_heads=1, tied=False)}
@@ -250,7 +250,7 @@ def greedy_reference(model, prompt, max_new_tokens):
 def test_cached_generation_equals_uncached(shape):
     model = talker(**shape)
     for prompt in PROMPTS[:2]:
-        assert generate(model, [prompt], 20, temperature=0, eos_id=-1).tokens == [greedy_reference(model, prompt, 20)]
+        assert model.generate([prompt], 20, temperature=0, eos_id=-1).tokens == [greedy_reference(model, prompt, 20)]
 
 
 @float64
@@ -264,13 +264,13 @@ def test_ragged_batch_equals_single_rows_as_rows_stop_and_leave(monkeypatch):
 
     eos = max(range(24), key=lambda eos: len(set(lengths(eos))))
     assert len(set(lengths(eos))) >= 4 and sum(n < 25 for n in lengths(eos)) >= 4
-    tokens = generate(model, PROMPTS, 25, temperature=0, eos_id=eos).tokens
+    tokens = model.generate(PROMPTS, 25, temperature=0, eos_id=eos).tokens
     assert tokens == [text[:n] for text, n in zip(free, lengths(eos), strict=True)]
     assert left and left[0] <= 4  # rows did leave the batch
 
-    batch = generate(model, PROMPTS, 25, temperature=0, eos_id=eos, repetition_penalty=1.2, return_logps=True)
+    batch = model.generate(PROMPTS, 25, temperature=0, eos_id=eos, repetition_penalty=1.2, return_logps=True)
     for prompt, text, logps in zip(PROMPTS, batch.tokens, batch.logps, strict=True):
-        alone = generate(model, [prompt], 25, temperature=0, eos_id=eos, repetition_penalty=1.2, return_logps=True)
+        alone = model.generate([prompt], 25, temperature=0, eos_id=eos, repetition_penalty=1.2, return_logps=True)
         assert alone.tokens == [text]
         assert logps == pytest.approx(alone.logps[0], abs=1e-9)
 
@@ -278,61 +278,61 @@ def test_ragged_batch_equals_single_rows_as_rows_stop_and_leave(monkeypatch):
 @float64
 def test_generation_ends_with_the_context():
     model = talker(max_seq_len=14)
-    tokens = generate(model, PROMPTS, 100, temperature=0, eos_id=-1).tokens
+    tokens = model.generate(PROMPTS, 100, temperature=0, eos_id=-1).tokens
     assert [len(p) + len(t) for p, t in zip(PROMPTS, tokens, strict=True)] == [14] * len(PROMPTS)
     assert tokens == [greedy_reference(model, prompt, 100) for prompt in PROMPTS]
     longest = random_ids(13, vocab_size=24).tolist()
-    assert generate(model, [longest], 5, temperature=0, eos_id=-1).tokens == [greedy_reference(model, longest, 1)]
+    assert model.generate([longest], 5, temperature=0, eos_id=-1).tokens == [greedy_reference(model, longest, 1)]
 
 
 @float64
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
 def test_returned_logps_score_the_finished_text(temperature):
     model = talker(max_seq_len=30)
-    out = generate(model, PROMPTS, 25, temperature=temperature, seed=3, return_logps=True)
+    out = model.generate(PROMPTS, 25, temperature=temperature, seed=3, return_logps=True)
     assert {len(t) for t in out.tokens} != {25}  # some end early, or by the context
     for prompt, text, logps in zip(PROMPTS, out.tokens, out.logps, strict=True):
         with torch.no_grad():
             expected = model.token_logps(torch.tensor([prompt + text]), temperature or 1.0)[0, -len(text) :]
         assert logps == pytest.approx(expected.tolist(), abs=1e-9)
-    assert generate(model, PROMPTS, 1).logps is None
+    assert model.generate(PROMPTS, 1).logps is None
 
 
 def test_one_candidate_is_greedy():
     model = talker()
-    greedy = generate(model, PROMPTS, 15, temperature=0).tokens
+    greedy = model.generate(PROMPTS, 15, temperature=0).tokens
     for options in (dict(top_k=1), dict(top_p=1e-6), dict(top_p=0.0)):
-        assert generate(model, PROMPTS, 15, **options).tokens == greedy
+        assert model.generate(PROMPTS, 15, **options).tokens == greedy
 
 
 def test_seed_gives_the_same_text_whatever_the_global_generator():
     model = talker()
-    first = generate(model, PROMPTS, 15, seed=7).tokens
+    first = model.generate(PROMPTS, 15, seed=7).tokens
     state = torch.get_rng_state()
-    assert generate(model, PROMPTS, 15, seed=7).tokens == first
+    assert model.generate(PROMPTS, 15, seed=7).tokens == first
     assert torch.equal(torch.get_rng_state(), state)
-    assert generate(model, PROMPTS, 15, seed=8).tokens != first
+    assert model.generate(PROMPTS, 15, seed=8).tokens != first
 
 
 def test_streamed_tokens_are_the_returned_ones():
     model, streamed = talker(), [[] for _ in PROMPTS]
-    tokens = generate(model, PROMPTS, 25, seed=7, on_token=lambda row, token: streamed[row].append(token)).tokens
+    tokens = model.generate(PROMPTS, 25, seed=7, on_token=lambda row, token: streamed[row].append(token)).tokens
     assert len({len(t) for t in tokens}) > 2  # rows ended at different times
     assert streamed == tokens
-    assert generate(model, PROMPTS, 0).tokens == [[] for _ in PROMPTS]
+    assert model.generate(PROMPTS, 0).tokens == [[] for _ in PROMPTS]
 
 
 @pytest.mark.parametrize("prompts, lengths", [([[]], "0"), ([[3], []], "0, 1"), ([[3], [3] * 40], "1, 40")])
 def test_empty_or_too_long_prompts_are_refused(prompts, lengths):
     with pytest.raises(ValueError, match=rf"1 to 39 tokens; got \[{lengths}\]"):
-        generate(talker(), prompts, 5)
+        talker().generate(prompts, 5)
 
 
 def test_generation_is_without_dropout_and_leaves_the_mode_alone():
     model = talker(dropout=0.5)
-    expected = generate(model, PROMPTS, 15, temperature=0).tokens
+    expected = model.generate(PROMPTS, 15, temperature=0).tokens
     assert not model.training
-    assert generate(model.train(), PROMPTS, 15, temperature=0).tokens == expected
+    assert model.train().generate(PROMPTS, 15, temperature=0).tokens == expected
     assert model.training
 
 
@@ -348,7 +348,7 @@ def always(logits):
 
 def test_repetition_penalty_divides_positive_logits_and_multiplies_negative_ones():
     def greedy(model, prompt, penalty):
-        return generate(model, [prompt], 3, temperature=0, eos_id=-1, repetition_penalty=penalty).tokens[0]
+        return model.generate([prompt], 3, temperature=0, eos_id=-1, repetition_penalty=penalty).tokens[0]
 
     positive = always([2.0, 1.5, 0.5, -3.0])
     assert greedy(positive, [0], 1.0) == [0, 0, 0]
@@ -356,7 +356,7 @@ def test_repetition_penalty_divides_positive_logits_and_multiplies_negative_ones
     assert greedy(positive, [3], 1.6) == [0, 1, 0]
     negative = always([-1.0, -1.2, -9.0, -9.0])
     assert greedy(negative, [3], 1.5) == [0, 1, 0]  # -1 * 1.5 < -1.2; then -1.2 * 1.5 < -1.5
-    logps = generate(positive, [[0]], 1, temperature=0, repetition_penalty=1.6, return_logps=True).logps
+    logps = positive.generate([[0]], 1, temperature=0, repetition_penalty=1.6, return_logps=True).logps
     assert logps[0] == pytest.approx([torch.tensor([1.25, 1.5, 0.5, -3.0]).log_softmax(0)[1].item()], abs=1e-4)
 
 
@@ -419,7 +419,7 @@ def load_llama2c(path):
 def test_llama2c_stories_260k_tells_its_story(shared_data):
     folder = shared_data / "llama2c"
     expected = json.loads((folder / "expected_stories260K.json").read_text())
-    ids = generate(load_llama2c(folder / "stories260K.bin"), [[1]], 200, temperature=0, eos_id=1).tokens[0]
+    ids = load_llama2c(folder / "stories260K.bin").generate([[1]], 200, temperature=0, eos_id=1).tokens[0]
     assert [1, *ids][:40] == expected["greedy_ids_first"]
     text = sentencepiece.SentencePieceProcessor(str(folder / "tok512.model")).decode(ids)
     assert text == expected["expected_stdout"]

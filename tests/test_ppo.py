@@ -14,7 +14,6 @@ import ppo_train
 from alignment.objective import entropy_bonus, policy_loss, ratio_stats
 from alignment.rollout import Rollout, in_batches, rollout, sequence_kl
 from common import checkpoint
-from generate import generate
 from ppo_train import masked_whiten
 
 LOG_2 = math.log(2)
@@ -107,7 +106,7 @@ def test_adapt_kl_coef_moves_towards_the_target_within_bounds():
 def test_log_probabilities_are_those_that_the_replies_were_sampled_with():
     policy = tiny()
     batch = rollout(policy, PROMPTS, 12, TEMPERATURE, EOS, seed=4)
-    sampled = generate(policy, PROMPTS, 12, temperature=TEMPERATURE, eos_id=EOS, seed=4, return_logps=True)
+    sampled = policy.generate(PROMPTS, 12, temperature=TEMPERATURE, eos_id=EOS, seed=4, return_logps=True)
     assert batch.replies == sampled.tokens
     assert batch.ended.tolist() == [reply[-1] == EOS for reply in sampled.tokens]
     found = in_batches(lambda rows: logps_of(policy, rows), batch, 4)

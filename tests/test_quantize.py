@@ -17,7 +17,6 @@ from common.config import ConfigError
 from common.distributed import Env
 from dataset.corpus import Corpus
 from dataset.formats import BinWriter, save_meta, save_pkl, token_dtype
-from generate import generate
 from lowbit import layers
 from model import Llama, ModelConfig
 from tokenizer import StreamDecoder, Tokenizer
@@ -193,7 +192,7 @@ def test_an_int4_model_stands_for_what_the_numbers_say(tmp_path, symmetric):
 def test_model_generates(tmp_path, shape):
     model = to_int8(save_model(tiny_model(**shape), tmp_path))
     prompts = [[5, 6, 7], [8], list(range(3, 45))]
-    one, two = (generate(model, prompts, 12, temperature=0.8, seed=3, eos_id=-1).tokens for _ in range(2))
+    one, two = (model.generate(prompts, 12, temperature=0.8, seed=3, eos_id=-1).tokens for _ in range(2))
     assert one == two and [len(t) for t in one] == [12, 12, 12]
 
 
@@ -202,7 +201,7 @@ def test_perplexity_within_half_a_percent(tmp_path, shape):
     ckpt = save_model(tiny_model(**shape), tmp_path)
     model, int8_model = checkpoint.build_model(ckpt).eval(), to_int8(ckpt)
     # text that the model itself finds likely, as validation text is to a trained model
-    tokens = generate(model, [[i + 3] for i in range(16)], 63, temperature=0.7, seed=0, eos_id=-1).tokens
+    tokens = model.generate([[i + 3] for i in range(16)], 63, temperature=0.7, seed=0, eos_id=-1).tokens
     ids = [i + 3 if t == 0 else token for i, row in enumerate(tokens) for t, token in enumerate([None, *row])]
     val = Corpus(write_val(tmp_path / "data", ids, 1), "val")
     metrics = quantize.evaluate(model, int8_model, val, dict(eval_tokens=0, eval_batch_size=8), ENV)
@@ -372,7 +371,7 @@ def test_every_recipe_through_the_stage(tmp_path, data_dir, tokenizer_bytes, cap
     capsys.readouterr()
     eval_generate.main([f"--ckpt={out}", "--prompt=这本书", "--max_new_tokens=5", "--temperature=0", "--device=cpu"])
     tok = checkpoint.tokenizer_of(ckpt)
-    reply = generate(model, [[*tok.encode("这本书"), tok.bos_id]], 5, temperature=0, eos_id=tok.eos_id).tokens[0]
+    reply = model.generate([[*tok.encode("这本书"), tok.bos_id]], 5, temperature=0, eos_id=tok.eos_id).tokens[0]
     decoder = StreamDecoder(tok)
     assert capsys.readouterr().out == "".join(map(decoder.push, reply)) + "\n"
 
@@ -461,5 +460,5 @@ def test_how_an_imported_models_documents_open_is_kept(tmp_path, tokenizer_bytes
 def test_a_pretrained_model_continues_and_later_ones_answer(tokenizer_bytes):
     tok, model = Tokenizer(tokenizer_bytes), tiny_model()
     for stage, ids in (("pretrain", [2, *tok.encode("这本书")]), ("sft", [*tok.encode("这本书"), 1])):
-        reply = tok.decode(generate(model, [ids], 9, temperature=0).tokens[0])
+        reply = tok.decode(model.generate([ids], 9, temperature=0).tokens[0])
         assert quantize.sample_pairs(model, "x", tok, stage == "pretrain", ["这本书"], 9) == [("[x] 这本书", reply)]

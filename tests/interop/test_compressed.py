@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 import export
 from common import checkpoint
 from common.config import UserError
-from generate import generate
 from interop import compressed
 from lowbit import layers
 from model import Llama, ModelConfig
@@ -108,7 +107,7 @@ def test_logits_and_greedy_text(tmp_path, tok, shape, quant):
     assert (checkpoint.build_model(checkpoint.load(ckpt)).eval()(ids) - hf(ids).logits).abs().max() < 1e-4
 
     prompt = encode_prompt(tok, [dict(role="user", content="写一条酒店好评。")])
-    reply = generate(model, [prompt], 30, temperature=0).tokens[0]
+    reply = model.generate([prompt], 30, temperature=0).tokens[0]
     hf = theirs(folder)  # one that has not computed anything yet
     assert hf.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=30)[0, len(prompt) :].tolist() == reply
 

@@ -14,7 +14,6 @@ import torch
 
 import export
 from common import checkpoint
-from generate import generate
 from interop import exchange
 from interop.provenance import provenance
 from model import Llama, ModelConfig
@@ -137,7 +136,7 @@ def test_f32_greedy_text_and_log_probabilities_are_ours(tmp_path, tok, shape):
     assert len(prompts) == 20
     for prompt in prompts:
         ids, top = cpp.greedy(prompt, 64)
-        assert ids == generate(model, [prompt], 64, temperature=0).tokens[0]
+        assert ids == model.generate([prompt], 64, temperature=0).tokens[0]
         logps = model(torch.tensor([prompt + ids]))[0, len(prompt) - 1 : -1].log_softmax(-1)  # (n, V)
         for ours, theirs in zip(logps, top, strict=True):
             values, tokens = ours.topk(5)
@@ -152,7 +151,7 @@ def test_a_base_model_opens_its_documents(tmp_path, tok, trained):
     cpp = LlamaCpp(convert(trained[0], tmp_path / "gguf"))
     assert cpp.encode("酒店", add_special=True) == encode_opening(tok, "酒店")
     assert cpp.encode("酒店", add_special=False) == tok.encode("酒店")
-    assert cpp.greedy("酒店", 40)[0] == generate(model, [encode_opening(tok, "酒店")], 40, temperature=0).tokens[0]
+    assert cpp.greedy("酒店", 40)[0] == model.generate([encode_opening(tok, "酒店")], 40, temperature=0).tokens[0]
 
 
 @pytest.mark.parametrize("dtype, limit", [("float32", 1e-4), ("float16", 1e-3), ("q8_0", 5e-3), ("q4_0", 0.2)])

@@ -20,7 +20,6 @@ import quantize
 from alignment.rollout import sequence_scores
 from common import checkpoint
 from common.config import ConfigError, UserError
-from generate import generate
 from interop import exchange
 from model import Llama, ModelConfig
 from tokenizer import Tokenizer, TokenizerError, encode_example, encode_opening, encode_prompt
@@ -90,7 +89,7 @@ def test_hf_logits_and_greedy_text_are_ours(tmp_path, tok, shape):
     prompt = encode_prompt(tok, QUESTION)
     chat = reader.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     assert chat["input_ids"][0].tolist() == prompt
-    reply = generate(model, [prompt], 40, temperature=0).tokens[0]
+    reply = model.generate([prompt], 40, temperature=0).tokens[0]
     new = hf.generate(**chat, do_sample=False, max_new_tokens=40)[0, len(prompt) :].tolist()
     assert new == reply
     assert reader.decode(new, skip_special_tokens=True) == tok.decode(reply)
@@ -102,11 +101,11 @@ def test_hf_base_model_starts_its_documents_as_it_learnt(tmp_path, tok):
     reader, hf = transformers.AutoTokenizer.from_pretrained(folder), theirs(folder)
     assert reader("这本书").input_ids == encode_opening(tok, "这本书")
     assert reader.chat_template is None
-    reply = generate(ours(ckpt), [encode_opening(tok, "")], 20, temperature=0).tokens[0]
+    reply = ours(ckpt).generate([encode_opening(tok, "")], 20, temperature=0).tokens[0]
     assert hf.generate(do_sample=False, max_new_tokens=20)[0].tolist() == [tok.eos_id, *reply]  # the empty prompt
     pipe = transformers.pipeline("text-generation", model=hf, tokenizer=reader)
     texts = ["这本书", "酒店的房间很干净，"]
-    replies = generate(ours(ckpt), [encode_opening(tok, text) for text in texts], 20, temperature=0).tokens
+    replies = ours(ckpt).generate([encode_opening(tok, text) for text in texts], 20, temperature=0).tokens
     out = pipe(texts, batch_size=2, do_sample=False, max_new_tokens=20, return_full_text=False)
     assert [one[0]["generated_text"] for one in out] == list(map(tok.decode, replies))
 

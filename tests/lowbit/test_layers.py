@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from generate import generate
 from lowbit import layers
 from model import Llama, ModelConfig
 
@@ -347,7 +346,7 @@ def test_model_computes_what_its_dequantized_weights_compute(shape, quant):
 def test_model_generates_what_its_dequantized_weights_find_likely(quant):
     model = build({}, quant)
     prompts = [[5, 6, 7], [8], list(range(3, 45))]
-    one, two = (generate(model, prompts, 12, temperature=0.8, seed=3, eos_id=-1, return_logps=True) for _ in range(2))
+    one, two = (model.generate(prompts, 12, temperature=0.8, seed=3, eos_id=-1, return_logps=True) for _ in range(2))
     assert one.tokens == two.tokens and [len(tokens) for tokens in one.tokens] == [12, 12, 12]
     reference = dequantized(model)
     for prompt, tokens, logps in zip(prompts, one.tokens, one.logps, strict=True):
