@@ -39,11 +39,12 @@ import numpy as np
 from common.config import ConfigError, UserError, parse_config, run
 from corpora import reviews, sources
 from corpora.clean import text_hash
-from corpora.dedup import Decontaminator, signature
+from corpora.decontaminate import Decontaminator
+from corpora.dedup import conversation_signature, signature
 from corpora.files import is_clean
-from corpora.merge import choose, compares, merge
+from corpora.merge import by_question, choose, compares, merge
 from corpora.meta import add_part, start_meta, verify, write_report
-from corpora.records import STREAMS, clean_record, columns_of, encode_records, texts_of
+from corpora.records import STREAMS, as_bytes, clean_record, columns_of, encode_records, texts_of, turns_of
 from corpora.shards import Outcomes, Shard, ShardWriter, content_mark, make_missing, remove_all, unmade
 from dataset import formats
 from dataset.formats import DataError, token_dtype
@@ -112,7 +113,7 @@ def list_jobs(part, config, tokenizer):
         else:
             units = sources.list_units(label, layout, path, config["unit_bytes"])
             settings = {key: config[key] for key in ("clean", "decontaminate", "max_seq_len", "prompts_max_len")}
-            settings["signatures"] = compares(part, config)
+            settings["compared"] = [compares(part, config), by_question(part, config)]
         for number, unit in enumerate(units):
             mark = [
                 layout,
@@ -131,9 +132,12 @@ def list_jobs(part, config, tokenizer):
 
 
 def shard_dtypes(part, config, vocab_size):
-    """{stream: dtype} of a part's shards."""
+    """{stream: dtype} of a part's shards: what becomes an artifact, then what only the merge reads."""
     dtypes = {name: token_dtype(vocab_size) if name.endswith("tokens") else np.uint8 for name in STREAMS[part]}
-    return dtypes | (dict(signature=np.uint16) if compares(part, config) else {})
+    dtypes["place"] = np.uint8
+    if compares(part, config):
+        dtypes |= dict(signature=np.uint16) | ({} if part in ("text", "pretrain") else dict(turns=np.uint8))
+    return dtypes
 
 
 def read_unit(job, tokenizer, outcomes):
@@ -195,8 +199,19 @@ def encode_batch(job, batch, tokenizer, outcomes):
             outcomes.kept += 1
             outcomes.remark(remark)
             outcomes.remark(note)
-            rows.append((record, streams))
+            rows.append((record, streams | for_merge(job, place, record)))
     return rows
+
+
+def for_merge(job, place, record):
+    """{stream: values} of what the merge compares records by, and names them by."""
+    streams = dict(place=as_bytes(place))
+    if not compares(job.part, job.config):
+        return streams
+    if "text" in record:
+        return streams | dict(signature=signature(record["text"]))
+    turns = turns_of(record, by_question(job.part, job.config))
+    return streams | dict(signature=conversation_signature("\n".join(turns)), turns=as_bytes(json.dumps(turns)))
 
 
 def make_shard(job):
@@ -206,10 +221,8 @@ def make_shard(job):
     with ShardWriter(job.folder, dtypes) as shard:
         for batch in batches(read_unit(job, tokenizer, outcomes)):
             rows = encode_batch(job, batch, tokenizer, outcomes)
-            for record, streams in rows if "signature" in dtypes else ():
-                streams["signature"] = signature("\n".join(texts_of(record)))
             streams = {name: [streams[name] for _, streams in rows] for name in dtypes}
-            shard.write(streams, columns_of([record for record, _ in rows]))
+            shard.write(streams, columns_of([record for record, _ in rows], by_question(job.part, job.config)))
             items += sum(map(len, streams[STREAMS[job.part][0]]))
         shard.finish(dict(fingerprint=job.fingerprint, outcomes=vars(outcomes)))
     return items
@@ -219,7 +232,7 @@ def make_shard(job):
 
 
 def open_shards(part, jobs, config, tokenizer):
-    """The shards of all jobs, and what `choose` says of their documents."""
+    """The shards of all jobs, and what `choose` says of their records."""
     if missing := unmade(jobs):
         raise UserError(
             f"{part}: {len(missing)} of {len(jobs)} shards are missing or made from something else, the first is "
@@ -228,14 +241,14 @@ def open_shards(part, jobs, config, tokenizer):
     dtypes = shard_dtypes(part, config, tokenizer.vocab_size if tokenizer else 0)
     shards = [Shard(job.folder, job.unit.source, dtypes) for job in jobs]
     own = [SOURCES[job.unit.layout].generate is not None for job in jobs]
-    why, is_val = choose(part, shards, own, config)
+    why, repeats, is_val = choose(part, shards, own, config)
     keep = why == 0
     if not keep.any():
         dropped = sum((shard.outcomes.dropped for shard in shards), Counter())
         raise DataError(f"{part}: no record is left; dropped: {', '.join(f'{n} {why}' for why, n in dropped.items())}")
     if not (keep & ~is_val).any() or part != "prompts" and not (keep & is_val).any():
         raise DataError(f"{part}: val_share = {config['val_share']} leaves a split of the {keep.sum()} records empty")
-    return shards, why, is_val
+    return shards, why, repeats, is_val
 
 
 def main(argv=None):

@@ -1,18 +1,24 @@
-"""Near-duplicate documents and benchmark questions in training text, found in bounded memory.
+"""Near-duplicates, found in bounded memory.
 
-A document becomes a MinHash signature (Broder 1997): two signatures agree in about the share of shingles that
-their documents have in common (Jaccard similarity). Locality-sensitive hashing finds the pairs worth comparing:
-those whose signatures agree in a whole band. Only the signatures are kept, on disk if they are many.
+A record becomes a MinHash signature (Broder 1997): two signatures agree in about the share of shingles that their texts
+have in common (Jaccard similarity). Locality-sensitive hashing finds the pairs worth comparing: those whose signatures
+agree in a whole band. Only the signatures are kept, on disk if they are many. A record goes only if it resembles one
+that stays: not for a chain of others between them.
+
+A conversation can share most of its text with others and yet be one of its own: a long instruction, a list of options,
+a stock answer. So two are copies only if question and answer both are, by `is_copy`, which looks at where they differ.
 """
 
-import csv
-from pathlib import Path
+import itertools
+import operator
+import re
+import zlib
+from difflib import SequenceMatcher
 
 import numpy as np
 import rensa
 
 from corpora.clean import char_ngrams, content_key
-from dataset.formats import DataError
 
 # A copy with 10 % of its characters edited keeps a shingle of three with 0.9**3 = 0.73, so its Jaccard similarity
 # is s = 0.73 / (2 - 0.73) = 0.57 (measured on 500 characters: 0.58 to 0.60 +- 0.02); neighbouring pages of one novel
@@ -24,59 +30,96 @@ BANDS, ROWS = 48, 4
 # Share of equal values. It errs by 0.03 with 192 values, so that hardly a copy edited by 10 % falls below, and fewer
 # than 1 in 1,000 of the pairs that share half their shingles (s = 0.33) reach it.
 THRESHOLD = 0.45
-# In a question's letters and digits. Runs of 10 to 15 are often names and quotations (先天下之忧而忧后天下之乐而乐).
-QUESTION_GRAM = 16
-# A question shorter than QUESTION_GRAM but at least this long is looked for whole.
-SHORTEST_QUESTION = 10
+# Of conversations, by pairs of characters: a copy has 0.70 +- 0.1, as they are short; is_copy sees to the rest.
+CONVERSATION_THRESHOLD = 0.3
 
 # rensa errs less than as many independent hash functions (0.029 against 0.036 at s = 0.58) and takes 8 us a document
 # where numpy takes 50 and datasketch 370. Its digests change between its versions and with the seed: pin both.
 _SEED = 42
 _BLOCK = 1 << 12  # documents handled at once: two pairs each, 10 MB in all
+_TRIED = 8  # records that one is compared with before it stays, lest a thousand of one template be compared with all
+# Words of an alphabet (Latin, Greek, Cyrillic, Arabic, Indic...): three letters of them are in any text.
+_WORD = re.compile("[0-9a-z\u00c0-\u0dff\u0e80-\u109f\u1200-\u1fff]{2,}")
+_PRIVATE = 0xF0000  # 65,534 characters from here on are no text: a word becomes one of them
+_IDEOGRAPHS = 0x2E80  # characters below it are of alphabets
 
 
 def signature(text):
-    """MinHash of the shingles of the text's letters and digits: (BANDS * ROWS,) uint16.
+    """MinHash of a document's shingles of letters and digits, in an alphabet of words: (BANDS * ROWS,) uint16."""
+    key = re.sub(r"[\W_]+", " ", text.lower())
+    key = _WORD.sub(lambda word: chr(_PRIVATE + zlib.crc32(word[0].encode()) % 65_534), key).replace(" ", "")
+    return min_hashes(char_ngrams(key, max(1, min(SHINGLE, len(key)))))
 
-    The low 16 bits of each minimum: two different minima agree in them once in 65,536. A text shorter than one
-    shingle is one shingle.
-    """
+
+def conversation_signature(text):
+    """The same of a conversation, which is short: of pairs of its letters and digits, in an alphabet threes."""
     key = content_key(text)
-    shingles = char_ngrams(key, max(1, min(SHINGLE, len(key))))
+    if len(key) < SHINGLE:
+        return min_hashes(char_ngrams(key, max(1, len(key))))
+    alphabetic = np.frombuffer(key.encode("utf-32-le"), "<u4") < _IDEOGRAPHS
+    threes = alphabetic[:-2] & alphabetic[1:-1] & alphabetic[2:]
+    twos = ~(alphabetic[:-1] & alphabetic[1:])
+    return min_hashes(np.concatenate([char_ngrams(key, 2)[twos], char_ngrams(key, 3)[threes]]))
+
+
+def min_hashes(shingles):
+    """(BANDS * ROWS,) uint16, the low 16 bits of each minimum: two that differ agree in them once in 65,536."""
     rows = np.array([0, len(shingles)], np.uint64)
     matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(shingles, rows, BANDS * ROWS, _SEED)
     return np.array(matrix.to_rows()[0], np.uint32).astype(np.uint16)
 
 
-def near_duplicates(signatures, prefer=None, threshold=THRESHOLD, memory=256 << 20):
-    """Which of N documents to drop (N,) bool, from their signatures (N, BANDS * ROWS) uint16, maybe an np.memmap.
+def near_duplicates(signatures, prefer=None, confirm=None, threshold=THRESHOLD, memory=256 << 20):
+    """Which of N documents each repeats (N,) int64, -1 where it stays, from their signatures (N, BANDS * ROWS) uint16,
+    maybe an np.memmap.
 
-    Documents are linked when their signatures agree in a whole band and in a `threshold` share of all values.
-    Of each group of linked documents the first stays; those of `prefer` (N,) bool count as before all others.
+    Documents are linked when their signatures agree in a whole band and in a `threshold` share of all values, and
+    `confirm(i, j)`, if given, says so too. One after the other, those of `prefer` (N,) bool first, each stays unless it
+    is linked to one that stays.
 
-    Uses about `memory` bytes, or 40 N where that is more: 32 N for the groups and to sort one band, and 8 N for
-    each band read in one pass over the signatures, so that 430 N is enough to read them once.
+    Uses about `memory` bytes, or 40 N where that is more: 32 N to sort one band, and 8 N for each band read in one pass
+    over the signatures, so that 430 N is enough to read them once; and 40 bytes a link.
     """
     n = len(signatures)
-    parent = np.arange(n)  # a forest: following it ends at the first document of the group
+    rank = np.arange(n) if prefer is None else np.argsort(np.argsort(~prefer, kind="stable"), kind="stable")
+    links = _links(signatures, threshold, memory)
+    a, b = (links >> np.uint64(32)).astype(np.int64), (links & np.uint64(0xFFFFFFFF)).astype(np.int64)
+    a, b = np.where(rank[a] < rank[b], a, b), np.where(rank[a] < rank[b], b, a)
+    order = np.lexsort((rank[a], rank[b]))
+    repeats, agree = np.full(n, -1), threshold * BANDS * ROWS
+    for later, group in itertools.groupby(zip(b[order], a[order], strict=True), operator.itemgetter(0)):
+        tried = set()
+        for _, earlier in group:
+            kept = earlier if repeats[earlier] < 0 else repeats[earlier]
+            if kept in tried or len(tried) == _TRIED:
+                continue
+            tried.add(kept)
+            alike = kept == earlier or np.count_nonzero(signatures[kept] == signatures[later]) >= agree
+            if alike and (confirm is None or confirm(kept, later)):
+                repeats[later] = kept
+                break
+    return repeats
+
+
+def _links(signatures, threshold, memory):
+    """The pairs (a, b), a < b, of alike signatures, each once, as a * 2**32 + b: (L,) uint64 in order."""
+    n, found = len(signatures), np.empty(0, np.uint64)
     together = int(np.clip(memory // (8 * max(n, 1)) - 4, 1, BANDS))
     for low in range(0, BANDS, together):
         keys = _band_keys(signatures, low, min(low + together, BANDS))
         for band in keys:
+            new = []
             for a, b in _candidates(band):
-                apart = _roots(parent, a) != _roots(parent, b)
-                a, b = a[apart], b[apart]
+                links = (a.astype(np.uint64) << np.uint64(32)) | b.astype(np.uint64)
+                if len(found):
+                    fresh = found[np.minimum(np.searchsorted(found, links), len(found) - 1)] != links
+                    a, b, links = a[fresh], b[fresh], links[fresh]
                 alike = np.count_nonzero(signatures[a] == signatures[b], axis=1) >= threshold * BANDS * ROWS
-                _join(parent, a[alike], b[alike])
+                new.append(links[alike])
+            if new:
+                found = np.union1d(found, np.concatenate(new))
         del keys, band
-    everyone = np.arange(n)
-    roots = _roots(parent, everyone)
-    stays = everyone.copy()  # of each root, the document that stays in its group
-    if prefer is not None:
-        preferred = np.flatnonzero(prefer)
-        groups, first = np.unique(roots[preferred], return_index=True)
-        stays[groups] = preferred[first]
-    return stays[roots] != everyone
+    return found
 
 
 def _band_keys(signatures, low, high):
@@ -108,82 +151,45 @@ def _candidates(keys):
             yield order[a], order[b]
 
 
-def _roots(parent, documents):
-    """The root of each document; paths are halved on the way."""
-    while True:
-        up = parent[documents]
-        upper = parent[up]
-        if np.array_equal(up, upper):
-            return up
-        parent[documents] = upper
+# conversations
 
 
-def _join(parent, a, b):
-    """Unite the groups of each pair; the lower root becomes the root of both."""
-    while len(a):
-        a, b = _roots(parent, a), _roots(parent, b)
-        apart = a != b
-        a, b = np.minimum(a, b)[apart], np.maximum(a, b)[apart]
-        np.minimum.at(parent, b, a)  # of several lower roots the lowest; the others come round again
+COPY = 0.8  # share of equal characters of a copy: one with 10 % edited has 0.88 or more
+PHRASE = 6  # characters that differ in one place are another phrase; five edits in a row of 10 % are one in 100,000
+STOCK = 10  # characters: a shorter answer is like many others and says nothing of its question
+_COMPARED = 1000  # characters of either text that are looked at closely; the signatures compare the rest
+_PUNCTUATION = re.compile(r"[\s，。、；：？！“”‘’（）…—《》【】,;:?]+")
 
 
-class Decontaminator:
-    """Finds questions of C-Eval and CMMLU in a text, by runs of `n` of their letters and digits.
+def is_copy(a, b, longest=None):
+    """Whether a text is an edited copy of another: of much the same characters, with no edit of `longest` or more.
 
-    `paths` are csv files, or folders that hold some. Questions shorter than n are looked for whole, those shorter
-    than `shortest` not at all, being phrases that any text may have; `skipped` counts them among all `questions`.
+    Texts that differ in digits, operators, emoji alone (3<5, 3>5) are two, those that differ in punctuation one.
     """
-
-    def __init__(self, paths, n=QUESTION_GRAM, shortest=SHORTEST_QUESTION):
-        keys = [content_key(question) for path in paths for question in _read_questions(Path(path))]
-        self.questions, self.skipped = len(keys), sum(len(key) < shortest for key in keys)
-        self.short = sorted({key for key in keys if shortest <= len(key) < n})
-        self.grams = _GramSet([key for key in keys if len(key) >= max(n, shortest)], n)
-        self.hints = _GramSet([key for key in keys if len(key) >= shortest], min(n, shortest))
-
-    def contaminated(self, text):
-        """Whether a run of n characters of a question, or a whole short question, stands in the text."""
-        if not self.questions:
-            return False
-        key = content_key(text)
-        if not self.hints.meets(key):  # as most texts; the rest of the work is for the others
-            return False
-        return self.grams.meets(key) or any(question in key for question in self.short)
+    a, b = without_punctuation(a), without_punctuation(b)
+    if a == b:
+        return True
+    cut = max(len(a), len(b)) > _COMPARED  # what one has more of at its end, the other may have after it
+    matcher = SequenceMatcher(None, a[:_COMPARED], b[:_COMPARED], autojunk=False)
+    if matcher.real_quick_ratio() < COPY or matcher.quick_ratio() < COPY or matcher.ratio() < COPY:
+        return False
+    edits = [(a[i:j], b[k:m]) for how, i, j, k, m in matcher.get_opcodes()[: -1 if cut else None] if how != "equal"]
+    if longest and any(max(map(len, edit)) >= longest for edit in edits):
+        return False
+    return not edits or any(c.isalpha() for edit in edits for side in edit for c in side)
 
 
-class _GramSet:
-    """All runs of n characters of some strings, as hashes."""
-
-    def __init__(self, keys, n):
-        self.n = n
-        self.hashes = np.unique(np.concatenate([np.empty(0, np.uint64), *(char_ngrams(key, n) for key in keys)]))
-        bits = 4 + max(len(self.hashes), 1).bit_length()  # at most 1 hash in 16 passes the filter by chance
-        self.shift = np.uint64(64 - bits)
-        self.filter = np.zeros(1 << bits, bool)  # ten times as fast as a search among the sorted hashes
-        self.filter[self.hashes >> self.shift] = True
-
-    def meets(self, key):
-        """Whether any run of n characters of the key is in the set."""
-        hashes = char_ngrams(key, self.n)
-        hashes = hashes[self.filter[hashes >> self.shift]]
-        places = np.searchsorted(self.hashes, hashes)
-        return bool((self.hashes[np.minimum(places, len(self.hashes) - 1)] == hashes).any())
+def without_punctuation(text):
+    return _PUNCTUATION.sub("", text).lower()
 
 
-def _read_questions(path):
-    """The column question or Question of a csv file, or of every csv file in a folder."""
-    files = sorted(path.rglob("*.csv")) if path.is_dir() else [path]
-    if not files:
-        raise DataError(f"{path} holds no csv file")
-    for file in files:
-        try:
-            with open(file, encoding="utf-8-sig", newline="") as opened:
-                reader = csv.DictReader(opened)
-                column = next((name for name in reader.fieldnames or () if name.lower() == "question"), None)
-                if column is None:
-                    raise DataError(f"{file} has no column named question")
-                yield from (row[column] or "" for row in reader)
-        except FileNotFoundError:
-            raise DataError(f"{file} not found: questions to keep out of training text") from None
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise DataError(f"{file} is not a csv file in UTF-8: {error}") from None
+def is_copied_conversation(a, b):
+    """Whether the texts of a conversation, question and answer in turn, repeat those of another.
+
+    All questions together, all answers, and the last answer must each be copies, under a stock answer the questions
+    equal. Of a prompt, the question alone.
+    """
+    questions, answers = (["\n".join(texts[side::2]) for texts in (a, b)] for side in (0, 1))
+    if 0 < min(map(len, answers)) < STOCK and without_punctuation(questions[0]) != without_punctuation(questions[1]):
+        return False
+    return is_copy(*questions, PHRASE) and is_copy(*answers) and is_copy(a[-1], b[-1])

@@ -1,15 +1,18 @@
 """Shards joined into the artifacts: which documents stay, and what is written of those.
 
-`why` (N,) tells of each document of all shards, in order, why it goes, as an index of REASONS; `keep` and `is_val` (N,)
-whether it stays and whether it is held out.
+`why` (N,) tells of each record of all shards, in order, why it goes, as an index of REASONS, and `repeats` (N,) which
+one it repeats, -1 if none; `keep` and `is_val` (N,) whether it stays and whether it is held out.
 """
 
+import json
+import tempfile
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
-from corpora.dedup import near_duplicates
+from corpora.dedup import CONVERSATION_THRESHOLD, THRESHOLD, is_copied_conversation, near_duplicates
+from corpora.records import STREAMS
 from corpora.shards import SAMPLES, Outcomes
 from dataset import formats
 
@@ -32,48 +35,71 @@ def compares(part, config):
     return config["dedup"] == "near" and part != "rm"
 
 
-def choose(part, shards, own, config):
-    """(why, is_val) of all documents of all shards (N,): 0 keeps one, else REASONS[why]; whether it is held out.
+def by_question(part, config):
+    """Whether a conversation goes when its questions are those of another, whatever the answers."""
+    return config["dedup_questions"] and part == "sft"
 
-    The first of equal documents stays, and a near-duplicate of a validation document leaves training. `own` says which
+
+def choose(part, shards, own, config):
+    """(why, repeats, is_val) of all records of all shards (N,): 0 keeps one, else REASONS[why]; which one it repeats,
+    or -1; whether it is held out.
+
+    The first of equal records stays, and a near-duplicate of a validation record leaves training. `own` says which
     shards are of sources that dropped their own duplicates, as the demo's: two reviews may well differ in signs alone.
     """
     columns = [shard.columns() for shard in shards]
     content = np.concatenate([c["content"] for c in columns])
     # the rule of clean.is_validation, on the hashes that records.columns_of kept
     is_val = np.concatenate([c["key"] for c in columns]) < np.uint64(config["val_share"] * 2**64)
-    why = np.zeros(len(content), np.uint8)
+    why, repeats = np.zeros(len(content), np.uint8), np.full(len(content), -1)
     if config["dedup"] != "none":
-        copies = np.ones(len(content), bool)
-        copies[np.unique(content, return_index=True)[1]] = False
-        why[copies] = REASONS.index("duplicate")
+        _, first, group = np.unique(content, return_index=True, return_inverse=True)
+        copies = first[group] != np.arange(len(content))
+        why[copies], repeats[copies] = REASONS.index("duplicate"), first[group][copies]
     if compares(part, config):
-        mark_near_duplicates(Path(config["out"]) / "work" / part / "signatures.bin", shards, why, is_val)
-    why[np.repeat(own, [len(c["content"]) for c in columns])] = 0
+        mark_near_duplicates(Path(config["out"]) / "work" / part, shards, why, repeats, is_val)
+    mine = np.repeat(own, [len(c["content"]) for c in columns])
+    why[mine], repeats[mine] = 0, -1
     if part == "prompts":
         for held_out, limit in ((False, config["prompts_train"]), (True, config["prompts_val"])):
             found = np.flatnonzero((why == 0) & (is_val == held_out))  # those with the lowest hashes stay
             why[found[np.argsort(content[found], kind="stable")[limit:]]] = REASONS.index("not needed")
-    return why, is_val
+    return why, repeats, is_val
 
 
-def mark_near_duplicates(path, shards, why, is_val):
-    """Compare the signatures of what is still kept, gathered in one file so that memory stays bounded."""
-    width = 0
-    with open(path, "wb") as file:
-        for shard, columns, dropped in per_shard(shards, why):
-            lengths = columns["signature_lengths"]
-            width = max(width, int(lengths.max(initial=0)))
-            for (signatures,) in shard.read("signature", lengths, dropped == 0):
-                file.write(signatures.tobytes())
+def mark_near_duplicates(folder, shards, why, repeats, is_val):
+    """Compare the signatures, and of conversations the turns, of what is still kept, in bounded memory."""
     kept = np.flatnonzero(why == 0)
-    if len(kept):
-        signatures = np.memmap(path, np.uint16, mode="r", shape=(len(kept), width))
-        why[kept[near_duplicates(signatures, prefer=is_val[kept])]] = REASONS.index("near-duplicate")
-    path.unlink()
+    if not len(kept):
+        return
+    signatures, _ = gather(folder, shards, "signature", why == 0)
+    confirm, threshold = None, THRESHOLD
+    if "turns" in shards[0].dtypes:
+        turns, ends = gather(folder, shards, "turns", why == 0)
+        threshold = CONVERSATION_THRESHOLD
+
+        def confirm(*pair):
+            return is_copied_conversation(*(json.loads(turns[ends[i] : ends[i + 1]].tobytes()) for i in pair))
+
+    found = near_duplicates(signatures.reshape(len(kept), -1), is_val[kept], confirm, threshold)
+    copies = found >= 0
+    why[kept[copies]], repeats[kept[copies]] = REASONS.index("near-duplicate"), kept[found[copies]]
 
 
-def merge(part, shards, why, is_val, out, tokenizer):
+def gather(folder, shards, stream, keep):
+    """A stream of all N kept records in one array, of a file without a name, and where each begins (N + 1,)."""
+    lengths = [np.zeros(1, np.int64)]
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for shard, columns, mask in per_shard(shards, keep):
+            found = columns[f"{stream}_lengths"]
+            lengths.append(found[mask])
+            for (items,) in shard.read(stream, found, mask):
+                file.write(items.tobytes())
+        file.flush()
+        return np.memmap(file, shards[0].dtypes[stream], "r"), np.cumsum(np.concatenate(lengths), dtype=np.int64)
+
+
+def merge(part, shards, why, repeats, is_val, out, tokenizer):
     """Join a part's shards into its artifacts; returns what meta.json says of them, and {source: Outcomes}."""
     keep, out = why == 0, Path(out)
     said, counts = dict(), count_records(shards, keep, is_val)
@@ -83,7 +109,7 @@ def merge(part, shards, why, is_val, out, tokenizer):
         said = dict(files=write_bins(out, shards, keep, is_val, tokenizer.vocab_size), sources=counts)
     else:
         said["files"] = {f"{part}.pkl": write_pkl(out / f"{part}.pkl", shards, keep, is_val)}
-    outcomes = count_outcomes(shards, why, tokenizer)
+    outcomes = count_outcomes(shards, why, repeats, tokenizer)
     said["tally"] = {part: {source: found.counts() | counts[source] for source, found in outcomes.items()}}
     if part != "text":
         said["lengths"] = {part: length_histogram(shards, keep)}
@@ -142,7 +168,7 @@ def write_pkl(path, shards, keep, is_val):
     arrays = dict(is_val=is_val[keep], task=tasks[keep].astype(np.uint8), task_names=names)
     arrays["label"] = np.concatenate([c["label"] for c in columns])[keep]
     for stream, dtype in shards[0].dtypes.items():
-        if stream == "signature":
+        if stream not in STREAMS[path.stem]:
             continue
         lengths = np.concatenate([c[f"{stream}_lengths"] for c in columns])[keep]
         items = join(shards, keep, stream, np.empty(lengths.sum(dtype=np.int64), dtype))
@@ -167,10 +193,19 @@ def join(shards, keep, stream, items):
     return items
 
 
-def count_outcomes(shards, why, tokenizer):
-    """{source: Outcomes}; a document whose `why` (N,) is not 0 was dropped by the merge, for REASONS[why]."""
-    found = {}
-    for shard, columns, dropped in per_shard(shards, why):
+def count_outcomes(shards, why, repeats, tokenizer):
+    """{source: Outcomes}; a record whose `why` (N,) is not 0 was dropped by the merge, for REASONS[why].
+
+    The place of one that was dropped as a copy tells what of.
+    """
+    found, starts = {}, np.cumsum([0] + [len(columns["content"]) for _, columns in per_shard(shards)])
+
+    def place(i):
+        number = int(np.searchsorted(starts, i, "right")) - 1
+        lengths = shards[number].columns()["place_lengths"]
+        return shards[number].document("place", lengths, int(i - starts[number])).tobytes().decode()
+
+    for start, (shard, columns, dropped) in zip(starts, per_shard(shards, why), strict=False):
         outcomes = found.setdefault(shard.source, Outcomes())
         outcomes.add(shard.outcomes)
         stream = next(iter(shard.dtypes))
@@ -178,9 +213,13 @@ def count_outcomes(shards, why, tokenizer):
             which = np.flatnonzero(dropped == number)
             outcomes.move(reason, len(which))
             for i in which[np.argsort(columns["content"][which], kind="stable")[:SAMPLES]]:
+                if not outcomes.wants(reason, rank := int(columns["content"][i])):
+                    break
                 items = shard.document(stream, columns[f"{stream}_lengths"], i)
                 text = items.tobytes().decode() if stream == "text" else tokenizer.decode(items)
-                outcomes.sample(reason, int(columns["content"][i]), f"{shard.folder.name}, record {i}", text)
+                copied = repeats[start + i]
+                where = place(start + i) + (f", like {place(copied)}" if copied >= 0 else "")
+                outcomes.sample(reason, rank, where, text)
     return found
 
 

@@ -25,6 +25,17 @@ def texts_of(record):
     return [texts[first], *texts[:first], *texts[first + 1 :], *answers]
 
 
+def turns_of(record, questions_only=False):
+    """What near-duplicates of a conversation are known by: question and answer in turn, or the questions alone."""
+    turns = [message["content"] for message in record["messages"] if message["role"] != "system"]
+    return ["\n".join(turns[::2])] if questions_only else turns
+
+
+def as_bytes(text):
+    """UTF-8 as (N,) uint8; what is no text, as in the name of a file, is escaped."""
+    return np.frombuffer(text.encode("utf-8", "backslashreplace"), np.uint8)
+
+
 def clean_record(record, options):
     """(record or None, why dropped): documents are cleaned and filtered, every turn of a conversation is cleaned."""
     if "text" in record:
@@ -38,7 +49,7 @@ def clean_record(record, options):
 def encode_records(part, records, tokenizer, max_len):
     """[({stream: values} or None, note), ...] of the records of one part."""
     if part == "text":
-        return [(dict(text=np.frombuffer((r["text"] + "\n").encode(), np.uint8)), None) for r in records]
+        return [(dict(text=as_bytes(r["text"] + "\n")), None) for r in records]
     if part == "pretrain":
         rows = encode_documents(tokenizer, [record["text"] for record in records])
         return [(dict(tokens=np.array(ids, np.int64)), None) for ids in rows]
@@ -65,14 +76,22 @@ def encode_conversation(part, record, tokenizer, max_len):
     return streams, None
 
 
-def columns_of(records):
-    """What the merge needs to know of each record: hashes of all its text and of what decides its split."""
+def columns_of(records, questions_only=False):
+    """What the merge needs to know of each record: hashes of what makes it a duplicate and of what decides its split.
+
+    Documents are the same if their letters and digits are, conversations if all is but for spaces: signs, operators and
+    emoji may be what they are about.
+    """
     rows = []
     for record in records:
         texts = texts_of(record)
-        content, key = "\n".join(texts), record.get("key", texts[0])
-        content_hash = text_hash(content_key(content), "split")
-        key_hash = content_hash if key == content else text_hash(content_key(key), "split")
+        key = record.get("key", texts[0])
+        key_hash = text_hash(content_key(key), "split")
+        if "text" in record:
+            content_hash = key_hash if key is texts[0] else text_hash(content_key(texts[0]), "split")
+        else:
+            compared = turns_of(record, True) if questions_only else texts
+            content_hash = text_hash("\n".join(" ".join(text.split()) for text in compared))
         rows.append((content_hash, key_hash, sum(map(len, texts)), record.get("label", -1)))
     columns = zip(COLUMNS.items(), zip(*rows, strict=True) if rows else [()] * len(COLUMNS), strict=True)
     return {name: np.array(values, dtype) for (name, dtype), values in columns}

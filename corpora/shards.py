@@ -55,9 +55,14 @@ class Outcomes:
 
     def sample(self, why, rank, place, text):
         """Samples are the records of the lowest `rank`, a hash of them: a fair choice that no order changes."""
-        found, sample = self.samples.setdefault(why, []), (rank, place, text[:SHOWN])
-        if len(found) < SAMPLES or sample < max(found):
-            self.samples[why] = heapq.nsmallest(SAMPLES, [*found, sample])
+        found = self.samples.setdefault(why, [])
+        if self.wants(why, rank):
+            self.samples[why] = heapq.nsmallest(SAMPLES, [*found, (rank, place, text[:SHOWN])])
+
+    def wants(self, why, rank):
+        """Whether a record of this rank may be one of the samples."""
+        found = self.samples.get(why, [])
+        return len(found) < SAMPLES or rank <= max(found)[0]
 
     def add(self, other):
         self.kept += other.kept

@@ -12,8 +12,21 @@ import pytest
 from chains import ROOT
 
 from corpora.clean import content_key
-from corpora.dedup import BANDS, ROWS, SHINGLE, THRESHOLD, Decontaminator, _candidates, near_duplicates, signature
-from dataset.formats import DataError
+from corpora.dedup import (
+    BANDS,
+    CONVERSATION_THRESHOLD,
+    ROWS,
+    SHINGLE,
+    THRESHOLD,
+    _candidates,
+    conversation_signature,
+    is_copied_conversation,
+    is_copy,
+    near_duplicates,
+    signature,
+)
+from corpora.records import turns_of
+from corpora.sources import list_units, read_records
 
 WIDTH = BANDS * ROWS
 TEXT = "滚滚长江东逝水，浪花淘尽英雄。是非成败转头空，青山依旧在，几度夕阳红。"
@@ -61,6 +74,16 @@ def test_signature_sees_letters_and_digits_only():
     assert not np.array_equal(signature("青山依旧在"), signature("青山依旧红"))
 
 
+def test_words_of_an_alphabet_are_units():
+    # Of 4 and 5 words two shingles of three are common, of five in all; of letters nearly all would be.
+    assert (signature("The old bridge stands") == signature("the old bridge, stands")).all()
+    agreement = (signature("the old bridge stands") == signature("the old bridge stands alone")).mean()
+    assert abs(agreement - 2 / 3) < 0.15
+    one, other = "the ship is at the old bridge over there", "she is in the other ship near there"
+    assert (signature(one) == signature(other)).mean() < 0.05
+    assert not np.array_equal(signature("用Python写代码"), signature("用Pascal写代码"))
+
+
 def test_signature_of_texts_shorter_than_a_shingle():
     short = [signature(text) for text in ("", "好", "好的", "好的呢", "的好")]
     assert np.array_equal(short[0], signature("。")) and np.array_equal(short[1], signature("好！"))
@@ -86,17 +109,19 @@ def test_agreement_is_the_jaccard_similarity(share):
 
 
 def slow_near_duplicates(signatures, threshold):
-    """The definition: all pairs, then the groups by spreading the lowest number."""
+    """The definition: one after the other stays, unless it is linked to one that does or is like that by another."""
     n = len(signatures)
     equal = signatures[:, None] == signatures[None]  # (N, N, WIDTH)
-    banded = equal.reshape(n, n, BANDS, ROWS).all(-1).any(-1)
-    linked = banded & (equal.mean(-1) >= threshold)
-    group = np.arange(n)
-    while True:
-        lower = np.where(linked, group[None], n).min(1)
-        if np.array_equal(lower, group):
-            return group != np.arange(n)
-        group = lower
+    alike = equal.mean(-1) >= threshold
+    linked = equal.reshape(n, n, BANDS, ROWS).all(-1).any(-1) & alike
+    repeats = np.full(n, -1)
+    for i in range(n):
+        for j in np.flatnonzero(linked[i, :i]):
+            kept = j if repeats[j] < 0 else repeats[j]
+            if alike[i, kept]:
+                repeats[i] = kept
+                break
+    return repeats
 
 
 def noisy_copies(n_originals, n_copies, seed=3):
@@ -113,7 +138,7 @@ def noisy_copies(n_originals, n_copies, seed=3):
 def test_agrees_with_the_definition(threshold):
     signatures = noisy_copies(120, 100)
     wanted = slow_near_duplicates(signatures, threshold)
-    assert 20 < wanted.sum() < 100
+    assert 20 < (wanted >= 0).sum() < 100
     assert np.array_equal(near_duplicates(signatures, threshold=threshold), wanted)
 
 
@@ -122,7 +147,7 @@ def test_memory_and_memmap_change_nothing(tmp_path):
     signatures.tofile(tmp_path / "signatures")
     on_disk = np.memmap(tmp_path / "signatures", np.uint16, "r", shape=signatures.shape)
     wanted = near_duplicates(signatures)
-    assert wanted.any()
+    assert (wanted >= 0).any()
     for memory in (0, 8 * 500 * 7, 1 << 30):  # one band a pass, three, all
         assert np.array_equal(near_duplicates(on_disk, memory=memory), wanted)
 
@@ -131,9 +156,9 @@ def test_shared_band_alone_is_not_enough():
     signatures = random_signatures(2)
     enough = int(np.ceil(THRESHOLD * WIDTH))
     signatures[1, : enough - 1] = signatures[0, : enough - 1]
-    assert near_duplicates(signatures).tolist() == [False, False]
+    assert near_duplicates(signatures).tolist() == [-1, -1]
     signatures[1, enough - 1] = signatures[0, enough - 1]
-    assert near_duplicates(signatures).tolist() == [False, True]
+    assert near_duplicates(signatures).tolist() == [-1, 0]
 
 
 @pytest.mark.parametrize("memory", [0, 1 << 30])
@@ -142,33 +167,42 @@ def test_every_band_is_looked_at(memory):
     for band in range(BANDS):
         values = slice(band * ROWS, (band + 1) * ROWS)
         signatures[BANDS + band, values] = signatures[band, values]
-    dropped = near_duplicates(signatures, threshold=ROWS / WIDTH, memory=memory)
-    assert dropped.tolist() == [False] * BANDS + [True] * BANDS
+    repeats = near_duplicates(signatures, threshold=ROWS / WIDTH, memory=memory)
+    assert repeats.tolist() == [-1] * BANDS + list(range(BANDS))
 
 
 def test_preferred_documents_stay():
     signatures = random_signatures(4)[[0, 1, 0, 2, 0, 3, 1, 0]]
-    assert near_duplicates(signatures).tolist() == [False, False, True, False, True, False, True, True]
+    assert near_duplicates(signatures).tolist() == [-1, -1, 0, -1, 0, -1, 1, 0]
     prefer = np.array([0, 0, 0, 0, 1, 1, 1, 1], bool)
-    dropped = near_duplicates(signatures, prefer)
-    assert dropped.tolist() == [True, True, True, False, False, False, False, True]  # one stays of each four, even so
+    assert near_duplicates(signatures, prefer).tolist() == [4, 6, 4, -1, -1, -1, -1, 4]  # one stays of each, even so
 
 
-def test_chain_is_one_group():
-    # Neighbours agree in one half of their values, others in nothing.
-    n, rng = 600, np.random.default_rng(5)
+def test_a_chain_is_not_one_group():
+    # Neighbours agree in one half of their values, others in nothing: each second one repeats one that stays.
+    n = 600
     chain = random_signatures(n, 5)
     for i in range(1, n):
         half = slice(0, WIDTH // 2) if i % 2 else slice(WIDTH // 2, WIDTH)
         chain[i, half] = chain[i - 1, half]
-    order = rng.permutation(n)
-    dropped = near_duplicates(chain[order])
-    assert not dropped[0] and dropped[1:].all()
+    assert near_duplicates(chain).tolist() == [i - 1 if i % 2 else -1 for i in range(n)]
+
+
+def test_only_confirmed_pairs_are_links():
+    signatures = random_signatures(2)[[0, 1, 0, 1, 0]]
+    asked = []
+
+    def confirm(i, j):
+        asked.append((i, j))
+        return (i, j) != (0, 2)
+
+    assert near_duplicates(signatures, confirm=confirm).tolist() == [-1, -1, -1, 1, 0]
+    assert len(asked) == len(set(asked)) and all(i < j for i, j in asked)
 
 
 def test_none_and_one():
     assert near_duplicates(random_signatures(0)).tolist() == []
-    assert near_duplicates(random_signatures(1), np.ones(1, bool)).tolist() == [False]
+    assert near_duplicates(random_signatures(1), np.ones(1, bool)).tolist() == [-1]
 
 
 def test_pairs_of_a_large_bucket_grow_linearly():
@@ -184,11 +218,12 @@ def test_memory_is_bounded(identical):
     n = 100_000
     signatures = np.zeros((n, WIDTH), np.uint16) if identical else random_signatures(n)
     tracemalloc.start()
-    dropped = near_duplicates(signatures, memory=60 * n)
+    repeats = near_duplicates(signatures, memory=60 * n)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert dropped.sum() == identical * (n - 1)
-    assert peak < 60 * n + (12 << 20)  # all bands at once would need 41 MB; the blocks of pairs do not grow with n
+    assert (repeats >= 0).sum() == identical * (n - 1)
+    links = 2 * n * identical  # all bands at once would need 41 MB; the blocks of pairs do not grow with n
+    assert peak < 60 * n + 40 * links + (12 << 20)
 
 
 def test_edited_copies_of_a_novel_are_found_and_its_pages_stay(shared_data):
@@ -196,78 +231,80 @@ def test_edited_copies_of_a_novel_are_found_and_its_pages_stay(shared_data):
     pages = [novel[i : i + 500] for i in range(0, len(novel) - 500, 500)]
     rng, alphabet = random.Random(0), content_key(novel)
     copies = [edited(page, 0.1, rng, alphabet) for page in pages[::3]]
-    dropped = near_duplicates(np.stack([signature(text) for text in pages + copies]))
+    dropped = near_duplicates(np.stack([signature(text) for text in pages + copies])) >= 0
     assert not dropped[: len(pages)].any()
     assert dropped[len(pages) :].mean() > 0.98
 
 
-# Decontaminator
+# conversations
 
-LONG = "下列关于三国时期赤壁之战的叙述，正确的是哪一项？"  # 22 letters
-SHORT = "写下坛经的禅宗六祖是（  ）"  # 10 letters
-
-
-@pytest.fixture
-def questions(tmp_path):
-    """A folder with a C-Eval file and, one level down, a CMMLU file."""
-    (tmp_path / "cmmlu").mkdir()
-    (tmp_path / "ceval.csv").write_text(f"id,question,A,answer\n0,{LONG},甲,A\n1,肾在液为,唾,A\n", encoding="utf-8")
-    (tmp_path / "cmmlu" / "a.csv").write_text(f"Question,A,Answer\n{SHORT},惠能,A\n", encoding="utf-8-sig")
-    return tmp_path
-
-
-def test_questions_are_found_through_signs_and_only_from_n_letters_on(questions):
-    found = Decontaminator([questions])
-    key = content_key(LONG)
-    assert len(key) == 22 and (found.questions, found.skipped) == (3, 1)
-    assert found.contaminated("前文。" + LONG + "后文")
-    assert found.contaminated("前文，" + "、".join(key[3:19]) + "。后文")  # 16 letters of it
-    assert not found.contaminated("前文，" + key[3:18] + "。后文")  # 15
-    assert not found.contaminated("")
-
-
-def test_short_questions_are_found_whole_and_the_shortest_not_at_all(questions):
-    found = Decontaminator([questions])
-    key = content_key(SHORT)
-    assert len(key) == 10 and found.contaminated(f"请问：{SHORT}惠能")
-    assert not found.contaminated(f"请问：{key[:9]}") and not found.contaminated(f"请问：{key[1:]}")
-    assert not found.contaminated("按五行学说，肾在液为唾。")
-    assert Decontaminator([questions], shortest=4).contaminated("按五行学说，肾在液为唾。")
-
-
-def test_files_and_folders_are_read_alike(questions):
-    one, other = questions / "ceval.csv", questions / "cmmlu" / "a.csv"
-    assert Decontaminator([one, other]).questions == Decontaminator([str(questions)]).questions == 3
-    assert not Decontaminator([other]).contaminated(LONG)
-    assert not Decontaminator([]).contaminated(LONG)
-
-
-def test_every_question_finds_itself_and_books_are_clean(shared_data):
-    found = Decontaminator([shared_data / "multiple_choice"])
-    assert (found.questions, found.skipped, len(found.short)) == (595, 61, 176)
-    assert all(found.contaminated(f"第{i}题{question}答") for i, question in enumerate(found.short))
-    novel = (shared_data / "pretrain" / "三国演义.txt").read_text(encoding="utf-8")
-    assert not found.contaminated(novel)
-    answers = json.loads((shared_data / "sft" / "llamafactory_alpaca_zh_demo.json").read_text(encoding="utf-8"))
-    assert not any(found.contaminated(answer["output"]) for answer in answers)
+BOIL = "先烧开水，再下面条，煮三分钟。"
+STORY = ["你好呀，请讲一个故事", "从前有座山，山上有座庙。"]
 
 
 @pytest.mark.parametrize(
-    "content, message",
+    "a, b, same",
     [
-        (b"id,stem,A\n0,x,y\n", "no column named question"),
-        (b"", "no column named question"),
-        ("id,question\n0,下列\n".encode("gbk"), "not a csv file in UTF-8"),
+        ("今天天气很好，我们去公园吧。", "今天天气很好 我们去公园吧", True),  # punctuation
+        ("今天天气很好，我们去公园吧。", "今天天汽很好，我们去公园吧。", True),
+        ("今天天气很好，我们去公园吧。", "明天天气不好，他们不去了。", False),
+        ("3<5", "3>5", False),
+        ("判断对错：3<5 这个式子成立", "判断对错：3>5 这个式子成立", False),
+        ("小明有12个苹果，吃了3个，还剩几个？", "小明有15个苹果，吃了3个，还剩几个？", False),
+        ("这是我今天收到的礼物，好开心😀", "这是我今天收到的礼物，好开心😭", False),
+        ("", "", True),
+        ("好", "", False),
     ],
 )
-def test_bad_question_file_is_named(tmp_path, content, message):
-    (tmp_path / "bad.csv").write_bytes(content)
-    with pytest.raises(DataError, match=rf"bad\.csv.*{message}"):
-        Decontaminator([tmp_path])
+def test_what_is_a_copy(a, b, same):
+    assert is_copy(a, b) is is_copy(b, a) is same
 
 
-def test_missing_questions_are_named(tmp_path):
-    with pytest.raises(DataError, match="none.csv not found"):
-        Decontaminator([tmp_path / "none.csv"])
-    with pytest.raises(DataError, match="holds no csv file"):
-        Decontaminator([tmp_path])
+def test_another_phrase_in_a_long_template_is_no_copy():
+    template = (
+        "请阅读下面的句子，判断它说的是哪一类事情，只回答类别的名字，不要解释理由：{}。类别有：故事，航海，种植，手艺。"
+    )
+    a, b = (template.format(text) for text in ("老渔夫在桥上修木箱", "母亲教她织一条围巾"))
+    assert is_copy(a, b) and not is_copy(a, b, longest=6)
+    assert is_copy("一" * 990 + a, "二" + "一" * 990 + b)  # beyond what is looked at
+
+
+@pytest.mark.parametrize(
+    "a, b, same",
+    [
+        (["怎样煮一碗面？", BOIL], ["怎样煮一碗面", BOIL.replace("面条", "面")], True),
+        (["怎样煮一碗面？", BOIL], ["怎样煮一碗粥？", "先烧开水，再下米，小火煮半小时。"], False),
+        (["怎样煮一碗面？", BOIL], ["怎样煮一碗面？", "面条要用冷水和，揉好了再切。"], False),  # another answer
+        (["这条评价说了什么：房间很干净", "好评"], ["这条评价说了什么：房间很安静", "好评"], False),  # a stock answer
+        (["这条评价说了什么：房间很干净", "好评"], ["这条评价说了什么：房间很干净。", "好评"], True),
+        ([*STORY, "谢谢", "不客气，再见。"], [*STORY, "谢谢", "还想听别的故事吗？"], False),  # another last answer
+        (["请写一首关于秋天的诗"], ["请写一首关于秋天的诗。"], True),  # prompts
+        (["请写一首关于秋天的诗"], ["请写一首关于夏夜的词"], False),
+    ],
+)
+def test_what_is_a_copied_conversation(a, b, same):
+    assert is_copied_conversation(a, b) is is_copied_conversation(b, a) is same
+
+
+def near_duplicates_of(conversations):
+    signatures = np.stack([conversation_signature("\n".join(turns)) for turns in conversations])
+    pair = lambda i, j: is_copied_conversation(conversations[i], conversations[j])  # noqa: E731
+    return near_duplicates(signatures, confirm=pair, threshold=CONVERSATION_THRESHOLD) >= 0
+
+
+def test_edited_copies_of_real_conversations_are_found_and_the_conversations_stay(shared_data):
+    names = dict(llamafactory_alpaca_zh_demo="json", oaast_sft_zh="json", sharegpt_zh_200="jsonl")
+    rng, dropped, found, planted = random.Random(0), 0, 0, 0
+    for name, suffix in names.items():
+        layout = "sharegpt" if suffix == "jsonl" else "alpaca"
+        units = list_units("x", layout, str(shared_data / "sft" / f"{name}.{suffix}"))
+        read = [turns_of(record) for unit in units for _, record, _ in read_records(unit) if record]
+        conversations = list({" ".join("".join(turns).split()): turns for turns in read}.values())  # each once
+        alphabet = [c for c in "".join(map("".join, conversations[:100])) if c.isalpha()]
+        copies = [[edited(text, 0.1, rng, alphabet) if text else "" for text in turns] for turns in conversations]
+        gone = near_duplicates_of(conversations + copies)
+        dropped += gone[: len(conversations)].sum()
+        found += gone[len(conversations) :].sum()
+        planted += len(copies)
+    assert planted > 1800 and found / planted >= 0.95
+    assert dropped / planted <= 0.005  # and these are copies: the same question with much the same answer
