@@ -43,7 +43,7 @@ from corpora.decontaminate import Decontaminator
 from corpora.dedup import conversation_signature, signature
 from corpora.files import is_clean
 from corpora.merge import by_question, choose, compares, merge
-from corpora.meta import add_part, start_meta, verify, write_report
+from corpora.meta import add_part, drop_warnings, start_meta, verify, write_report
 from corpora.records import STREAMS, as_bytes, clean_record, columns_of, encode_records, texts_of, turns_of
 from corpora.shards import Outcomes, Shard, ShardWriter, content_mark, make_missing, remove_all, unmade
 from dataset import formats
@@ -273,6 +273,7 @@ def main(argv=None):
             print(f"shard {i}/{n} is done; when all are, run the same command with --merge instead of --shard")
             return
 
+    generated = {job.unit.source for part in parts for job in jobs[part] if SOURCES[job.unit.layout].generate}
     opened = {part: open_shards(part, jobs[part], config, tokenizer) for part in parts}
     formats.save_meta(out, meta)  # a run cut off here leaves no file described wrongly
     command = shlex.join(["python", "data_process.py", *(sys.argv[1:] if argv is None else argv)])
@@ -287,6 +288,9 @@ def main(argv=None):
     for name in replaced - meta["files"].keys():  # of a source that is no longer named
         (out / name).unlink(missing_ok=True)
     print((out / "report.md").read_text(encoding="utf-8"))
+    for part in parts:
+        tally = {source: counts for source, counts in meta["tally"][part].items() if source not in generated}
+        print(*drop_warnings(part, tally), sep="\n", end="", file=sys.stderr)
 
 
 if __name__ == "__main__":

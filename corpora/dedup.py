@@ -157,6 +157,7 @@ def _candidates(keys):
 COPY = 0.8  # share of equal characters of a copy: one with 10 % edited has 0.88 or more
 PHRASE = 6  # characters that differ in one place are another phrase; five edits in a row of 10 % are one in 100,000
 STOCK = 10  # characters: a shorter answer is like many others and says nothing of its question
+SHORT = 25  # characters of a whole conversation, of which a few make another
 _COMPARED = 1000  # characters of either text that are looked at closely; the signatures compare the rest
 _PUNCTUATION = re.compile(r"[\s，。、；：？！“”‘’（）…—《》【】,;:?]+")
 
@@ -186,10 +187,10 @@ def without_punctuation(text):
 def is_copied_conversation(a, b):
     """Whether the texts of a conversation, question and answer in turn, repeat those of another.
 
-    All questions together, all answers, and the last answer must each be copies, under a stock answer the questions
-    equal. Of a prompt, the question alone.
+    All questions together, all answers, and the last answer must each be copies; short ones must be equal but for
+    punctuation, and so must those under a stock answer. Of a prompt, the question alone.
     """
     questions, answers = (["\n".join(texts[side::2]) for texts in (a, b)] for side in (0, 1))
-    if 0 < min(map(len, answers)) < STOCK and without_punctuation(questions[0]) != without_punctuation(questions[1]):
-        return False
+    if 0 < min(map(len, answers)) < STOCK or min(len("".join(texts)) for texts in (a, b)) < SHORT:
+        return all(without_punctuation(x) == without_punctuation(y) for x, y in (questions, answers))
     return is_copy(*questions, PHRASE) and is_copy(*answers) and is_copy(a[-1], b[-1])

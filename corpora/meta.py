@@ -17,6 +17,7 @@ from dataset.corpus import Corpus
 from dataset.formats import DataError
 
 PARTS = tuple(STREAMS)  # in the order that they are shown
+EXPECTED = ("blank", "not needed")  # reasons that are no loss
 
 
 def start_meta(out, parts, val_share, tokenizer):
@@ -111,6 +112,20 @@ def part_table(part, tally):
         per_token = f"{characters / tokens:.2f}" if part == "pretrain" and tokens else ""
         rows.append([source, *(f"{n:,}" for n in numbers), per_token, dropped])
     return markdown_table(header, rows)
+
+
+def drop_warnings(part, tally, share=0.05):
+    """A line for every source of which more than a share was dropped: that is seldom what was meant."""
+    lines = []
+    for source, counts in tally.items():
+        found = {why: n for why, n in counts["dropped"].items() if why not in EXPECTED}
+        if sum(found.values()) > share * counts["read"]:
+            most = max(found, key=found.get)
+            lines.append(
+                f"{part}: {source}: {sum(found.values()) / counts['read']:.0%} of {counts['read']:,} records dropped, "
+                f"{found[most]:,} as {most}: look at them in dropped.jsonl"
+            )
+    return lines
 
 
 def draw_lengths(histograms):

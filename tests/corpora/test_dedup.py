@@ -238,7 +238,7 @@ def test_edited_copies_of_a_novel_are_found_and_its_pages_stay(shared_data):
 
 # conversations
 
-BOIL = "先烧开水，再下面条，煮三分钟。"
+BOIL = "先烧开水，再下面条，煮三分钟，捞出来加一点盐和葱花。"
 STORY = ["你好呀，请讲一个故事", "从前有座山，山上有座庙。"]
 
 
