@@ -136,7 +136,7 @@ def shard_dtypes(part, config, vocab_size):
     dtypes = {name: token_dtype(vocab_size) if name.endswith("tokens") else np.uint8 for name in STREAMS[part]}
     dtypes["place"] = np.uint8
     if compares(part, config):
-        dtypes |= dict(signature=np.uint16) | ({} if part in ("text", "pretrain") else dict(turns=np.uint8))
+        dtypes |= dict(signature=np.uint16) | (dict(turns=np.uint8) if part == "sft" else {})
     return dtypes
 
 

@@ -156,7 +156,7 @@ def near_duplicate_quality(texts, n, rng):
     start = time.perf_counter()
     signatures = np.stack([dedup.signature(text) for text, _ in documents])
     signing = time.perf_counter() - start
-    dropped = dedup.near_duplicates(signatures)
+    dropped = dedup.near_duplicates(signatures) >= 0
     seconds = time.perf_counter() - start
     origins = np.array([origin for _, origin in documents])
     copies, dropped_of = np.bincount(origins), np.bincount(origins, dropped)

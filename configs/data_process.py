@@ -13,7 +13,7 @@ config = dict(
     ],  # NAME (from its hub), NAME=PATH or ANY:NAME=PATH (a file or folder); --list_sources shows the names
     workers=0,  # processes; 0 = one a core
     unit_bytes=67_108_864,  # of a file of lines that a worker reads at a time; other files are read as a whole
-    dedup="exact",  # none, exact (same letters and digits, in conversations signs too), near (MinHash, not of pairs)
+    dedup="exact",  # none, exact (same letters and digits, in conversations signs too), near (and MinHash: see docs)
     dedup_questions=False,  # also drop a conversation whose question was there before, whatever its answer
     clean=dict(
         repair=True,  # invisible characters, HTML leftovers, line breaks, spaces, full-width letters and digits

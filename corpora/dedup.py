@@ -188,7 +188,7 @@ def is_copied_conversation(a, b):
     """Whether the texts of a conversation, question and answer in turn, repeat those of another.
 
     All questions together, all answers, and the last answer must each be copies; short ones must be equal but for
-    punctuation, and so must those under a stock answer. Of a prompt, the question alone.
+    punctuation, and so must those under a stock answer. Of one text, a question, that one.
     """
     questions, answers = (["\n".join(texts[side::2]) for texts in (a, b)] for side in (0, 1))
     if 0 < min(map(len, answers)) < STOCK or min(len("".join(texts)) for texts in (a, b)) < SHORT:

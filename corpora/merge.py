@@ -31,8 +31,9 @@ def per_shard(shards, *arrays):
 
 
 def compares(part, config):
-    """Whether near-duplicates are looked for; not among pairs, as those of one question are alike by nature."""
-    return config["dedup"] == "near" and part != "rm"
+    """Whether near-duplicates are looked for: not among pairs, as those of one question are alike by nature, nor among
+    prompts, of which a word may make another."""
+    return config["dedup"] == "near" and part not in ("rm", "prompts")
 
 
 def by_question(part, config):
