@@ -303,6 +303,7 @@ def _rows(vocabulary: Vocabulary, n_rows: int, target: str) -> tuple[list[str], 
         (f"{target} would not normalise text", vocabulary.charsmap),
         (f"{target} has no unigram model that falls back to bytes", vocabulary.kind != "bpe"),
         (f"{target} needs byte pieces", BYTE not in vocabulary.types),
+        (f"{target} needs a piece for the space", SPACE_MARK not in vocabulary.pieces),
         (f"it has {n_pieces} pieces, more than {n_rows} rows", n_pieces > n_rows),
         ("two rows have the same text", len(set(pieces)) < len(pieces)),
     )

@@ -51,11 +51,33 @@ class Tokenizer:
         every_id = list(range(self.n_pieces))
         self._special = {i for i in every_id if sp.is_control(i) or sp.is_unknown(i)}
         self._byte_of = {i: int(sp.id_to_piece(i)[1:-1], 16) for i in every_id if sp.is_byte(i)}
+        # Characters that SentencePiece would not give back, and the bytes written for them. With a dummy prefix
+        # (ChatGLM3, Llama 2) the text cannot be cut into parts, and a literal U+2581 comes back as a space, as in the
+        # reference. Without one it is written in bytes, as are spaces where the vocabulary has no piece for them.
         id_of = {byte: i for i, byte in self._byte_of.items()}
-        # With a dummy prefix (ChatGLM3, Llama 2) the text cannot be cut into parts, and a literal U+2581
-        # comes back as a space, as in the reference; without one it is written in bytes and survives.
         dummy_prefix = sp.encode("a", out_type=str)[0].startswith(SPACE_MARK)
-        self._mark_ids = [] if dummy_prefix or not id_of else [id_of[b] for b in SPACE_MARK.encode()]
+        apart = "" if dummy_prefix or not id_of else SPACE_MARK if self.has_space else f"{SPACE_MARK} "
+        self._in_bytes = {character: [id_of[byte] for byte in character.encode()] for character in apart}
+        self._apart = re.compile(f"([{apart}])") if apart else None
+
+    @property
+    def has_space(self) -> bool:
+        """Whether a space has a piece, as formats that know no bytes for it need."""
+        return not self._sp.is_unknown(self._sp.piece_to_id(SPACE_MARK))
+
+    @property
+    def byte_fallback(self) -> bool:
+        """Whether characters without a piece are written in bytes; else they are lost as id 0."""
+        return bool(self._byte_of)
+
+    @property
+    def changes(self) -> list[str]:
+        """What its normaliser does to text before encoding it, other than to write spaces as U+2581."""
+        from sentencepiece import sentencepiece_model_pb2  # needs protobuf, which training does not
+
+        rules = sentencepiece_model_pb2.ModelProto.FromString(self.model_bytes).normalizer_spec
+        found = [rules.name or "own rules"] if rules.precompiled_charsmap else []
+        return found + (["spaces in a row become one, those at the ends go"] if rules.remove_extra_whitespaces else [])
 
     @classmethod
     def load(cls, source: str | Path, cache_dir: str | Path | None = None) -> "Tokenizer":
@@ -73,12 +95,11 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, without bos or eos."""
         try:
-            if not self._mark_ids or SPACE_MARK not in text:
+            if not self._apart or not self._apart.search(text):
                 return self._sp.encode(text)
-            first, *rest = text.split(SPACE_MARK)
-            ids = self._sp.encode(first)
-            for part in rest:
-                ids += self._mark_ids + self._sp.encode(part)
+            ids = []
+            for part in self._apart.split(text):
+                ids += self._in_bytes.get(part) or self._sp.encode(part)
             return ids
         except (RuntimeError, TypeError):
             _reject_surrogates(text)
@@ -92,9 +113,9 @@ class Tokenizer:
             for text in texts:
                 _reject_surrogates(text)
             raise
-        if self._mark_ids:
+        if self._apart:
             for i, text in enumerate(texts):
-                if SPACE_MARK in text:
+                if self._apart.search(text):
                     rows[i] = self.encode(text)
         return rows
 

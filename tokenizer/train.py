@@ -2,13 +2,14 @@
 
 Text files (UTF-8, a line is a sample) -> tokenizer.model, tokenizer.vocab, config.json in the folder `out`.
 Nothing is normalised, spaces are kept, and characters outside the vocabulary (newlines among them) are cut
-into bytes, so that decode(encode(x)) == x for any x.
+into bytes, so that decode(encode(x)) == x for any x. The space and printable ASCII are always in it.
 
     python -m tokenizer.train configs/demo/tokenizer.py --input=data/demo/corpus.txt --out=out/demo/tokenizer
 """
 
 import io
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,15 +18,17 @@ import sentencepiece
 
 from common.config import parse_config, run
 from common.files import save_config, write_file
-from tokenizer import MODEL_FILE, Tokenizer, TokenizerError
+from tokenizer import MODEL_FILE, SPACE_MARK, Tokenizer, TokenizerError
 
 SAMPLE_LINES = 10_000  # kept aside to measure characters per token
 SHOWN_PER_REASON = 5  # skipped lines named one by one, the rest only counted
-RESERVED = "\u2585"  # SentencePiece's mark for unknown characters: its trainer drops lines holding it
+RESERVED = re.compile("[\0\u2585]")  # SentencePiece's trainer drops lines holding these
+REQUIRED = SPACE_MARK + "".join(map(chr, range(0x21, 0x7F)))  # however rare: a space in bytes would come back as U+2581
+STOPS = ("。！？；!?;", "，、,", " ")  # after which a line is cut that is too long: the first kind that it has
 
 
 class Corpus:
-    """The usable lines of text files; counts what it read and skipped, and keeps a random sample."""
+    """The usable lines of text files; counts what it read, cut and skipped, and keeps a random sample."""
 
     def __init__(self, paths: list[str], max_line_bytes: int):
         if not paths:
@@ -37,6 +40,7 @@ class Corpus:
                 raise TokenizerError(f"input {path}: the file is empty")
         self.paths, self.max_line_bytes = paths, max_line_bytes
         self.lines = self.characters = 0
+        self.cut: Counter[str] = Counter()
         self.skipped: Counter[str] = Counter()
         self.sample: list[str] = []
         self._random = random.Random(0)
@@ -45,35 +49,26 @@ class Corpus:
         for path in self.paths:
             with open(path, "rb") as file:
                 for number, raw in enumerate(file, 1):
-                    line = self._check(raw.rstrip(b"\r\n"), path, number)
-                    if line:
+                    for line in self._usable(raw.rstrip(b"\r\n"), path, number):
                         self._count(line)
                         yield line
 
-    def _check(self, raw: bytes, path: str, number: int) -> str | None:
-        """The line as text, or None with the reason counted."""
-        if number == 1:
-            raw = raw.removeprefix(b"\xef\xbb\xbf")
-        text, reason = None, None
-        if len(raw) > self.max_line_bytes:
-            reason = f"longer than {self.max_line_bytes} bytes"
-        else:
-            try:
-                text = raw.decode()
-            except UnicodeDecodeError as error:
-                reason = f"not UTF-8 (byte 0x{raw[error.start]:02X} at {error.start + 1})"
-            else:
-                if "\0" in text or RESERVED in text:
-                    reason = "holds U+0000 or U+2585"
-        if reason is None:
-            if not text:
-                self.skipped["empty"] += 1
-            return text
-        kind = reason.partition(" (")[0]
-        self.skipped[kind] += 1
-        if self.skipped[kind] <= SHOWN_PER_REASON:
-            print(f"{path}:{number}: skipped, {reason}")
-        return None
+    def _usable(self, raw: bytes, path: str, number: int) -> list[str]:
+        """What SentencePiece takes of a line: all of it, in pieces where it must be cut."""
+        try:
+            text = raw.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").decode()
+        except UnicodeDecodeError as error:
+            self.skipped["not UTF-8"] += 1
+            if self.skipped["not UTF-8"] <= SHOWN_PER_REASON:
+                where = f"byte 0x{raw[error.start]:02X} at {error.start + 1}"
+                print(f"{path}:{number}: skipped, not UTF-8 ({where})")
+            return []
+        parts = RESERVED.split(text)
+        pieces = [piece for part in parts for piece in cut_line(part, self.max_line_bytes) if piece]
+        self.skipped["empty"] += not pieces
+        self.cut["at U+0000 or U+2585"] += len(parts) > 1
+        self.cut[f"longer than {self.max_line_bytes} bytes"] += len(raw) > self.max_line_bytes
+        return pieces
 
     def _count(self, line: str) -> None:
         self.lines += 1
@@ -82,6 +77,17 @@ class Corpus:
             self.sample.append(line)
         elif (slot := self._random.randrange(self.lines)) < SAMPLE_LINES:
             self.sample[slot] = line
+
+
+def cut_line(text: str, max_bytes: int) -> list[str]:
+    """The text in pieces of at most max_bytes in UTF-8, cut after a sentence, else a comma, a space, anywhere."""
+    raw, pieces, start = text.encode(), [], 0
+    while len(raw) - start > max_bytes:
+        room = raw[start : start + max_bytes].decode(errors="ignore")  # a character cut in two stays for the next piece
+        ends = (max(map(room.rfind, stops)) + 1 for stops in STOPS)
+        pieces.append(room[: next(filter(None, ends), len(room))])
+        start += len(pieces[-1].encode())
+    return [*pieces, raw[start:].decode()]
 
 
 def train_bpe(corpus: Corpus, config: dict) -> bytes:
@@ -94,6 +100,7 @@ def train_bpe(corpus: Corpus, config: dict) -> bytes:
             model_type="bpe",
             vocab_size=config["vocab_size"],
             character_coverage=config["character_coverage"],
+            required_chars=REQUIRED,
             input_sentence_size=config["input_sentence_size"],
             shuffle_input_sentence=True,  # by a seed fixed inside SentencePiece
             max_sentence_length=config["max_line_bytes"],
@@ -114,6 +121,11 @@ def train_bpe(corpus: Corpus, config: dict) -> bytes:
         if corpus.lines == 0:
             raise TokenizerError(f"no usable line in {', '.join(corpus.paths)}") from None
         reason = str(error).rpartition("] ")[2].strip() or str(error).strip()
+        if too_few := re.search(r"required_chars\. \d+ vs (\d+)", reason):
+            raise TokenizerError(
+                f"vocab_size {config['vocab_size']}: {too_few[1]} are needed, for 3 special pieces, 256 bytes, ASCII "
+                f"and {config['character_coverage']:.2%} of the characters; raise it or lower character_coverage"
+            ) from None
         raise TokenizerError(
             f"vocab_size {config['vocab_size']} on {corpus.lines:,} lines: SentencePiece says: {reason}"
         ) from None
@@ -135,6 +147,8 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(config["out"])
     if (out / MODEL_FILE).exists() and not config["overwrite"]:
         raise TokenizerError(f"{out / MODEL_FILE} exists; give --overwrite to replace it, or another --out")
+    if not 16 <= config["max_line_bytes"] <= 65_535:
+        raise TokenizerError(f"max_line_bytes = {config['max_line_bytes']}: 16 to 65,535 are possible")
     corpus = Corpus(config["input"], config["max_line_bytes"])
     print(f"training {config['vocab_size']:,} pieces on {', '.join(corpus.paths)}")
     tokenizer = Tokenizer(train_bpe(corpus, config))
@@ -142,8 +156,11 @@ def main(argv: list[str] | None = None) -> None:
     write_file(out / "tokenizer.vocab", vocab_text(tokenizer).encode())
     save_config(config, out)
     write_file(out / MODEL_FILE, tokenizer.model_bytes)
-    skipped = ", ".join(f"{count:,} {reason}" for reason, count in corpus.skipped.items()) or "none"
-    print(f"{corpus.lines:,} lines, {corpus.characters:,} characters; lines skipped: {skipped}")
+    skipped, cut = (
+        ", ".join(f"{count:,} {reason}" for reason, count in found.items() if count) or "none"
+        for found in (corpus.skipped, corpus.cut)
+    )
+    print(f"{corpus.lines:,} lines, {corpus.characters:,} characters; lines cut: {cut}; lines skipped: {skipped}")
     ratio = characters_per_token(tokenizer, corpus.sample)
     print(f"{ratio:.3f} characters per token on {len(corpus.sample):,} of these lines")
     print(f"wrote {out / MODEL_FILE}: {tokenizer.vocab_size:,} pieces, sha256 {tokenizer.sha256[:16]}")

@@ -183,7 +183,7 @@ def test_plan_needs_no_files_and_leaves_none(tmp_path, monkeypatch, capsys):
 def test_plan_asks_the_tokenizer_if_there_is_one(tmp_path):
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("酒店很好，房间干净\n" * 20, encoding="utf-8")
-    options = train_defaults | dict(vocab_size=270, character_coverage=1.0)
+    options = train_defaults | dict(vocab_size=365, character_coverage=1.0)
     (tmp_path / "tokenizer").mkdir()
     config = config_of(tokenizer=str(tmp_path / "tokenizer"))
     assert plan.vocabulary(config)[0] == 64793  # a folder without one

@@ -47,7 +47,7 @@ def corpus(tmp_path):
     paper = [f"第{i}/m  条/q  [人民/n  日报/n]nt  新闻/n  １９９８/m  年/q  。/w" for i in range(60)]
     (tmp_path / "paper.txt").write_text("\n".join(paper + paper[:2]) + "\n", encoding="utf-8")
     sample = TrainingText([str(tmp_path / "positive.txt"), str(tmp_path / "negative.txt")], 16384)
-    (tmp_path / "tokenizer.model").write_bytes(train_bpe(sample, tokenizer_defaults | dict(vocab_size=380)))
+    (tmp_path / "tokenizer.model").write_bytes(train_bpe(sample, tokenizer_defaults | dict(vocab_size=460)))
     return [
         f"--out={tmp_path / 'data'}",
         f"--tokenizer={tmp_path / 'tokenizer.model'}",
@@ -252,13 +252,13 @@ def test_parts_of_another_tokenizer_or_split_are_not_mixed(corpus, tmp_path):
     with pytest.raises(DataError, match=r"meta.json: text, sft has val_share 0.3, not 0.2"):
         main([*corpus, "--parts=rm", "--val_share=0.2"])
     sample = TrainingText([str(tmp_path / "negative.txt"), str(tmp_path / "positive.txt")], 16384)
-    (tmp_path / "other.model").write_bytes(train_bpe(sample, tokenizer_defaults | dict(vocab_size=370)))
+    (tmp_path / "other.model").write_bytes(train_bpe(sample, tokenizer_defaults | dict(vocab_size=450)))
     other = f"--tokenizer={tmp_path / 'other.model'}"
-    with pytest.raises(DataError, match=r"sft has vocab_size 380, not 370"):
+    with pytest.raises(DataError, match=r"sft has vocab_size 460, not 450"):
         main([*corpus, "--parts=rm", other])
     assert (tmp_path / "data" / "meta.json").read_text() == before
     main([*corpus, "--parts=rm,sft", other])  # nothing of the old tokenizer stays
-    assert load_meta(tmp_path / "data")["vocab_size"] == 370
+    assert load_meta(tmp_path / "data")["vocab_size"] == 450
 
 
 def test_bad_input_is_one_clear_error_and_writes_nothing(corpus, tmp_path):

@@ -210,6 +210,32 @@ def test_unigram_without_the_characters_of_byte_pieces():
     assert mismatches(tok, TRICKY + SPECIAL + mixed_texts(2000, seed=2)) == []
 
 
+NO_SPACES = ["酒店很好，房间干净", "这本书不好看"]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_vocabulary_without_a_space_piece(kind):
+    """Where spaces are written as the byte 0x20; llama.cpp and llama2.c have a piece for them or nothing."""
+    tok = train(NO_SPACES, model_type=kind, **AS_IT_IS)
+    assert not tok.has_space
+    assert mismatches(tok, TRICKY + ["手机 很好 ok", *mixed_texts(1000, seed=4)]) == []
+    if kind == "bpe":
+        for convert in (gguf_vocabulary, llama2c_vocabulary):
+            with pytest.raises(TokenizerError, match="needs a piece for the space"):
+                convert(tok, tok.vocab_size)
+
+
+def test_spaces_and_ascii_of_a_vocabulary_trained_on_text_without_them(tmp_path):
+    (tmp_path / "corpus.txt").write_text("\n".join(NO_SPACES * 20), encoding="utf-8")
+    tok = Tokenizer(train_bpe(Corpus([str(tmp_path / "corpus.txt")], 1000), train_defaults | dict(vocab_size=370)))
+    texts = ["手机 很好 ok", *TRICKY, *mixed_texts(1000, seed=5)]
+    assert mismatches(tok, texts) == [] and [t for t in texts if tok.decode(tok.encode(t)) != t] == []
+    ascii_text = [bytes([byte]).decode() for byte in range(0x20, 0x7F)]
+    pieces = gguf_vocabulary(tok, 370)["tokens"]
+    assert [pieces[tok.encode(text)[0]] for text in ascii_text] == [text.replace(" ", "\u2581") for text in ascii_text]
+    assert llama2c_vocabulary(tok, 370).count(struct.pack("<i", 1) + b" ") == 1
+
+
 def test_text_never_merges_into_a_special_piece(ours):
     tok = edited(ours, rename("h", "</s"))
     assert mismatches(tok, ["</s>", "a</s></s>", "</s"]) == []
