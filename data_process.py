@@ -43,7 +43,7 @@ from corpora.decontaminate import Decontaminator
 from corpora.dedup import conversation_signature, signature
 from corpora.files import is_clean
 from corpora.merge import by_question, choose, compares, merge
-from corpora.meta import add_part, drop_warnings, start_meta, verify, write_report
+from corpora.meta import add_part, losses, start_meta, verify, write_report
 from corpora.records import STREAMS, as_bytes, clean_record, columns_of, encode_records, texts_of, turns_of
 from corpora.shards import Outcomes, Shard, ShardWriter, content_mark, make_missing, remove_all, unmade
 from dataset import formats
@@ -262,6 +262,8 @@ def main(argv=None):
     i, n = check_config(config)
     out, parts = Path(config["out"]), [part for part in STREAMS if part in config["parts"]]
     tokenizer = Tokenizer.load(config["tokenizer"]) if parts != ["text"] else None
+    if tokenizer and tokenizer.changes:
+        print(f"{config['tokenizer']} changes text: {'; '.join(tokenizer.changes)}", file=sys.stderr)
     meta, replaced = start_meta(out, parts, config["val_share"], tokenizer)
     jobs = {part: list_jobs(part, config, tokenizer) for part in parts}
     load_decontaminator(*config["decontaminate"])  # its mistakes should show before any work is done
@@ -290,7 +292,8 @@ def main(argv=None):
     print((out / "report.md").read_text(encoding="utf-8"))
     for part in parts:
         tally = {source: counts for source, counts in meta["tally"][part].items() if source not in generated}
-        print(*drop_warnings(part, tally), sep="\n", end="", file=sys.stderr)
+        for line in losses(part, tally, config["tokenizer"]):
+            print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -118,16 +118,17 @@ def merge(part, shards, why, repeats, is_val, out, tokenizer):
 
 
 def count_records(shards, keep, is_val):
-    """{source: {split: {documents, tokens, characters}}}; tokens are 0 for plain text."""
+    """{source: {split: {documents, tokens, characters, unknown}}}; tokens, some of them unknown, are 0 for text."""
     found = {}
     for shard, columns, kept, held_out in per_shard(shards, keep, is_val):
         tokens = shard.tokens(columns)
         splits = found.setdefault(
-            shard.source, {split: Counter(documents=0, tokens=0, characters=0) for split in SPLITS}
+            shard.source, {split: Counter(documents=0, tokens=0, characters=0, unknown=0) for split in SPLITS}
         )
         for split, value in SPLITS.items():
             mask = kept & (held_out == value)
-            sums = dict(tokens=int(tokens[mask].sum()), characters=int(columns["characters"][mask].sum()))
+            sums = dict(tokens=int(tokens[mask].sum()))
+            sums |= {name: int(columns[name][mask].sum()) for name in ("characters", "unknown")}
             splits[split].update(documents=int(mask.sum()), **sums)
     return {source: {split: dict(count) for split, count in splits.items()} for source, splits in found.items()}
 

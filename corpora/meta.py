@@ -18,6 +18,7 @@ from dataset.formats import DataError
 
 PARTS = tuple(STREAMS)  # in the order that they are shown
 EXPECTED = ("blank", "not needed")  # reasons that are no loss
+MANY = 0.05  # share of a source's records: to drop more is seldom meant
 
 
 def start_meta(out, parts, val_share, tokenizer):
@@ -108,24 +109,31 @@ def part_table(part, tally):
         remarks = [f"{what} {n:,}" for what, n in counts["remarks"].items()]
         dropped = f"{sum(counts['dropped'].values()):,}" + (f" ({', '.join(why)})" if why else "")
         dropped += f"; of the written: {', '.join(remarks)}" if remarks else ""
+        dropped += f"; unknown tokens: {share:.2%}" if (share := unknown_share(counts)) else ""
         numbers = [counts["read"], counts["kept"], train["documents"], val["documents"], characters, tokens]
         per_token = f"{characters / tokens:.2f}" if part == "pretrain" and tokens else ""
         rows.append([source, *(f"{n:,}" for n in numbers), per_token, dropped])
     return markdown_table(header, rows)
 
 
-def drop_warnings(part, tally, share=0.05):
-    """A line for every source of which more than a share was dropped: that is seldom what was meant."""
-    lines = []
+def unknown_share(counts):
+    """Share of a source's tokens that stand for characters which its vocabulary has neither a piece nor bytes for."""
+    unknown, tokens = (sum(counts[split].get(what, 0) for split in ("train", "val")) for what in ("unknown", "tokens"))
+    return unknown / max(tokens, 1)
+
+
+def losses(part, tally, tokenizer_name):
+    """A line for each source of which much was dropped, or whose characters the vocabulary lacks."""
     for source, counts in tally.items():
         found = {why: n for why, n in counts["dropped"].items() if why not in EXPECTED}
-        if sum(found.values()) > share * counts["read"]:
+        if sum(found.values()) > MANY * counts["read"]:
             most = max(found, key=found.get)
-            lines.append(
-                f"{part}: {source}: {sum(found.values()) / counts['read']:.0%} of {counts['read']:,} records dropped, "
-                f"{found[most]:,} as {most}: look at them in dropped.jsonl"
-            )
-    return lines
+            share = f"{sum(found.values()) / counts['read']:.0%} of {counts['read']:,} records dropped"
+            yield f"warning: {part}: {source}: {share}, {found[most]:,} as {most}: look at them in dropped.jsonl"
+        if share := unknown_share(counts):
+            lost = f"{share:.2%} of the tokens of {source} are unknown to {tokenizer_name} (id 0), their text is lost"
+            way_out = "; a vocabulary with byte fallback, as python -m tokenizer.train makes, loses none"
+            yield f"{'warning: ' if share > 0.001 else ''}{part}: {lost}{way_out}"
 
 
 def draw_lengths(histograms):

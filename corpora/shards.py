@@ -113,11 +113,17 @@ class ShardWriter:
         return self
 
     def write(self, streams, columns):
-        """A batch: {stream: one array a document}, {column: one value a document}."""
+        """A batch: {stream: one array a document}, {column: one value a document}; unknown tokens are counted here."""
+        unknown = 0
         for stream, rows in streams.items():
-            self.lengths[stream].append(np.fromiter(map(len, rows), np.uint32, len(rows)))
-            if rows:
-                self.files[stream].write(np.concatenate(rows).astype(self.dtypes[stream]).tobytes())
+            lengths = np.fromiter(map(len, rows), np.uint32, len(rows))
+            self.lengths[stream].append(lengths)
+            items = np.concatenate(rows) if rows else np.empty(0)
+            self.files[stream].write(items.astype(self.dtypes[stream]).tobytes())
+            if stream.endswith("tokens"):  # text never gives the pad id, which is also that of unknown characters
+                owners = np.searchsorted(np.cumsum(lengths), np.flatnonzero(items == 0), "right")
+                unknown = unknown + np.bincount(owners, minlength=len(rows))
+        columns = columns | dict(unknown=np.broadcast_to(unknown, len(lengths)).astype(np.uint32))
         for name, values in columns.items():
             self.columns.setdefault(name, []).append(values)
 

@@ -53,7 +53,7 @@ def tokenizer_path(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "text.txt").write_text("\n".join(texts_of(200, 0)), encoding="utf-8")
     sample = TrainingText([str(folder / "text.txt")], 16384)
-    (folder / "tokenizer.model").write_bytes(train_bpe(sample, tokenizer_defaults | dict(vocab_size=400)))
+    (folder / "tokenizer.model").write_bytes(train_bpe(sample, tokenizer_defaults | dict(vocab_size=460)))
     return folder / "tokenizer.model"
 
 
@@ -341,6 +341,40 @@ def test_mistakes_are_one_clear_error_and_leave_nothing(tmp_path, build, tokeniz
         with pytest.raises(kind, match=message):
             build("bad", "--parts=pretrain", *options)
         assert not (tmp_path / "bad").exists(), options
+
+
+def test_characters_that_a_vocabulary_loses_are_told(tmp_path, build, capsys):
+    options = dict(vocab_size=90, model_type="unigram", unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2)
+    text, model = texts_of(1, 1)[0], tmp_path / "foreign.model"
+    with open(model, "wb") as file:  # without byte fallback, as SentencePiece's defaults are
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts_of(50, 1)), model_writer=file, **options)
+    ids = Tokenizer.load(model).encode(text)
+    missing, rows = "龘" * 3 + "的", [dict(text=f"{text}{i}") for i in "山川河流城"]
+    write_jsonl(tmp_path / "a.jsonl", [*rows[:4], dict(text=rows[4]["text"] + missing), rows[0]])  # the last is dropped
+    conversations = [dict(instruction=f"{text}{i}", output=f"{i}{missing}") for i in "山川河流城"]
+    write_jsonl(tmp_path / "sft.jsonl", conversations)
+    sources = f"--sources=a:text_rows={tmp_path / 'a.jsonl'},chat:alpaca={tmp_path / 'sft.jsonl'}"
+    build("data", sources, f"--tokenizer={model}", "--parts=pretrain,sft", "--val_share=0.5")
+    bins = [np.fromfile(tmp_path / "data" / f"{split}.a.bin", np.uint16) for split in ("train", "val")]
+    pkl = load_pkl(tmp_path / "data" / "sft.pkl")["tokens"]
+    found = dict(a=np.concatenate(bins), chat=pkl)
+    assert all((tokens == 0).any() for tokens in found.values()) and 0 not in ids
+    shares = {source: f"{(tokens == 0).mean():.2%}" for source, tokens in found.items()}
+    said, report = capsys.readouterr().err, (tmp_path / "data" / "report.md").read_text(encoding="utf-8")
+    assert f"{model} changes text: nmt_nfkc; spaces in a row become one" in said
+    assert f"warning: pretrain: {shares['a']} of the tokens of a are unknown to {model}" in said
+    assert f"warning: sft: {shares['chat']} of the tokens of chat are unknown" in said
+    assert all(f"unknown tokens: {share} |" in report for share in shares.values())
+
+
+@pytest.mark.skipif(not SAMPLES.exists(), reason="needs the real samples in ../shared/data")
+def test_chatglm_vocabulary_loses_and_changes_nothing(tmp_path, build, capsys):
+    model = SAMPLES / "tokenizer" / "chatglm3_tokenizer.model"
+    write_jsonl(tmp_path / "a.jsonl", [dict(text=f"{text}龘👋\u0301　Ａ") for text in texts_of(20, 1)])
+    build("data", f"--sources=a:text_rows={tmp_path / 'a.jsonl'}", f"--tokenizer={model}", "--parts=pretrain")
+    said = capsys.readouterr().err
+    assert "changes text" not in said and "unknown" not in said
+    assert "unknown" not in (tmp_path / "data" / "report.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.skipif(not SAMPLES.exists(), reason="needs the real samples in ../shared/data")
