@@ -176,7 +176,7 @@ def main(argv=None):
     reference.requires_grad_(False)
     forward = distributed.wrap(model, env, config)
     optimizer = build_optimizer(model, config)
-    stage.start(model, optimizer, tokenizer, parent)
+    stage.start(model, optimizer, tokenizer, parent, files=["rm.pkl", "prompts.pkl"])
     ref_logps, val_ref_logps = cached_reference(stage, reference, (train, val))
     accumulation, beta, warned = config["grad_accumulation_steps"], config["beta"], False
     objective = partial(dpo_loss, beta=beta, kind=config["loss"], label_smoothing=config["label_smoothing"])

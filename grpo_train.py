@@ -158,7 +158,7 @@ def main(argv=None):
     reference.eval().requires_grad_(False)
     reward = Reward(config, parent, tokenizer, env.device)
     optimizer = build_optimizer(policy, config)
-    stage.start(policy, optimizer, tokenizer, parent)
+    stage.start(policy, optimizer, tokenizer, parent, files=["prompts.pkl"])
     reward.start(stage, reference, train[: config["norm_prompts"]])
     watch = Watch(stage.extra.get("watch"))
     print(f"{len(train):,} training and {len(held_out):,} held-out prompts; "

@@ -164,7 +164,7 @@ def main(argv=None):
     both = torch.nn.ModuleDict({"policy": policy, "value": value})
     both.eval()  # no dropout: a ratio must compare the policy with itself
     optimizer = build_optimizer(both, config)
-    stage.start(policy, optimizer, tokenizer, parent, trained=both)
+    stage.start(policy, optimizer, tokenizer, parent, trained=both, files=["prompts.pkl"])
     reward.start(stage, reference, train[: config["norm_prompts"]])
     if stage.resumed:
         value.load_state_dict(stage.extra["value"])

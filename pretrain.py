@@ -82,7 +82,8 @@ def main(argv=None):
     forward = distributed.wrap(model, env, config)
     forward = distributed.compiled(forward, env) if config["compile"] else forward
     optimizer = build_optimizer(model, config)
-    stage.start(model, optimizer, tokenizer)
+    files = [split.file(source).name for source in train.sources for split in (train, val)]
+    stage.start(model, optimizer, tokenizer, files=files)
     already_seen = stage.tokens_seen
     T, accumulation = config["seq_len"], config["grad_accumulation_steps"]
     rows_per_step = config["batch_size"] * accumulation * env.world_size

@@ -141,7 +141,7 @@ def main(argv=None):
     torch.nn.init.normal_(model.scalar.weight, std=1 / math.sqrt(model.config.dim + 1))
     forward = distributed.wrap(model, env, config)
     optimizer = build_optimizer(model, config)
-    stage.start(model, optimizer, tokenizer, parent)
+    stage.start(model, optimizer, tokenizer, parent, files=["rm.pkl"])
     picture = stage.out / "calibration.png"
     accumulation = config["grad_accumulation_steps"]
     objective = partial(reward_loss, margin=config["margin"], centring=config["centring"])

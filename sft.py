@@ -118,7 +118,7 @@ def main(argv=None):
     model = checkpoint.build_model(parent).to(env.device)
     forward = distributed.wrap(model, env, config)
     optimizer = build_optimizer(model, config)
-    stage.start(model, optimizer, tokenizer, parent)
+    stage.start(model, optimizer, tokenizer, parent, files=["sft.pkl"])
     accumulation = config["grad_accumulation_steps"]
     if env.is_main:
         epochs = config["max_steps"] * accumulation * env.world_size / order.per_epoch

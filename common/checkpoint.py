@@ -31,6 +31,7 @@ from common.checkpoint_file import (
 )
 from common.config import flatten
 from common.files import file_sha256
+from dataset.formats import load_meta
 from lowbit import layers
 from model import Llama, ModelConfig
 from tokenizer import DOCUMENT_IDS, Tokenizer
@@ -62,11 +63,13 @@ def save(
     quant: dict | None = None,
     optimizer=None,
     extra: dict | None = None,
+    data: dict | None = None,
     keep_last: int = 1,
 ) -> None:
     """Write a checkpoint to a run directory or file, all of it or nothing.
 
-    With `optimizer` (one or its state_dict, or a list) or `extra` it can be resumed; the random states are kept too.
+    With `optimizer` (one or its state_dict, or a list) or `extra` it can be resumed; the random states are kept too,
+    and what the files that are trained on are, as hashes_of tells it.
     keep_last counts the checkpoints that stay, this one and those before it.
     """
     path = Path(path)
@@ -75,7 +78,7 @@ def save(
     training = None
     if optimizer is not None or extra is not None:
         states = [each if isinstance(each, dict) else each.state_dict() for each in _as_list(optimizer)]
-        training = dict(optimizer=states, rng=_rng_states(), extra=extra)
+        training = dict(optimizer=states, rng=_rng_states(), extra=extra, data=data)
     payload = dict(
         format_version=FORMAT_VERSION,
         stage=stage,
@@ -242,6 +245,31 @@ def same_file(ckpt: Checkpoint, before: dict | None, now: dict | None) -> None:
         )
 
 
+def hashes_of(directory, names) -> dict:
+    """{name: sha256} of files in a data directory: what meta.json says, as a large corpus takes minutes to hash."""
+    files = load_meta(directory).get("files", {})
+    return {name: files.get(name, {}).get("sha256") or file_sha256(Path(directory) / name) for name in names}
+
+
+def same_data(ckpt: Checkpoint, directory, now: dict) -> None:
+    """Refuse to go on from `ckpt` on other data than it was trained on; `now` is what hashes_of tells of the files."""
+    before, run = (ckpt.training or {}).get("data"), f"step {ckpt.step} of {ckpt.path.parent}"
+    if before is None:  # an older file
+        if _is_main():
+            print(f"{ckpt.path} does not say which data it was trained on: {directory} is taken as it is")
+        return
+    for name in before | now:
+        old, new = before.get(name), now.get(name)
+        if old != new:
+            here = f"is {new[:16]}" if new else "is not read"
+            there = f"on {old[:16]}" if old else "without it"
+            raise CheckpointError(f"cannot resume: {Path(directory) / name} {here}, {run} was trained {there}")
+    if list(before) != list(now):
+        raise CheckpointError(
+            f"cannot resume: {directory} has {', '.join(now)} in this order, {run} was trained on {', '.join(before)}"
+        )
+
+
 def begin(config: dict, stage: str) -> Checkpoint | None:
     """Make the run directory; the checkpoint to go on from with --resume, None for a run from step 0."""
     ckpt = _begin(config, stage)
@@ -296,8 +324,10 @@ def _refuse_changes(ckpt: Checkpoint, config: dict) -> None:
     if processes != before:  # then what they share, the batch of a step, must be the same
         for values, n in ((there, before), (here, processes)):
             values["grad_accumulation_steps * processes"] = values.pop("grad_accumulation_steps", 1) * n
+    # where the data lies does not matter if Stage.start can compare what it is
+    may_change = SAFE_ON_RESUME + (["data"] if ckpt.training and ckpt.training.get("data") else [])
     for key in sorted(there.keys() | here.keys()):
-        safe = any(fnmatch(key, pattern) for pattern in SAFE_ON_RESUME)
+        safe = any(fnmatch(key, pattern) for pattern in may_change)
         old, new = (values.get(key, "absent") for values in (there, here))
         old, new = (list(value) if isinstance(value, tuple) else value for value in (old, new))
         if not safe and old != new:

@@ -59,7 +59,7 @@ class Stage:
 
         stage = Stage("sft", config, PANELS)
         if stage.finished: return
-        stage.start(model, optimizer, tokenizer, parent)
+        stage.start(model, optimizer, tokenizer, parent, files=["sft.pkl"])
         with stage.interrupt:
             for step in range(stage.first, config["max_steps"] + 1):
                 if stage.due(step, "eval_interval"): stage.report(step, evaluate(...), samples)
@@ -109,19 +109,22 @@ class Stage:
         checkpoint.check_data(tokenizer, parent.path, load_meta(data), data / "meta.json")
         return parent, tokenizer
 
-    def start(self, model, optimizer, tokenizer, parent=None, trained=None):
+    def start(self, model, optimizer, tokenizer, parent=None, trained=None, files=()):
         """Restore what is resumed and open the logs.
 
         parent is the Checkpoint that the stage starts from; trained holds all that the optimizer updates, where that
-        is more than the model of the checkpoint (PPO's value model).
+        is more than the model of the checkpoint (PPO's value model); files are the names of those it reads in `data`.
         """
         self.model, self.optimizer, self.tokenizer = model, optimizer, tokenizer
         # what rank 0 evaluates and saves: with FSDP a copy in one piece, made when due
         self.whole, self.whole_optimizer = model, optimizer
         self.trained = model if trained is None else trained
         self.parent = checkpoint.parent_of(parent) if parent else None
+        self.data = checkpoint.hashes_of(self.config["data"], files) if files else None
         if self.resumed:
             checkpoint.same_file(self.resumed, self.resumed.parent, self.parent)
+            if files:
+                checkpoint.same_data(self.resumed, self.config["data"], self.data)
             checkpoint.restore(self.resumed, model, optimizer)
         if self.env.is_main:
             save_config(self.config, self.out)
@@ -167,7 +170,7 @@ class Stage:
 
     def save(self, step):
         """All that --resume needs."""
-        training = dict(optimizer=self.whole_optimizer, extra=self.extra or None)
+        training = dict(optimizer=self.whole_optimizer, extra=self.extra or None, data=self.data)
         self._write(checkpoint.FILE_NAME, step, **training, keep_last=self.config["keep_last"])
 
     def _write(self, name, step, **training):

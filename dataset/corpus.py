@@ -79,6 +79,7 @@ class Corpus:
         self.segments = dict(zip(self._tokens, zip([0, *stops], stops, strict=False), strict=True))
         if len(self) == 0:
             raise DataError(f"{self.path}: no tokens")
+        self.sources = [str(item).partition("=")[0] for item in mixture] or list(self.segments)  # those that are read
         self.rings = mix(mixture, self.segments) if mixture else [Ring(str(self.path), 0, len(self), BLOCK)]
         self._epoch_layout = functools.lru_cache(2 * len(self.rings))(epoch_layout)
         self._block_layout = functools.lru_cache(2)(block_layout)
