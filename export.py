@@ -31,13 +31,6 @@ from interop.llama2c import export_llama2c, import_llama2c
 
 DTYPES = dict(hf=("float32", "bfloat16", "float16"), gguf=tuple(GGUF_TYPES), llama2c=("float32", "int8"))
 ALIASES = dict(fp32="float32", f32="float32", bf16="bfloat16", fp16="float16", f16="float16")
-# what is written here, and so may be replaced here
-FILES = set(
-    """
-    config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json tokenizer.model README.md
-    model.gguf Modelfile model.bin tokenizer.bin ckpt.pt
-""".split()
-)
 
 
 def check_config(config):
@@ -47,6 +40,10 @@ def check_config(config):
         raise ConfigError(f"give one of --format, --import_hf, --import_llama2c (got {' and '.join(asked) or 'none'})")
     if config["out"] is None:
         raise ConfigError("--out: a folder to write is needed")
+    out = Path(config["out"]).resolve()
+    for key in ["ckpt"] if asked == ["format"] else [*asked, "tokenizer"]:
+        if config[key] is not None and out in (read := Path(config[key]).resolve(), *read.parents):
+            raise ConfigError(f"out={config['out']}: it holds {key}={config[key]}, which is read: choose another --out")
     if asked == ["format"]:
         dtypes = DTYPES.get(config["format"])
         if dtypes is None:
@@ -70,7 +67,7 @@ def write_format(config, out):
         raise UserError(f"{ckpt.path} is a reward model, which {config['format']} cannot hold: --format=hf can")
     check_weights(ckpt, config["dtype"])
     write = dict(hf=export_hf, gguf=export_gguf, llama2c=export_llama2c)[config["format"]]
-    with new_folder(out, FILES, config["overwrite"]) as folder:
+    with new_folder(out, config["overwrite"]) as folder:
         return write(ckpt, checkpoint.tokenizer_of(ckpt), folder, config["dtype"], **options)
 
 
@@ -84,7 +81,7 @@ def write_run(config, out):
     history = {
         key: getattr(ckpt, key) for key in ("stage", "step", "tokens_seen", "tokenizer", "document_ids", "parent")
     }
-    with new_folder(out, FILES, config["overwrite"]) as folder:
+    with new_folder(out, config["overwrite"]) as folder:
         checkpoint.save(folder, model=model, config=ckpt.config or config, **history)
         save_config(config, folder)
     return [f"it {'continues documents' if checkpoint.continues(ckpt) else 'answers questions'} (stage {ckpt.stage})"]
@@ -98,7 +95,7 @@ def main(argv=None):
     notes = write_format(config, out) if config["format"] else write_run(config, out)
     for note in notes:
         print(f"note: {note}")
-    for path in sorted(out.iterdir()):
+    for path in sorted(out.glob("[!.]*")):
         print(f"wrote {path}: {path.stat().st_size:,} bytes")
 
 

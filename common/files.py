@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,29 +25,34 @@ def write_file(path: str | Path, data: bytes) -> None:
         file.write(data)
 
 
+MARK = ".written-by-tiny-llama2-zh.json"  # in a folder that was written whole: its files, so that no other is removed
+_SMALL = 1 << 20  # bytes: a smaller file is known by its content, a larger one by its size
+
+
 @contextmanager
-def new_folder(out: str | Path, names: set[str], overwrite: bool) -> Iterator[Path]:
+def new_folder(out: str | Path, overwrite: bool) -> Iterator[Path]:
     """A folder to fill, which becomes `out` when the block ends well and vanishes when it does not.
 
-    With `overwrite` it replaces one that holds nothing but files of these names.
+    With `overwrite` it replaces one that was made here and holds nothing but what was written then.
     """
     out = Path(out)
-    new, old = (out.with_name(f"{out.name}.{ending}") for ending in ("tmp", "old"))
-    if out.exists() and not overwrite:
-        raise ConfigError(f"{out} exists: give --overwrite to replace it, or another --out")
-    others = {path.name for path in out.iterdir()} - names if out.is_dir() else {out.name} if out.exists() else set()
-    if others:
-        raise ConfigError(f"{out} holds {min(others)}, which was not written here: choose another --out")
-    shutil.rmtree(new, ignore_errors=True)  # left by one that was killed, as the next
+    if out.name in ("", "..") or out.is_symlink():
+        raise ConfigError(f"out={out}: the name of a new folder is needed")
     if out.exists():
-        shutil.rmtree(old, ignore_errors=True)
+        if not overwrite:
+            raise ConfigError(f"{out} exists: give --overwrite to replace it, or another --out")
+        if why := not_ours(out):
+            raise ConfigError(f"{out} {why}: choose another --out, or remove it yourself")
+    fresh = secrets.token_hex(4)
+    new, old = (out.with_name(f".{out.name}.{fresh}.{ending}") for ending in ("new", "old"))
     try:
         new.mkdir(parents=True)
         yield new
+        write_json(new / MARK, {"files": {path.name: _known_by(path) for path in sorted(new.iterdir())}})
         for path in new.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-        if out.is_dir():
+        if out.exists():
             os.rename(out, old)
         os.rename(new, out)
     except OSError as error:
@@ -56,6 +62,24 @@ def new_folder(out: str | Path, names: set[str], overwrite: bool) -> Iterator[Pa
             os.rename(old, out)
         for left in (new, old):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def not_ours(folder: Path) -> str | None:
+    """Why a folder may hold something that `new_folder` did not write, or None."""
+    if not (folder / MARK).is_file():
+        return "was not written here"
+    written = read_json(folder / MARK).get("files")
+    for path in sorted(folder.iterdir()):
+        if path.name != MARK and (not isinstance(written, dict) or path.name not in written):
+            return f"holds {path.name}, which was not written here"
+        if path.name != MARK and (not path.is_file() or path.is_symlink() or written[path.name] != _known_by(path)):
+            return f"holds {path.name}, which was changed since"
+    return None
+
+
+def _known_by(path: Path) -> int | str:
+    size = path.stat().st_size
+    return file_sha256(path) if size < _SMALL else size
 
 
 def read_json(path: Path) -> dict:

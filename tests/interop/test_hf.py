@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shutil
 import struct
 from pathlib import Path
 
@@ -393,15 +394,49 @@ def test_target_is_kept_unless_overwrite_and_then_replaced_as_a_whole(tmp_path, 
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("name", ["", ".", "..", "/", "link"])
+def test_only_a_new_name_is_a_target(tmp_path, tok, monkeypatch, name):
+    ckpt = make(tmp_path / "sft", tok)
+    (tmp_path / "cwd").mkdir()
+    (tmp_path / "cwd" / "link").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path / "cwd")
+    with pytest.raises(ConfigError, match="the name of a new folder is needed|it holds ckpt="):
+        run(format="hf", ckpt=ckpt, out=name, overwrite="true")
+    assert checkpoint.load(ckpt).step == 7 and [path.name for path in Path().iterdir()] == ["link"]
+
+
+def test_only_what_this_run_made_is_removed(tmp_path, tok):
+    """Names that an export might take for its own, a folder of the same files from elsewhere, what it reads itself."""
+    ckpt = make(tmp_path / "sft", tok)
+    for name in ("out.old", "out.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("mine")
+    out = run(format="hf", ckpt=ckpt, out=tmp_path / "out")
+    run(format="hf", ckpt=ckpt, out=out, overwrite="true")
+    assert all((tmp_path / name / "thesis.txt").read_text() == "mine" for name in ("out.old", "out.tmp"))
+    shutil.copytree(out, tmp_path / "downloaded", ignore=shutil.ignore_patterns(".*"))
+    with pytest.raises(ConfigError, match="downloaded was not written here"):
+        run(format="hf", ckpt=ckpt, out=tmp_path / "downloaded", overwrite="true")
+    (out / "README.md").write_text("my own model card")
+    with pytest.raises(ConfigError, match="out holds README.md, which was changed since"):
+        run(format="hf", ckpt=ckpt, out=out, overwrite="true")
+    imported = run(import_hf=tmp_path / "downloaded", out=tmp_path / "run")
+    with pytest.raises(ConfigError, match="out=.*: it holds ckpt=.*, which is read"):
+        run(format="hf", ckpt=imported / "ckpt.pt", out=imported, overwrite="true")
+    with pytest.raises(ConfigError, match="it holds import_hf="):
+        run(import_hf=tmp_path / "downloaded", out=tmp_path / "downloaded", overwrite="true")
+
+
 def test_overwrite_spares_what_no_export_wrote(tmp_path, tok):
     ckpt = make(tmp_path / "sft", tok)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "diary.txt").write_text("x")
-    with pytest.raises(ConfigError, match="mine holds diary.txt, which was not written here"):
+    with pytest.raises(ConfigError, match="mine was not written here"):
         run(format="hf", ckpt=ckpt, out=tmp_path / "mine", overwrite="true")
-    (tmp_path / "sft" / "metrics.jsonl").write_text("")
-    with pytest.raises(ConfigError, match="holds metrics.jsonl"):
-        run(format="hf", ckpt=ckpt, out=ckpt, overwrite="true")
+    out = run(format="hf", ckpt=ckpt, out=tmp_path / "out")
+    (out / "diary.txt").write_text("x")
+    with pytest.raises(ConfigError, match="out holds diary.txt, which was not written here"):
+        run(format="hf", ckpt=ckpt, out=out, overwrite="true")
     assert checkpoint.load(ckpt).step == 7
 
 
