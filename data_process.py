@@ -42,6 +42,7 @@ from corpora.clean import text_hash
 from corpora.decontaminate import Decontaminator
 from corpora.dedup import conversation_signature, signature
 from corpora.files import is_clean
+from corpora.hub import HUBS
 from corpora.merge import by_question, choose, compares, merge
 from corpora.meta import add_part, losses, start_meta, verify, write_report
 from corpora.records import STREAMS, as_bytes, clean_record, columns_of, encode_records, texts_of, turns_of
@@ -53,7 +54,7 @@ from tokenizer import Tokenizer
 SOURCES = sources.SOURCES | reviews.SOURCES
 STAGES = dict(text="pretrain", pretrain="pretrain", sft="sft", rm="rm", prompts="prompts")  # of each part's sources
 # Settings that no shard depends on: changing them makes none anew. The demo's own sources depend on all others.
-FREE = "out parts sources tokenizer workers unit_bytes shard merge keep_work verify list_sources".split()
+FREE = "out parts sources hub tokenizer workers unit_bytes shard merge keep_work verify list_sources".split()
 
 
 def check_config(config):
@@ -62,6 +63,8 @@ def check_config(config):
         raise ConfigError(f"parts = {','.join(config['parts'])}: choose from {', '.join(STREAMS)}")
     if config["dedup"] not in ("none", "exact", "near"):
         raise ConfigError(f"dedup = {config['dedup']}: choose from none, exact, near")
+    if config["hub"] not in HUBS:
+        raise ConfigError(f"hub = {config['hub']}: choose from {', '.join(HUBS)}")
     if Path(config["out"]).is_file():
         raise ConfigError(f"out = {config['out']}: a file, not a directory")
     if not 0 < config["val_share"] < 1:
@@ -111,7 +114,7 @@ def list_jobs(part, config, tokenizer):
             settings = {key: value for key, value in config.items() if key not in FREE}
             settings["files"] = [content_mark(reviews.resolve(config[key])) for key in reviews.FILES]
         else:
-            units = sources.list_units(label, layout, path, config["unit_bytes"])
+            units = sources.list_units(label, layout, path, config["unit_bytes"], config["hub"])
             settings = {key: config[key] for key in ("clean", "decontaminate", "max_seq_len", "prompts_max_len")}
             settings["compared"] = [compares(part, config), by_question(part, config)]
         for number, unit in enumerate(units):
@@ -121,6 +124,7 @@ def list_jobs(part, config, tokenizer):
                 unit.start,
                 unit.stop,
                 unit.encoding,
+                unit.revision,
                 *content_mark(unit.path, unit.start, unit.stop),
             ]
             fingerprint = json.loads(json.dumps(settings | dict(tokenizer=sha256, unit=mark)))

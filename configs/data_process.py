@@ -10,7 +10,8 @@ config = dict(
         "write",
         "review_pairs",
         "review_prompts",
-    ],  # NAME (from its hub), NAME=PATH or ANY:NAME=PATH (a file or folder); --list_sources shows the names
+    ],  # NAME (of --list_sources), NAME=PATH or ANY:NAME=PATH; a path is a file, folder, hf:OWNER/NAME or ms:OWNER/NAME
+    hub="huggingface",  # where sources without a path come from: huggingface, or modelscope (pip install modelscope)
     workers=0,  # processes; 0 = one a core
     unit_bytes=67_108_864,  # of a file of lines that a worker reads at a time; other files are read as a whole
     dedup="exact",  # none, exact (same letters and digits, in conversations signs too), near (and MinHash: see docs)

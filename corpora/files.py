@@ -1,6 +1,6 @@
 """Read rows from the files that corpora come in, as they are: .txt .jsonl .json .csv .tsv .parquet, some with .gz.
 
-`file_units` and `hub_units` cut an input into units that worker processes read on their own; `read_rows` reads a unit
+`file_units` cuts an input into units that worker processes read on their own; `read_rows` reads a unit
 as a stream, so that memory does not grow with the size of a file, but for a .txt that is one document. What cannot be
 read as a row is passed on with a reason; a file that breaks off is a DataError, lest a bad download go unnoticed.
 """
@@ -43,6 +43,7 @@ class Unit:
     stop: int = 0  # parquet: row groups [start, stop); hub: shard `start` of `stop`
     encoding: str = "utf-8"
     first: int = 1  # lines: number of the first one
+    revision: str = ""  # hub: commit of the dataset
 
 
 # inputs -> units
@@ -125,13 +126,6 @@ def cut_row_groups(file, unit_bytes):
     return runs
 
 
-def hub_units(label, layout, name, globs=""):
-    """A unit for each shard of the train split of a Hugging Face dataset, or of a local directory laid out like one."""
-    with hub_dataset(name, globs) as dataset:
-        shards = dataset.num_shards
-    return [Unit(label, layout, name, "hub", i, shards) for i in range(shards)]
-
-
 # encodings
 
 
@@ -207,11 +201,8 @@ def whole_gz(file):
 # units -> rows
 
 
-def read_rows(unit, globs=""):
+def read_rows(unit):
     """(file and line or record, row or None, remark or the reason for None) of everything in a unit."""
-    if unit.kind == "hub":
-        yield from read_hub(unit, globs)
-        return
     readers = {"lines": read_lines, "json": read_array, "csv": read_csv, "parquet": read_parquet, "text": read_text}
     with whole_gz(unit.path):
         yield from readers[unit.kind](unit)
@@ -351,22 +342,3 @@ def read_parquet(unit):
             for row in batch.to_pylist():
                 yield f"{unit.path}:record {number}", row, None
                 number += 1
-
-
-@contextmanager
-def hub_dataset(name, globs):
-    """The train split as a stream. A JSON array is loaded whole by `datasets`: better download it and give its path."""
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(f"{name}: reading from the hub needs datasets (pip install datasets)") from None
-    try:
-        yield datasets.load_dataset(name, data_files=globs.split() or None, split="train", streaming=True)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{name}: {str(error).strip().splitlines()[0]}") from None
-
-
-def read_hub(unit, globs):
-    with hub_dataset(unit.path, globs) as dataset:
-        for number, row in enumerate(dataset.shard(num_shards=unit.stop, index=unit.start), 1):
-            yield f"{unit.path}:shard {unit.start} record {number}", row, None

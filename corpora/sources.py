@@ -17,11 +17,11 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from corpora import files
+from corpora import files, hub
 from corpora.files import Unit
 from dataset.formats import DataError
 
-__all__ = ["SOURCES", "Source", "Unit", "hub_units", "list_sources", "list_units", "parse_sources", "read_records"]
+__all__ = ["SOURCES", "Source", "Unit", "list_sources", "list_units", "parse_sources", "read_records"]
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -313,7 +313,6 @@ SOURCES = {
     "alpaca": Source("sft", alpaca, "instruction | prompt, input, output | response, history, system", _BARE),
     "sharegpt": Source("sft", messages, "conversations [{from, value}], system", _BARE),
     "messages": Source("sft", messages, "messages | conversations [{role, content}], system", _BARE),
-    # iic/CValues-Comparison is on ModelScope, which `datasets` does not read: download it and give its path.
     "cvalues": Source("rm", cvalues, "prompt, pos_resp, neg_resp", _UNKNOWN),
     "rlhf_zh": Source("rm", pairs, f"prompt, {_PAIR}", _UNKNOWN, _SINGLE_ROUND),
     "zhihu_rlhf": Source("rm", pairs, f"prompt, {_PAIR}", _UNKNOWN, "liyucheng/zhihu_rlhf_3k"),
@@ -326,8 +325,10 @@ SOURCES = {
 
 def list_sources(sources=SOURCES):
     """The table of sources for people."""
-    rows = [("name", "stage", "hub", "licence", "fields")]
-    rows += [(name, s.stage, s.hub or "-", s.licence, s.fields) for name, s in sources.items()]
+    rows = [("name", "stage", "Hugging Face", "ModelScope", "licence", "fields")]
+    for name, source in sources.items():
+        ids = source.hub or "-", hub.MODELSCOPE.get(name, "-")
+        rows.append((name, source.stage, *ids, source.licence, source.fields))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
@@ -346,7 +347,7 @@ def parse_source(text, sources=SOURCES):
     if not re.fullmatch(r"[\w.-]+", label):
         raise DataError(f"source {text}: a label is made of letters, digits, _ . and -")
     source = sources[layout]
-    if not path and (equals or source.hub is None and source.generate is None):
+    if not path and (equals or not (source.hub or source.generate or layout in hub.MODELSCOPE)):
         raise DataError(f"source {text}: a path is needed, as in {name}=PATH")
     return label, layout, path or None
 
@@ -360,22 +361,25 @@ def parse_sources(texts, sources=SOURCES):
     return parsed
 
 
-def list_units(label, layout, path, unit_bytes=64 << 20):
-    """The units of a file or folder, or if path is None of the layout's dataset on the hub, always in one order."""
+def list_units(label, layout, path, unit_bytes=64 << 20, default_hub="huggingface"):
+    """The units of what path names, always in one order.
+
+    It is a file, a folder, hf:OWNER/NAME or ms:OWNER/NAME, or None for the layout's own dataset on the default hub.
+    """
+    source = SOURCES[layout]
     if path is None:
-        return hub_units(label, layout, SOURCES[layout].hub)
-    return files.file_units(label, layout, path, SOURCES[layout].files, unit_bytes)
-
-
-def hub_units(label, layout, name):
-    """The units of a Hugging Face dataset, given by its id or as a local directory laid out like one."""
-    return files.hub_units(label, layout, name, SOURCES[layout].files)
+        path = hub.path_of(layout, source.hub, default_hub)
+    place, name = hub.on_hub(path)
+    if place == "huggingface":
+        return hub.hub_units(label, layout, name, source.files)
+    return files.file_units(label, layout, hub.download(name) if place else path, source.files, unit_bytes)
 
 
 def read_records(unit):
     """(place, record or None, remark or the reason for None); at least one of everything in the unit."""
     source = SOURCES[unit.layout]
-    for place, row, remark in files.read_rows(unit, source.files):
+    rows = hub.read_hub(unit, source.files) if unit.kind == "hub" else files.read_rows(unit)
+    for place, row, remark in rows:
         if row is None and remark:
             yield place, None, remark
         elif not isinstance(row, dict):
