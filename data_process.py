@@ -46,7 +46,7 @@ from corpora.hub import HUBS
 from corpora.merge import by_question, choose, compares, merge
 from corpora.meta import add_part, losses, start_meta, verify, write_report
 from corpora.records import STREAMS, as_bytes, clean_record, columns_of, encode_records, texts_of, turns_of
-from corpora.shards import Outcomes, Shard, ShardWriter, content_mark, make_missing, remove_all, unmade
+from corpora.shards import SHARD_FORMAT, Outcomes, Shard, ShardWriter, content_mark, make_missing, remove_all, unmade
 from dataset import formats
 from dataset.formats import DataError, token_dtype
 from tokenizer import Tokenizer
@@ -127,7 +127,7 @@ def list_jobs(part, config, tokenizer):
                 unit.revision,
                 *content_mark(unit.path, unit.start, unit.stop),
             ]
-            fingerprint = json.loads(json.dumps(settings | dict(tokenizer=sha256, unit=mark)))
+            fingerprint = json.loads(json.dumps(settings | dict(tokenizer=sha256, unit=mark, format=SHARD_FORMAT)))
             folder = Path(config["out"]) / "work" / part / f"{label}-{number:05d}"
             jobs.append(Job(part, unit, folder, config, model_bytes, fingerprint))
     if not jobs:
@@ -281,18 +281,19 @@ def main(argv=None):
 
     generated = {job.unit.source for part in parts for job in jobs[part] if SOURCES[job.unit.layout].generate}
     opened = {part: open_shards(part, jobs[part], config, tokenizer) for part in parts}
+    for name in replaced:  # also of a source that is no longer named
+        (out / name).unlink(missing_ok=True)
     formats.save_meta(out, meta)  # a run cut off here leaves no file described wrongly
     command = shlex.join(["python", "data_process.py", *(sys.argv[1:] if argv is None else argv)])
     for part in parts:
         said, outcomes = merge(part, *opened[part], out, tokenizer)
         add_part(out, meta, part, said, command)
         write_report(out, meta, part, outcomes)
-        if not config["keep_work"]:
+    if not config["keep_work"]:  # not sooner: one that is killed before would make the shards of its first parts again
+        for part in parts:
             remove_all(out / "work" / part)
-            with suppress(OSError):  # another part's shards are still in it
-                (out / "work").rmdir()
-    for name in replaced - meta["files"].keys():  # of a source that is no longer named
-        (out / name).unlink(missing_ok=True)
+        with suppress(OSError):  # another part's shards are still in it
+            (out / "work").rmdir()
     print((out / "report.md").read_text(encoding="utf-8"))
     for part in parts:
         tally = {source: counts for source, counts in meta["tally"][part].items() if source not in generated}

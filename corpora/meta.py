@@ -19,6 +19,7 @@ from dataset.formats import DataError
 PARTS = tuple(STREAMS)  # in the order that they are shown
 EXPECTED = ("blank", "not needed")  # reasons that are no loss
 MANY = 0.05  # share of a source's records: to drop more is seldom meant
+FACTS = ("val_share", "vocab_size", "tokenizer_sha256", "dtype")  # that all parts of a directory share
 
 
 def start_meta(out, parts, val_share, tokenizer):
@@ -29,8 +30,9 @@ def start_meta(out, parts, val_share, tokenizer):
     """
     path = Path(out) / "meta.json"
     meta = formats.load_meta(out) if path.exists() and not outdated(path) else {}
-    if "pretrain" in parts:
-        meta.pop("sources", None)
+    said = dict(sources={} if "pretrain" in parts else meta.get("sources", {}))
+    for key in ("tally", "lengths", "command"):
+        said[key] = {part: value for part, value in meta.get(key, {}).items() if part not in parts}
     files = {name: entry for name, entry in meta.get("files", {}).items() if entry["part"] not in parts}
     facts = dict(val_share=val_share)
     if tokenizer:
@@ -45,7 +47,9 @@ def start_meta(out, parts, val_share, tokenizer):
     if tokenizer:
         facts["dtype"] = formats.token_dtype(tokenizer.vocab_size).name
     replaced = meta.get("files", {}).keys() - files.keys()
-    return meta | dict(format_version=formats.FORMAT_VERSION, files=files) | facts, replaced
+    facts = {key: meta[key] for key in FACTS if key in meta} | facts
+    meta = dict(format_version=formats.FORMAT_VERSION, files=files) | facts | {key: v for key, v in said.items() if v}
+    return meta, replaced  # its keys in an order that does not depend on where an earlier run was killed
 
 
 def outdated(path):

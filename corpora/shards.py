@@ -26,6 +26,7 @@ from dataset.formats import DataError
 
 SAMPLES = 20  # dropped records kept of each reason, to look at
 SHOWN = 500  # characters of a sample
+SHARD_FORMAT = 2  # of a shard folder: those of another are made again
 
 
 class Outcomes:

@@ -5,6 +5,7 @@ it tells what it holds. A .pkl is a dict of flat numpy arrays: all examples end 
 tokens[offsets[i]:offsets[i + 1]], and in `loss_mask`, a bit a token; reading it can run no code.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -21,11 +22,28 @@ class DataError(Exception):
     """Data that cannot be used: the message names the file and what is wrong with it."""
 
 
+def is_running(pid):
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
+
+
 @contextmanager
 def atomic_write(path, mode="wb"):
-    """Open a temporary file beside `path`; it takes that name only once it is complete and on disk."""
+    """Open a temporary file beside `path`; it takes that name only once it is complete and on disk.
+
+    What one that was killed left of the same file is removed.
+    """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    for left in path.parent.glob(f"{glob.escape(path.name)}.tmp*"):
+        number = left.name.removeprefix(f"{path.name}.tmp")
+        if number.isdecimal() and not is_running(int(number)):
+            left.unlink(missing_ok=True)
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file

@@ -156,6 +156,46 @@ def test_killed_runs_go_on_to_the_same_bytes(tmp_path, build, tokenizer_path):
     assert not list((tmp_path / "killed").rglob("*tmp*"))
 
 
+DIES = """
+import os, signal, sys
+from dataset import formats
+import data_process
+
+save, written = formats.{writer}, []
+
+def save_or_die(self, *args):
+    written.append(1)
+    if len(written) == {times}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return save(self, *args)
+
+formats.{writer} = save_or_die
+data_process.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("death", [("BinWriter.write", 2, 2), ("save_pkl", 1, 0)], ids=["pretrain", "sft"])
+def test_a_kill_in_the_merge_costs_no_shard_and_leaves_nothing(tmp_path, build, tokenizer_path, capsys, death):
+    writer, times, left = death
+    sources, killed = two_sources(tmp_path), tmp_path / "killed"
+    write_jsonl(tmp_path / "sft.jsonl", [dict(instruction=t, output=t) for t in texts_of(50, 3)])
+    options = [f"{sources},chat:alpaca={tmp_path / 'sft.jsonl'}", "--parts=text,pretrain,sft", "--val_share=0.2"]
+    for out in ("whole", "killed"):  # over the data of an earlier run, of which c goes
+        build(out, sources.replace("b:", "c:"), "--parts=pretrain")
+    whole = build("whole", *options)
+    command = [sys.executable, "-c", DIES.format(writer=writer, times=times), *options, f"--out={killed}"]
+    process = subprocess.run([*command, f"--tokenizer={tokenizer_path}"], cwd=ROOT, capture_output=True)
+    assert process.returncode == -signal.SIGKILL
+    assert len(list(killed.glob("*.tmp*"))) == left  # of train.a.bin and val.a.bin
+    capsys.readouterr()
+    assert build("killed", *options) == whole
+    said = capsys.readouterr().out
+    assert all(f"{part} units: {n} of {n} are done" in said for part, n in dict(text=2, pretrain=2, sft=1).items())
+    assert not list(killed.rglob("*tmp*")) and not (killed / "work").exists()
+    metas = [(tmp_path / out / "meta.json").read_text(encoding="utf-8") for out in ("whole", "killed")]
+    assert metas[0].replace(str(tmp_path / "whole"), str(killed)) == metas[1]  # in the same order, too
+
+
 def test_a_kill_while_the_shards_are_removed_leaves_none_that_looks_complete(tmp_path, build, monkeypatch):
     options = [two_sources(tmp_path), "--parts=pretrain"]
     whole = build("whole", *options)

@@ -3,6 +3,8 @@
 import hashlib
 import os
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -45,6 +47,18 @@ def test_atomic_write_keeps_the_old_file_when_writing_fails(tmp_path):
         file.write("half of the n")
         raise RuntimeError
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_atomic_write_removes_what_one_that_was_killed_left(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    path, gone, alive = tmp_path / "a[1].bin", process.pid, os.getppid()
+    others = ["a1.bin.tmp", f"a1.bin.tmp{gone}", "a[1].bin.tmp", "a[1].bin.tmpx", f"a[1].bin.tmp{alive}"]
+    for name in [*others, f"a[1].bin.tmp{gone}", "a[1].bin.tmp" + "9" * 30]:
+        (tmp_path / name).write_text("half")
+    with atomic_write(path) as file:
+        file.write(b"whole")
+    assert {each.name for each in tmp_path.iterdir()} == {*others, "a[1].bin"}
 
 
 def test_pkl_round_trip(tmp_path):
