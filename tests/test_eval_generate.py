@@ -163,10 +163,12 @@ def test_long_prompt_is_cut_on_the_left_and_says_so(tmp_path, tok, capsys, env, 
         loaded = eval_generate.load(save(tmp_path / stage, tok, random_model(tok.vocab_size), stage), env)
         ids = eval_generate.prompt_ids(loaded, user(LONG), new_tokens)
         whole = eval_generate.prompt_ids(loaded, user("差评"), new_tokens)
-        assert len(ids) == room
         assert capsys.readouterr().err.count("do not fit") == 1
         tail = tok.encode(LONG)[-room + 1 :]
-        assert ids[-len(tail) :] == tail if stage == "pretrain" else ids == [*tail, tok.bos_id]
+        if stage == "pretrain":
+            assert len(ids) == room and ids[-len(tail) :] == tail
+        else:  # of a question whole characters are left
+            assert ids == [*tok.encode(LONG[: (room - 1) // 3]), tok.bos_id]
         assert whole == ([2, *tok.encode("差评")] if stage == "pretrain" else [*tok.encode("差评"), 1])
 
 

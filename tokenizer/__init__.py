@@ -5,6 +5,7 @@ loss falls on the answers' tokens and their <eos>. Ids 0, 1, 2 are pad (= unk), 
 vocabulary and in the ones trained here. Text never produces them: "</s>" typed by a user is plain characters.
 """
 
+import bisect
 import codecs
 import hashlib
 import re
@@ -18,6 +19,12 @@ CHATGLM_PIECES = 64_789  # pieces in the tokenizer.model of ChatGLM2 and ChatGLM
 CHATGLM_ROWS = 64_793  # plus [MASK] [gMASK] [sMASK] sop, which live beyond the pieces
 DOCUMENT_IDS = (2, 2)  # what a document of our pretraining data opens and closes with: they are parted by <eos>
 SPACE_MARK = "\u2581"  # what SentencePiece writes for a space
+# Where a question may begin that lost its left: after a sentence, else after a clause, else at least not inside a word.
+BOUNDARIES = [
+    re.compile(r"(?:[。！？!?…\n]|\.(?=\s))[”’」』）)\"']*\s*"),
+    re.compile(r"[；，、：]|[;,:]\s+"),
+    re.compile(r"\s+|(?<![^\W\u2e80-\U0003ffff])|(?![^\W\u2e80-\U0003ffff])"),  # letters but for Chinese characters
+]
 
 
 class TokenizerError(Exception):
@@ -193,7 +200,7 @@ class StreamDecoder:
 
 @dataclass
 class Example:
-    """A conversation as ids, with 1 in `loss_mask` at each answer token and its <eos>."""
+    """A conversation as ids, with 1 in `loss_mask` at each answer token and its <eos> that is trained."""
 
     ids: list[int]
     loss_mask: list[int]
@@ -210,17 +217,24 @@ def encode_opening(tok: Tokenizer, text: str) -> list[int]:
 
 
 def encode_prompt(tok: Tokenizer, messages: list[dict], max_len: int | None = None) -> list[int]:
-    """Ids up to where the model answers: `question <bos> [answer <eos> question <bos>]...`.
-
-    `messages` ends with a user's. What exceeds `max_len` goes: oldest turns, then the last question's left.
-    """
-    system, turns = _split_turns(messages)
-    if turns[-1][1] is not None:
-        raise TokenizerError("the last message of a prompt must be the user's")
-    ids, _, note = _fit(tok, system, turns, max_len)
+    """Ids up to where the model answers: `question <bos> [answer <eos> question <bos>]...`, as fit_prompt has them."""
+    ids, note = fit_prompt(tok, messages, max_len)
     if ids is None:
         raise TokenizerError(f"no room for a prompt in {max_len} tokens ({note})")
     return ids
+
+
+def fit_prompt(tok: Tokenizer, messages: list[dict], max_len: int | None) -> tuple[list[int] | None, str | None]:
+    """The ids of a prompt and what was done to make them fit in `max_len`; `messages` ends with a user's.
+
+    What exceeds it goes: the oldest turns ("dropped turns"), then the last question's left ("cut question"), as far as
+    a sentence begins there.
+    """
+    turns = _Turns(tok, messages)
+    if turns.answers[-1]:
+        raise TokenizerError("the last message of a prompt must be the user's")
+    example, note = turns.last(max_len)
+    return (None if example is None else example.ids), note
 
 
 def encode_example(
@@ -229,51 +243,166 @@ def encode_example(
     """A training example and what was done to make it fit in `max_len`.
 
     (Example, None), (Example, "dropped turns"), (Example, "cut question") or (None, why there is none). An
-    answer is kept whole with its <eos> or not at all; the last one is never dropped to keep older turns.
+    answer is kept whole with its <eos> or not at all; the last one is never dropped to keep older turns. The answer of
+    a message with "train": False has no loss.
     """
+    turns, why = _answered_turns(tok, messages)
+    return turns.last(max_len) if turns else (None, why)
+
+
+def encode_examples(tok: Tokenizer, messages: list[dict], max_len: int) -> tuple[list[Example], str | None, int]:
+    """The training examples of a conversation of any length, what made them fit, and how many answer tokens are lost.
+
+    A conversation that fits is one example and has no note. Else it is "split": each example holds whole turns under
+    the system text, as many as fit, and every answer is trained in one of them. After the first, an example begins
+    with those of the turns before it that fit in half of max_len; their answers are context, without loss, so that
+    "go on" is not learnt without what it follows. A turn longer than max_len loses its question's left ("cut
+    question") or, where the answer does not fit, is left out ("answer left out"); "dropped turns" are untrained ones
+    for which the only example has no room. Without an example the note says why.
+    """
+    turns, why = _answered_turns(tok, messages)
+    if not turns:
+        return [], why, 0
+    n, examples, notes, lost, i = len(turns.answers), [], set(), 0, 0
+    while i < n:
+        start, stop = turns.window(i, max_len, max_len // 2)
+        if any(turns.trained[i:stop]):
+            opening, note = turns.fitted(start, stop, max_len)
+            notes.add(note)
+            if opening is None:
+                lost += len(turns.answers[i])
+            else:
+                examples.append(turns.example(start, stop, opening, trained_from=i))
+                whole = stop - start == n
+        i = stop
+    if not examples:
+        return [], "answer too long", lost
+    said = ["split"] if len(examples) > 1 else ["dropped turns"] if not (whole or lost) else []
+    said += ["cut question"] * ("cut question" in notes) + ["answer left out"] * (lost > 0)
+    return examples, "; ".join(said) or None, lost
+
+
+def encode_pair(
+    tok: Tokenizer, messages: list[dict], answers: list[str], max_len: int
+) -> tuple[list[Example], str | None, int]:
+    """Answers to one prompt as examples with the loss on them alone; a note and tokens lost as in encode_examples.
+
+    What the longest leaves no room for goes from the prompt, as in fit_prompt, so that all stand under the same.
+    """
+    if not all(answers):
+        return [], "empty answer", 0
+    encoded = [tok.encode(answer) + [tok.eos_id] for answer in answers]
+    ids, note = fit_prompt(tok, messages, max_len - max(map(len, encoded)))
+    if ids is None:
+        return [], "answer too long", sum(map(len, encoded))
+    return [Example(ids + answer, [0] * len(ids) + [1] * len(answer)) for answer in encoded], note, 0
+
+
+def _answered_turns(tok, messages):
+    """(_Turns, None) of a conversation to train on, or (None, why it is none)."""
     try:
-        system, turns = _split_turns(messages)
+        turns = _Turns(tok, messages)
     except TokenizerError as error:
         return None, str(error)
-    if turns[-1][1] is None:
+    if not turns.answers[-1]:
         return None, "no last answer"
-    if any(answer == "" for _, answer in turns):
+    if [tok.eos_id] in turns.answers:
         return None, "empty answer"
-    ids, loss_mask, note = _fit(tok, system, turns, max_len)
-    return (None, note) if ids is None else (Example(ids, loss_mask), note)
+    return (turns, None) if any(turns.trained) else (None, "no answer to train on")
 
 
-def _split_turns(messages: list[dict]) -> tuple[str | None, list[tuple[str, str | None]]]:
-    """System text and (question, answer) turns; the last answer is None where the user spoke last."""
-    roles = [message["role"] for message in messages]
-    system = messages[0]["content"] if roles[:1] == ["system"] else None
-    rest = messages[0 if system is None else 1 :]
-    wanted = (["user", "assistant"] * len(rest))[: len(rest)]
-    if not rest or [message["role"] for message in rest] != wanted:
-        raise TokenizerError("roles out of order")
-    texts = [message["content"] for message in rest] + [None] * (len(rest) % 2)
-    return system, list(zip(texts[::2], texts[1::2], strict=True))
+class _Turns:
+    """The turns of a conversation as ids: `questions`, `answers` with their <eos>, which of those are `trained`.
 
+    The last answer is empty where the user spoke last. The system text stands before the first question of whatever
+    turns are put together. Errors: TokenizerError, for roles that are not user and assistant in turn.
+    """
 
-def _fit(tok: Tokenizer, system: str | None, turns: list, max_len: int | None):
-    """(ids, loss_mask, note): oldest turns dropped, then the last question cut; ids None if it cannot fit."""
-    questions = [tok.encode(question) for question, _ in turns]
-    answers = [[] if answer is None else tok.encode(answer) + [tok.eos_id] for _, answer in turns]
-    sizes = [len(question) + 1 + len(answer) for question, answer in zip(questions, answers, strict=True)]
-    limit = float("inf") if max_len is None else max_len
-    note = None
-    for start in range(len(turns)):
-        first = questions[start] if system is None else tok.encode(f"{system}\n{turns[start][0]}")
-        excess = sum(sizes[start:]) - len(questions[start]) + len(first) - limit
-        if excess <= 0:
-            break
-        note = "dropped turns"
-    else:  # the last turn alone is too long
-        if excess >= len(first):
-            return None, None, "answer too long" if answers[-1] else "no room for the question"
-        first, note = first[int(excess) :], "cut question"
-    ids, loss_mask = [], []
-    for question, answer in zip([first, *questions[start + 1 :]], answers[start:], strict=True):
-        ids += question + [tok.bos_id] + answer
-        loss_mask += [0] * (len(question) + 1) + [1] * len(answer)
-    return ids, loss_mask, note
+    def __init__(self, tok, messages):
+        self.tok, roles = tok, [message["role"] for message in messages]
+        self.system = f"{messages[0]['content']}\n" if roles[:1] == ["system"] else ""
+        rest = messages[roles[:1] == ["system"] :]
+        if not rest or any(message["role"] != ("user", "assistant")[i % 2] for i, message in enumerate(rest)):
+            raise TokenizerError("roles out of order")
+        self.texts = [message["content"] for message in rest[::2]]
+        self.questions = [tok.encode(text) for text in self.texts]
+        self.answers = [tok.encode(message["content"]) + [tok.eos_id] for message in rest[1::2]]
+        self.trained = [message.get("train", True) for message in rest[1::2]]
+        if len(rest) % 2:
+            self.answers.append([])
+            self.trained.append(True)
+        self._openings = {}
+
+    def opening(self, i):
+        """The question of turn i right under the system text."""
+        if not self.system:
+            return self.questions[i]
+        if i not in self._openings:
+            self._openings[i] = self.tok.encode(self.system + self.texts[i])
+        return self._openings[i]
+
+    def size(self, start, stop):
+        """Tokens of the turns from `start` up to `stop`."""
+        rest = sum(map(len, self.questions[start + 1 : stop])) + sum(map(len, self.answers[start:stop]))
+        return len(self.opening(start)) + rest + stop - start
+
+    def window(self, i, max_len, context):
+        """(start, stop) of turn i with as many turns before it as fit in `context`, then as many after it as fit."""
+        start, stop = i, i + 1
+        while start and self.size(start - 1, i) <= context and self.size(start - 1, stop) <= max_len:
+            start -= 1
+        while stop < len(self.answers) and self.size(start, stop + 1) <= max_len:
+            stop += 1
+        return start, stop
+
+    def fitted(self, start, stop, max_len):
+        """(the opening of a window, None) or, if it is one turn that is too long, (what fits of it or None, a note)."""
+        room = max_len - self.size(start, stop) + len(self.opening(start))
+        if room >= len(self.opening(start)):
+            return self.opening(start), None
+        if self.answers[start]:
+            ids = self.opening(start)[-room:] if room > 0 else []
+        else:
+            ids = self.cut(start, room)
+        if not ids:
+            return None, "answer too long" if self.answers[start] else "no room for the question"
+        return ids, "cut question"
+
+    def cut(self, i, room):
+        """Ids of the end of question i that fits in `room`, from a sentence's start if one is in its first half.
+
+        The system text stays whole where that leaves half of the room. [] if nothing of the question fits.
+        """
+        system, text = self.system, self.texts[i]
+        if len(self.tok.encode(system)) > room // 2:
+            system, text = "", system + text
+
+        def fits(start):
+            return len(self.tok.encode(system + text[start:])) <= room
+
+        start = bisect.bisect_left(range(len(text)), True, key=fits)
+        if start == len(text):
+            return []
+        middle = (start + len(text)) // 2
+        found = (match.end() for boundary in BOUNDARIES for match in boundary.finditer(text, max(start - 1, 0)))
+        start = next((place for place in found if start <= place <= middle and fits(place)), start)
+        return self.tok.encode(system + text[start:])
+
+    def last(self, max_len):
+        """(Example or None, note) of the last turn and as many before it as fit."""
+        max_len = float("inf") if max_len is None else max_len
+        start, stop = self.window(len(self.answers) - 1, max_len, max_len)
+        opening, note = self.fitted(start, stop, max_len)
+        if opening is None:
+            return None, note
+        return self.example(start, stop, opening, start), note or ("dropped turns" if start else None)
+
+    def example(self, start, stop, opening, trained_from):
+        """The turns from `start` up to `stop`, those before `trained_from` without loss."""
+        ids, loss_mask = [], []
+        for i in range(start, stop):
+            question = opening if i == start else self.questions[i]
+            ids += question + [self.tok.bos_id] + self.answers[i]
+            trained = int(self.trained[i] and i >= trained_from)
+            loss_mask += [0] * (len(question) + 1) + [trained] * len(self.answers[i])
+        return Example(ids, loss_mask)
