@@ -53,6 +53,7 @@ from tokenizer import Tokenizer
 
 SOURCES = sources.SOURCES | reviews.SOURCES
 STAGES = dict(text="pretrain", pretrain="pretrain", sft="sft", rm="rm", prompts="prompts")  # of each part's sources
+POSITIVE = "rm_length_bin min_characters max_seq_len prompts_max_len prompts_train unit_bytes".split()
 # Settings that no shard depends on: changing them makes none anew. The demo's own sources depend on all others.
 FREE = "out parts sources hub tokenizer workers unit_bytes shard merge keep_work verify list_sources".split()
 
@@ -70,7 +71,7 @@ def check_config(config):
     if not 0 < config["val_share"] < 1:
         raise ConfigError(f"val_share = {config['val_share']}: a share between 0 and 1 is needed")
     for key, value in config.items():
-        least = 1 if key in ("rm_length_bin", "min_characters", "max_seq_len", "prompts_max_len", "unit_bytes") else 0
+        least = 1 if key in POSITIVE else 0
         if isinstance(value, int) and value < least:
             raise ConfigError(f"{key} = {value}: at least {least} is needed")
     if config["clean"]["to_simplified"] and importlib.util.find_spec("opencc") is None:
@@ -246,12 +247,9 @@ def open_shards(part, jobs, config, tokenizer):
     shards = [Shard(job.folder, job.unit.source, dtypes) for job in jobs]
     own = [SOURCES[job.unit.layout].generate is not None for job in jobs]
     why, repeats, is_val = choose(part, shards, own, config)
-    keep = why == 0
-    if not keep.any():
+    if why.all():
         dropped = sum((shard.outcomes.dropped for shard in shards), Counter())
         raise DataError(f"{part}: no record is left; dropped: {', '.join(f'{n} {why}' for why, n in dropped.items())}")
-    if not (keep & ~is_val).any() or part != "prompts" and not (keep & is_val).any():
-        raise DataError(f"{part}: val_share = {config['val_share']} leaves a split of the {keep.sum()} records empty")
     return shards, why, repeats, is_val
 
 

@@ -15,6 +15,7 @@ from corpora.dedup import CONVERSATION_THRESHOLD, THRESHOLD, is_copied_conversat
 from corpora.records import STREAMS
 from corpora.shards import SAMPLES, Outcomes
 from dataset import formats
+from dataset.formats import DataError
 
 REASONS = ["", "duplicate", "near-duplicate", "not needed"]  # why (N,) is an index: 0 is kept, else not
 SPLITS = {"train": False, "val": True}
@@ -50,8 +51,9 @@ def choose(part, shards, own, config):
     """
     columns = [shard.columns() for shard in shards]
     content = np.concatenate([c["content"] for c in columns])
+    keys = np.concatenate([c["key"] for c in columns])
     # the rule of clean.is_validation, on the hashes that records.columns_of kept
-    is_val = np.concatenate([c["key"] for c in columns]) < np.uint64(config["val_share"] * 2**64)
+    is_val = keys < np.uint64(config["val_share"] * 2**64)
     why, repeats = np.zeros(len(content), np.uint8), np.full(len(content), -1)
     if config["dedup"] != "none":
         _, first, group = np.unique(content, return_index=True, return_inverse=True)
@@ -61,11 +63,33 @@ def choose(part, shards, own, config):
         mark_near_duplicates(Path(config["out"]) / "work" / part, shards, why, repeats, is_val)
     mine = np.repeat(own, [len(c["content"]) for c in columns])
     why[mine], repeats[mine] = 0, -1
+    if (why == 0).any():
+        is_val = keys < split_bound(part, keys[why == 0], config)
     if part == "prompts":
         for held_out, limit in ((False, config["prompts_train"]), (True, config["prompts_val"])):
             found = np.flatnonzero((why == 0) & (is_val == held_out))  # those with the lowest hashes stay
             why[found[np.argsort(content[found], kind="stable")[limit:]]] = REASONS.index("not needed")
     return why, repeats, is_val
+
+
+def split_bound(part, keys, config):
+    """Below which hash (uint64) a record is held out, given the hashes of those that stay: val_share of all hashes.
+
+    Where chance leaves a split empty, as it may with few records, the bound moves to the nearest hash, so that each has
+    a record, and a line says so: another part that has the same question may have it on the other side. Of prompts
+    none need be held out if there is one only, or prompts_val is 0. Raises DataError where nothing can be parted.
+    """
+    bound, low, high = np.uint64(config["val_share"] * 2**64), keys.min(), keys.max()
+    train_only = part == "prompts" and (low == high or not config["prompts_val"])
+    if low == high and not train_only:
+        one = "there is one record only" if len(keys) == 1 else f"all {len(keys)} records begin with the same text"
+        raise DataError(f"{part}: {one}, so that none can be held out; add others to its sources")
+    found = min(max(bound, np.uint64(0) if train_only else low + np.uint64(1)), high)
+    if found != bound:
+        side, other = ("held out", "train on") if found > bound else ("left to train on", "hold out")
+        print(f"{part}: val_share = {config['val_share']}: by their hashes none of {len(keys)} records is {side}; the "
+              f"one with the nearest hash is taken, which other parts may {other}")  # fmt: skip
+    return found
 
 
 def mark_near_duplicates(folder, shards, why, repeats, is_val):

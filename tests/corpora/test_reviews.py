@@ -268,7 +268,7 @@ def test_bad_input_is_one_clear_error_and_writes_nothing(corpus, tmp_path):
         (f"--positive={tmp_path / 'none.txt'}", DataError, "none.txt not found"),
         (f"--people_daily={tmp_path / 'empty.txt'}", DataError, "empty.txt holds no text"),
         ("--positive=nosuchpackage:pos.txt", DataError, "nosuchpackage is not installed"),
-        ("--val_share=0.0000001", DataError, "leaves a split of the .* records empty"),
+        ("--prompts_train=0", ConfigError, "prompts_train = 0: at least 1"),
         ("--val_share=1.5", ConfigError, "val_share = 1.5"),
         ("--parts=sft,dpo", ConfigError, "parts = sft,dpo: choose from text, pretrain, sft, rm, prompts"),
         ("--rm_length_bin=0", ConfigError, "rm_length_bin = 0: at least 1"),
