@@ -139,7 +139,7 @@ def list_jobs(part, config, tokenizer):
 def shard_dtypes(part, config, vocab_size):
     """{stream: dtype} of a part's shards: what becomes an artifact, then what only the merge reads."""
     dtypes = {name: token_dtype(vocab_size) if name.endswith("tokens") else np.uint8 for name in STREAMS[part]}
-    dtypes["place"] = np.uint8
+    dtypes |= dict(place=np.uint8) | (dict(pieces=np.uint32) if "pieces" in dtypes else {})
     if compares(part, config):
         dtypes |= dict(signature=np.uint16) | (dict(turns=np.uint8) if part == "sft" else {})
     return dtypes
@@ -157,7 +157,7 @@ def read_unit(job, tokenizer, outcomes):
         before = record
         if record is not None and not source.generate:
             if job.part == "prompts":
-                record = before = dict(messages=record["messages"])
+                record = before = {key: record[key] for key in ("messages", "fields") if key in record}
             record, why = clean_record(record, config["clean"])
             text = "\n".join(texts_of(record)) if record else ""
             if not is_clean(text):  # as JSON can escape them; the repair of the text would have removed them
@@ -197,14 +197,15 @@ def encode_batch(job, batch, tokenizer, outcomes):
     """[(record, {stream: values}), ...] of what is kept; all is counted."""
     max_len, rows = job.config["prompts_max_len" if job.part == "prompts" else "max_seq_len"], []
     encoded = encode_records(job.part, [record for _, record, _ in batch], tokenizer, max_len)
-    for (place, record, remark), (streams, note) in zip(batch, encoded, strict=True):
+    for (place, record, remark), (streams, note, answers) in zip(batch, encoded, strict=True):
         if streams is None:
             outcomes.drop(note, text_hash(place), place, "\n".join(texts_of(record)))
+            outcomes.lost += answers[1]
         else:
             outcomes.kept += 1
             outcomes.remark(remark)
             outcomes.remark(note)
-            rows.append((record, streams | for_merge(job, place, record)))
+            rows.append((record | dict(answers=answers), streams | for_merge(job, place, record)))
     return rows
 
 

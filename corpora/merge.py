@@ -142,19 +142,26 @@ def merge(part, shards, why, repeats, is_val, out, tokenizer):
 
 
 def count_records(shards, keep, is_val):
-    """{source: {split: {documents, tokens, characters, unknown}}}; tokens, some of them unknown, are 0 for text."""
+    """{source: {split: {documents, tokens, characters, unknown}}}; tokens, some of them unknown, are 0 for plain text.
+
+    Of conversations and pairs also examples and answer_tokens: a long conversation becomes several examples.
+    """
     found = {}
     for shard, columns, kept, held_out in per_shard(shards, keep, is_val):
-        tokens = shard.tokens(columns)
-        splits = found.setdefault(
-            shard.source, {split: Counter(documents=0, tokens=0, characters=0, unknown=0) for split in SPLITS}
-        )
+        numbers = dict(documents=np.ones(len(kept), int), tokens=shard.tokens(columns))
+        numbers |= {name: columns[name] for name in ("characters", "unknown")}
+        if any(stream.endswith("loss_mask") for stream in shard.dtypes):
+            numbers |= dict(examples=examples_of(columns), answer_tokens=columns["answers"])
+        splits = found.setdefault(shard.source, {split: Counter() for split in SPLITS})
         for split, value in SPLITS.items():
             mask = kept & (held_out == value)
-            sums = dict(tokens=int(tokens[mask].sum()))
-            sums |= {name: int(columns[name][mask].sum()) for name in ("characters", "unknown")}
-            splits[split].update(documents=int(mask.sum()), **sums)
+            splits[split].update({name: int(values[mask].sum()) for name, values in numbers.items()})
     return {source: {split: dict(count) for split, count in splits.items()} for source, splits in found.items()}
+
+
+def examples_of(columns):
+    """Into how many examples each record was cut (N,)."""
+    return columns.get("pieces_lengths", np.ones(len(columns["content"]), int))
 
 
 def write_text(out, shards, keep):
@@ -187,36 +194,44 @@ def write_bins(out, shards, keep, is_val, vocab_size):
 
 
 def write_pkl(path, shards, keep, is_val):
-    """sft.pkl, rm.pkl or prompts.pkl: flat arrays of all records, filled shard by shard."""
+    """sft.pkl, rm.pkl or prompts.pkl: flat arrays of all examples, filled shard by shard."""
     names = list(dict.fromkeys(shard.source for shard in shards))
-    columns = [columns for _, columns in per_shard(shards)]
+    columns, streams = [columns for _, columns in per_shard(shards)], shards[0].dtypes
     tasks = np.repeat([names.index(shard.source) for shard in shards], [len(c["content"]) for c in columns])
-    arrays = dict(is_val=is_val[keep], task=tasks[keep].astype(np.uint8), task_names=names)
-    arrays["label"] = np.concatenate([c["label"] for c in columns])[keep]
-    for stream, dtype in shards[0].dtypes.items():
-        if stream not in STREAMS[path.stem]:
+    labels = np.concatenate([c["label"] for c in columns])
+    examples = np.concatenate([examples_of(c) for c in columns])[keep]
+    arrays = dict(is_val=np.repeat(is_val[keep], examples), task=np.repeat(tasks[keep].astype(np.uint8), examples))
+    arrays |= dict(task_names=names, label=np.repeat(labels[keep], examples))
+    for stream in streams:
+        if stream not in STREAMS[path.stem] or stream == "pieces":
             continue
-        lengths = np.concatenate([c[f"{stream}_lengths"] for c in columns])[keep]
-        items = join(shards, keep, stream, np.empty(lengths.sum(dtype=np.int64), dtype))
+        items, lengths = join(shards, keep, stream)
+        if stream == "fields":
+            if len(items):
+                ends, text = np.cumsum(lengths, dtype=np.int64), items.tobytes().decode()
+                arrays[stream] = [text[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+            continue
         if stream.endswith("loss_mask"):
             items = np.packbits(items, bitorder="little")
         else:
+            lengths = join(shards, keep, "pieces")[0] if "pieces" in streams else lengths
             arrays[stream.replace("tokens", "offsets")] = np.cumsum([0, *lengths], dtype=np.int64)
         arrays[stream] = items
     formats.save_pkl(path, arrays)
     tokens = np.concatenate([shard.tokens(c) for shard, c in zip(shards, columns, strict=True)])[keep]
-    splits = {split: arrays["is_val"] == value for split, value in SPLITS.items()}
-    return {split: dict(examples=int(m.sum()), tokens=int(tokens[m].sum())) for split, m in splits.items()}
+    splits = {split: is_val[keep] == value for split, value in SPLITS.items()}
+    return {split: dict(examples=int(examples[m].sum()), tokens=int(tokens[m].sum())) for split, m in splits.items()}
 
 
-def join(shards, keep, stream, items):
-    """Fill `items` with a stream of all kept documents."""
-    done = 0
+def join(shards, keep, stream):
+    """(a stream of all kept documents, how much of it is each one's)."""
+    lengths = np.concatenate([columns[f"{stream}_lengths"] for _, columns in per_shard(shards)])[keep]
+    items, done = np.empty(lengths.sum(dtype=np.int64), shards[0].dtypes[stream]), 0
     for shard, columns, mask in per_shard(shards, keep):
         for (piece,) in shard.read(stream, columns[f"{stream}_lengths"], mask):
             items[done : done + len(piece)] = piece
             done += len(piece)
-    return items
+    return items, lengths
 
 
 def count_outcomes(shards, why, repeats, tokenizer):
@@ -234,6 +249,7 @@ def count_outcomes(shards, why, repeats, tokenizer):
     for start, (shard, columns, dropped) in zip(starts, per_shard(shards, why), strict=False):
         outcomes = found.setdefault(shard.source, Outcomes())
         outcomes.add(shard.outcomes)
+        outcomes.lost += int(columns["lost"][dropped == 0].sum())
         stream = next(iter(shard.dtypes))
         for number, reason in enumerate(REASONS[1:], 1):
             which = np.flatnonzero(dropped == number)

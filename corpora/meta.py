@@ -102,9 +102,13 @@ def part_table(part, tally):
     """The table of one part: a row a source, read = written + dropped in each.
 
     Characters are those of the cleaned text; conversations may have been cut since, so that only documents have
-    characters per token.
+    characters per token. They have examples instead, of which a long one gives several, and answer tokens, of which
+    those that no example has room for are lost.
     """
-    header = ["source", "read", "written", "train", "val", "characters", "tokens", "characters per token", "dropped"]
+    answers = all("examples" in counts["train"] for counts in tally.values())
+    header = ["source", "read", "written", "train", "val", "characters", "tokens"]
+    header += ["examples", "answer tokens"] if answers else ["characters per token"]
+    header.append("dropped")
     rows = []
     for source, counts in tally.items():
         train, val = counts["train"], counts["val"]
@@ -115,8 +119,12 @@ def part_table(part, tally):
         dropped += f"; of the written: {', '.join(remarks)}" if remarks else ""
         dropped += f"; unknown tokens: {share:.2%}" if (share := unknown_share(counts)) else ""
         numbers = [counts["read"], counts["kept"], train["documents"], val["documents"], characters, tokens]
-        per_token = f"{characters / tokens:.2f}" if part == "pretrain" and tokens else ""
-        rows.append([source, *(f"{n:,}" for n in numbers), per_token, dropped])
+        if answers:
+            examples, written = (train[what] + val[what] for what in ("examples", "answer_tokens"))
+            more = [f"{examples:,}", f"{written:,} of {written + counts['answer_tokens_lost']:,}"]
+        else:
+            more = [f"{characters / tokens:.2f}" if part == "pretrain" and tokens else ""]
+        rows.append([source, *(f"{n:,}" for n in numbers), *more, dropped])
     return markdown_table(header, rows)
 
 

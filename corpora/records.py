@@ -1,18 +1,20 @@
 """Records on their way into a shard: cleaned, encoded, and hashed for what the merge must know of each."""
 
+import json
+
 import numpy as np
 
 from corpora.clean import clean_document, clean_text, content_key, text_hash
-from tokenizer import encode_documents, encode_example, encode_prompt
+from tokenizer import encode_documents, encode_examples, encode_pair, fit_prompt
 
 STREAMS = dict(
     text=["text"],
     pretrain=["tokens"],
-    sft=["tokens", "loss_mask"],
+    sft=["tokens", "loss_mask", "pieces"],
     rm=["chosen_tokens", "chosen_loss_mask", "rejected_tokens", "rejected_loss_mask"],
-    prompts=["tokens"],
-)
-COLUMNS = dict(content=np.uint64, key=np.uint64, characters=np.uint32, label=np.int8)
+    prompts=["tokens", "fields"],
+)  # pieces: tokens of each example that a conversation became; fields: the JSON of a row's other fields
+COLUMNS = dict(content=np.uint64, key=np.uint64, characters=np.uint32, label=np.int8, answers=np.uint32, lost=np.uint32)
 
 
 def texts_of(record):
@@ -47,33 +49,35 @@ def clean_record(record, options):
 
 
 def encode_records(part, records, tokenizer, max_len):
-    """[({stream: values} or None, note), ...] of the records of one part."""
+    """[({stream: values} or None, note, (answer tokens written, lost)), ...] of the records of one part."""
     if part == "text":
-        return [(dict(text=as_bytes(r["text"] + "\n")), None) for r in records]
+        return [(dict(text=as_bytes(r["text"] + "\n")), None, (0, 0)) for r in records]
     if part == "pretrain":
         rows = encode_documents(tokenizer, [record["text"] for record in records])
-        return [(dict(tokens=np.array(ids, np.int64)), None) for ids in rows]
+        return [(dict(tokens=np.array(ids, np.int64)), None, (0, 0)) for ids in rows]
     return [encode_conversation(part, record, tokenizer, max_len) for record in records]
 
 
 def encode_conversation(part, record, tokenizer, max_len):
-    """({stream: values} or None, note) of one record of sft, rm or prompts."""
+    """As encode_records, of one record of sft, rm or prompts."""
     prompt = record["messages"]
     if part == "prompts":
-        ids = encode_prompt(tokenizer, prompt)
-        cut = "cut question" if len(ids) > max_len else None
-        return dict(tokens=encode_prompt(tokenizer, prompt, max_len) if cut else ids), cut
+        ids, note = fit_prompt(tokenizer, prompt, max_len)
+        # what JSON has no form for, a date say, is kept as text
+        fields = json.dumps(record["fields"], default=str) if record.get("fields") else ""
+        streams = dict(tokens=ids, fields=as_bytes(fields))
+        return streams if ids else None, note, (0, 0)
     if part == "sft":
-        example, note = encode_example(tokenizer, prompt, max_len)
-        return example and dict(tokens=example.ids, loss_mask=example.loss_mask), note
-    streams = {}
-    for side in ("chosen", "rejected"):
-        messages = [*prompt, dict(role="assistant", content=record[side])]
-        example, note = encode_example(tokenizer, messages, max_len)
-        if note:  # also one whose question was cut: both answers of a pair stand under the same prompt
-            return None, f"{side}: {note}"
-        streams |= {f"{side}_tokens": example.ids, f"{side}_loss_mask": example.loss_mask}
-    return streams, None
+        examples, note, lost = encode_examples(tokenizer, prompt, max_len)
+        streams = dict(pieces=[len(example.ids) for example in examples])
+        sides = {"": examples}
+    else:
+        examples, note, lost = encode_pair(tokenizer, prompt, [record["chosen"], record["rejected"]], max_len)
+        streams, sides = {}, {"chosen_": examples[:1], "rejected_": examples[1:]}
+    for side, found in sides.items():
+        streams[f"{side}tokens"] = [token for example in found for token in example.ids]
+        streams[f"{side}loss_mask"] = [bit for example in found for bit in example.loss_mask]
+    return streams if examples else None, note, (sum(sum(example.loss_mask) for example in examples), lost)
 
 
 def columns_of(records, questions_only=False):
@@ -92,6 +96,7 @@ def columns_of(records, questions_only=False):
         else:
             compared = turns_of(record, True) if questions_only else texts
             content_hash = text_hash("\n".join(" ".join(text.split()) for text in compared))
-        rows.append((content_hash, key_hash, sum(map(len, texts)), record.get("label", -1)))
+        numbers = sum(map(len, texts)), record.get("label", -1), *record.get("answers", (0, 0))
+        rows.append((content_hash, key_hash, *numbers))
     columns = zip(COLUMNS.items(), zip(*rows, strict=True) if rows else [()] * len(COLUMNS), strict=True)
     return {name: np.array(values, dtype) for (name, dtype), values in columns}

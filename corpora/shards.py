@@ -30,10 +30,13 @@ SHARD_FORMAT = 2  # of a shard folder: those of another are made again
 
 
 class Outcomes:
-    """What became of the records of a source: how many were kept, why others were dropped, with samples of those."""
+    """What became of the records of a source: how many were kept, why others were dropped, with samples of those.
 
-    def __init__(self, kept=0, dropped=(), remarks=(), samples=None):
-        self.kept, self.dropped, self.remarks = kept, Counter(dropped), Counter(remarks)
+    `lost` counts the answer tokens that no example has, for want of room in max_seq_len.
+    """
+
+    def __init__(self, kept=0, dropped=(), remarks=(), samples=None, lost=0):
+        self.kept, self.dropped, self.remarks, self.lost = kept, Counter(dropped), Counter(remarks), lost
         self.samples = {why: [tuple(sample) for sample in found] for why, found in (samples or {}).items()}
 
     @property
@@ -69,14 +72,18 @@ class Outcomes:
         self.kept += other.kept
         self.dropped += other.dropped
         self.remarks += other.remarks
+        self.lost += other.lost
         for why, found in other.samples.items():
             for sample in found:
                 self.sample(why, *sample)
 
     def counts(self):
-        """{read, kept, dropped: {why: count}, remarks: {what: count}} for meta.json; read = kept + dropped."""
+        """{read, kept, dropped: {why: count}, remarks: {what: count}, answer_tokens_lost} for meta.json.
+
+        read = kept + dropped
+        """
         dropped, remarks = (dict(counter.most_common()) for counter in (self.dropped, self.remarks))
-        return dict(read=self.read, kept=self.kept, dropped=dropped, remarks=remarks)
+        return dict(read=self.read, kept=self.kept, dropped=dropped, remarks=remarks, answer_tokens_lost=self.lost)
 
 
 def unfinished(folder):
