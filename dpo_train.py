@@ -170,7 +170,8 @@ def main(argv=None):
     parent, tokenizer = stage.load_parent()
     train, val = load_pairs(data / "rm.pkl", tokenizer.vocab_size, parent.model_config["max_seq_len"])
     val = [side.select(np.arange(min(len(side), config["eval_pairs"]))) for side in val]
-    prompts = load_prompts(data / "prompts.pkl", tokenizer.vocab_size)[1][: config["eval_prompts"]]
+    room = parent.model_config["max_seq_len"], config["eval_new_tokens"]
+    prompts = load_prompts(data / "prompts.pkl", tokenizer.vocab_size, *room)[1][: config["eval_prompts"]]
 
     model, reference = (checkpoint.build_model(parent).to(env.device).eval() for _ in range(2))  # no dropout
     reference.requires_grad_(False)

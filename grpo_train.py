@@ -150,13 +150,14 @@ def main(argv=None):
         return
     env = stage.env
     parent, tokenizer = stage.load_parent()
-    train, held_out = load_prompts(Path(config["data"]) / "prompts.pkl", tokenizer.vocab_size)
+    reward = Reward(config, parent, tokenizer, env.device)
+    room = reward.context, config["max_new_tokens"]
+    train, held_out = load_prompts(Path(config["data"]) / "prompts.pkl", tokenizer.vocab_size, *room)
     held_out = held_out[: config["eval_prompts"]]
 
     policy, reference = (checkpoint.build_model(parent).to(env.device) for _ in range(2))
     policy.eval()  # no dropout: a ratio must compare the policy with itself
     reference.eval().requires_grad_(False)
-    reward = Reward(config, parent, tokenizer, env.device)
     optimizer = build_optimizer(policy, config)
     stage.start(policy, optimizer, tokenizer, parent, files=["prompts.pkl"])
     reward.start(stage, reference, train[: config["norm_prompts"]])

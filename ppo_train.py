@@ -153,12 +153,13 @@ def main(argv=None):
         return
     env = stage.env
     parent, tokenizer = stage.load_parent()
-    train, held_out = load_prompts(Path(config["data"]) / "prompts.pkl", tokenizer.vocab_size)
+    reward = Reward(config, parent, tokenizer, env.device)
+    room = reward.context, config["max_new_tokens"]
+    train, held_out = load_prompts(Path(config["data"]) / "prompts.pkl", tokenizer.vocab_size, *room)
     held_out = held_out[: config["eval_prompts"]]
 
     policy, reference = (checkpoint.build_model(parent).to(env.device) for _ in range(2))
     reference.eval().requires_grad_(False)
-    reward = Reward(config, parent, tokenizer, env.device)
     value = checkpoint.build_model(reward.ckpt or parent, scalar_head=True).to(env.device)
     torch.nn.init.zeros_(value.scalar.weight)  # normalised scores have mean 0 on the reference: so does the first value
     both = torch.nn.ModuleDict({"policy": policy, "value": value})

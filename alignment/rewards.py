@@ -5,6 +5,7 @@ A policy is validated by it too.
 
 import hashlib
 import importlib
+import inspect
 import math
 from functools import partial
 
@@ -22,13 +23,13 @@ def length_reward(prompts, replies, lo, hi):
 
 
 def reward_function(config):
-    """f(prompts, replies) -> rewards, all lists, that the key `reward` names: "length" or "module:function"."""
+    """f(prompts, replies, **fields) -> rewards, all lists: what `reward` names, "length" or "module:function"."""
     name = config["reward"]
     if name == "length":
         bounds = config["reward_length"]
         if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] or bounds[1] < 1:
             raise ConfigError(f"reward_length={bounds}: the shortest and the longest reply in characters are needed")
-        return partial(length_reward, lo=bounds[0], hi=bounds[1])
+        return lambda prompts, replies: length_reward(prompts, replies, *bounds)
     module_name, colon, function_name = name.partition(":")
     if not (module_name and colon and function_name):
         raise ConfigError(f"reward={name}: model, length or module:function is needed")
@@ -40,6 +41,28 @@ def reward_function(config):
     if not callable(function):
         raise ConfigError(f"reward={name}: {module.__file__} has no function {function_name}")
     return function
+
+
+def fields_taken(name, function, fields):
+    """Which of the prompts' fields a reward function gets: those it has a parameter of that name for, or with **, all.
+
+    The first two parameters are the prompts and the replies; a field of their names is left out, in a line. Raises
+    ConfigError where it needs one that the prompts do not have.
+    """
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except ValueError:  # some that are written in C
+        return []
+    rest = {p.name: p for p in parameters[2:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    for p in rest.values():
+        if p.default is p.empty and p.name not in fields:
+            has = ", ".join(fields) or "none"
+            raise ConfigError(f"reward={name} needs the field {p.name} of the prompts, which have {has}")
+    taken = list(fields) if any(p.kind is p.VAR_KEYWORD for p in parameters) else [n for n in fields if n in rest]
+    clashes = [p.name for p in parameters[:2] if p.name in taken]
+    if clashes:
+        print(f"reward={name}: not passed, as its own parameters have these names: {', '.join(clashes)} of the prompts")
+    return [field for field in taken if field not in clashes]
 
 
 def checked(name, rewards, n):
@@ -87,11 +110,13 @@ class Reward:
     """What the key `reward` says: the model of `reward_model`, or a function of texts, which needs none.
 
     `ckpt` is the reward model's checkpoint and `identity` what a resumed run compares of it; None with a function.
+    `context` is how many tokens of prompt and reply both it and the policy can read.
     """
 
     def __init__(self, config, policy, tokenizer, device):
         self.config, self.tokenizer = config, tokenizer
         self.ckpt = self.identity = self.norm = None
+        self.context, self.fields = policy.model_config["max_seq_len"], []
         if config["score_clip"] < 0:
             raise ConfigError(f"score_clip={config['score_clip']}: 0 or more is needed")
         if config["reward"] != "model":
@@ -99,6 +124,7 @@ class Reward:
             return
         self.ckpt = load_reward_model(config["reward_model"], policy)
         self.identity = checkpoint.parent_of(self.ckpt)
+        self.context = min(self.context, self.ckpt.model_config["max_seq_len"])
         self.model = checkpoint.build_model(self.ckpt).to(device).eval().requires_grad_(False)
 
     def raw(self, batch):
@@ -108,11 +134,14 @@ class Reward:
         rows = zip(batch.ids.tolist(), batch.lengths.tolist(), batch.replies, strict=True)
         prompts = [self.tokenizer.decode(ids[: length - len(reply)]) for ids, length, reply in rows]
         replies = [self.tokenizer.decode(reply) for reply in batch.replies]
-        rewards = checked(self.config["reward"], self.function(prompts, replies), len(replies))
+        fields = {name: [row[name] for row in batch.fields] for name in self.fields}
+        rewards = checked(self.config["reward"], self.function(prompts, replies, **fields), len(replies))
         return torch.tensor(rewards, device=batch.ids.device)
 
     def start(self, stage, reference, prompts):
         """Take the unit of scores from the run that is resumed, else from the reference's replies to some prompts."""
+        if not self.ckpt:
+            self.fields = fields_taken(self.config["reward"], self.function, prompts[0].fields)
         if stage.resumed:
             checkpoint.same_file(stage.resumed, stage.extra["reward_model"], self.identity)
             self.norm = stage.extra["norm"]

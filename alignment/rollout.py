@@ -23,17 +23,21 @@ class Rollout:
     mask: torch.Tensor  # (B, T-1) 1.0 where ids[:, t+1] is a reply token, its eos included
     ended: torch.Tensor  # (B,) whether eos came
     replies: list[list[int]]
+    fields: list[dict] | None = None  # of the prompts' rows, for reward functions
 
     def rows(self, index):
         """The same for some rows (a list or tensor of indices), cut to their longest."""
         lengths = self.lengths[index]
         T = int(lengths.max())
-        replies = [self.replies[i] for i in index]
-        return Rollout(self.ids[index, :T], lengths, self.mask[index, : T - 1], self.ended[index], replies)
+        replies, fields = (rows and [rows[i] for i in index] for rows in (self.replies, self.fields))
+        return Rollout(self.ids[index, :T], lengths, self.mask[index, : T - 1], self.ended[index], replies, fields)
 
 
 def rollout(model, prompts, max_new_tokens, temperature=1.0, eos_id=2, seed=None, top_p=1.0):
-    """Sample one reply to each prompt (id lists) from softmax(logits / temperature); training leaves top_p at 1."""
+    """Sample one reply to each prompt (ids, as a Prompt or a list) from softmax(logits / temperature).
+
+    Training leaves top_p at 1.
+    """
     replies = model.generate(
         prompts, max_new_tokens, temperature=temperature, top_p=top_p, eos_id=eos_id, seed=seed
     ).tokens
@@ -41,7 +45,8 @@ def rollout(model, prompts, max_new_tokens, temperature=1.0, eos_id=2, seed=None
     device = model.norm.weight.device
     batch = {name: tensor.to(device) for name, tensor in pad_batch(rows).items()}
     ended = torch.tensor([r[-1] == eos_id for r in replies], device=device)
-    return Rollout(batch["ids"], batch["lengths"], batch["loss_mask"][:, 1:], ended, replies)
+    fields = [getattr(prompt, "fields", {}) for prompt in prompts]
+    return Rollout(batch["ids"], batch["lengths"], batch["loss_mask"][:, 1:], ended, replies, fields)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 config = dict(
     data="data/zh",  # folder with prompts.pkl and meta.json from data_process.py
     init_from="out/zh/sft",  # run directory or checkpoint: the first policy, and the frozen reference
-    reward="model",  # model: reward_model's; length: reward_length's; module:function: f(prompts, replies) -> floats
+    reward="model",  # model: reward_model's; length: reward_length's; module:function: f(prompts, replies, **fields)
     reward_model="out/zh/rm",  # run directory or checkpoint of rm_train.py: scores, and the value model's first trunk
     reward_length=[20, 60],  # characters of a reply that reward=length gives 1; down to 0 at none and twice the longest
     out="out/zh/ppo",  # run directory: config.json, metrics.jsonl, loss.png, score_kl.png, samples.txt, ckpt.pt

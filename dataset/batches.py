@@ -1,5 +1,7 @@
 """Batches of examples: the conversations, pairs and prompts of a .pkl, their order, padded or packed, on a device."""
 
+import json
+
 import numpy as np
 import torch
 
@@ -63,12 +65,39 @@ def load_pairs(path, vocab_size, max_len=None):
     return [side.select(~arrays["is_val"]) for side in sides], [side.select(arrays["is_val"]) for side in sides]
 
 
-def load_prompts(path, vocab_size):
-    """prompts.pkl as (train, val), each a list of prompts as id lists."""
+class Prompt(list):
+    """The ids of a prompt; `fields` are the other fields of its row, a right answer say, by name."""
+
+    def __init__(self, ids, fields):
+        super().__init__(ids)
+        self.fields = fields
+
+
+def load_prompts(path, vocab_size, context=None, new_tokens=0):
+    """prompts.pkl as (train, val), lists of Prompt; all have the same fields, None where a row lacks one.
+
+    Given the context of the models that read prompts and replies, DataError unless both splits have prompts and the
+    longest leaves room for a reply of `new_tokens`.
+    """
     arrays = load_pkl(path)
     prompts = Examples(arrays, vocab_size=vocab_size, path=path)
-    splits = (prompts.select(~arrays["is_val"]), prompts.select(arrays["is_val"]))
-    return tuple([split[i][0].tolist() for i in range(len(split))] for split in splits)
+    fields = [json.loads(text) if text else {} for text in arrays.get("fields", [""] * len(prompts))]
+    if len(fields) != len(prompts):
+        raise DataError(f"{path}: fields of {len(fields)} rows for {len(prompts)} prompts")
+    missing = dict.fromkeys(name for row in fields for name in row)
+    found = [Prompt(prompts[i][0].tolist(), missing | row) for i, row in enumerate(fields)]
+    train, val = ([found[i] for i in np.flatnonzero(arrays["is_val"] == side)] for side in (False, True))
+    if context is not None:
+        if not (train and val):
+            raise DataError(
+                f"{path}: no {'held-out' if train else 'training'} prompt; data_process.py needs two or more"
+            )
+        if (longest := int(prompts.lengths.max())) + new_tokens > context:
+            raise DataError(
+                f"{path}: a prompt of {longest} tokens and a reply of {new_tokens} exceed the context of {context}; "
+                "fewer new tokens are needed, or a lower prompts_max_len of data_process.py"
+            )
+    return train, val
 
 
 def load_tasks(path, vocab_size):

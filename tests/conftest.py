@@ -57,5 +57,8 @@ def own_rewards(tmp_path, monkeypatch):
     (tmp_path / "own_rewards.py").write_text(
         "def starts(prompts, replies):\n    return [r[:1] == '好' for r in replies]\n"
         "def odd(prompts, replies):\n    return [len(r) % 2 for r in replies]\n"  # never all alike
+        "def takes_all(prompts, replies, **fields):\n"
+        "    assert list(fields) == ['answer']\n    return odd(prompts, replies)\n"
+        "def takes_label(prompts, replies, label):\n    return odd(prompts, replies)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)

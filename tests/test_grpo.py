@@ -1,7 +1,10 @@
 """GRPO, Dr. GRPO and RLOO: advantages and losses beside TRL's, what must not change a gradient, and small runs."""
 
+import importlib
+import json
 import shutil
 from collections import defaultdict
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +20,8 @@ import grpo_train
 from alignment.objective import entropy_bonus
 from alignment.rollout import Rollout, in_batches, rollout
 from common import checkpoint
+from dataset.batches import load_prompts
+from dataset.formats import load_pkl, save_pkl
 
 LOSSES = list(grpo_train.LOSSES)
 CONFIG = dict(temperature=TEMPERATURE, epochs=1, minibatch_size=4, micro_batch_size=4, cliprange=0.2, max_new_tokens=16)
@@ -214,12 +219,69 @@ def test_first_step_costs_nothing_and_all_is_measured(small, tmp_path):
 
 
 def test_without_kl_penalty_the_reference_is_asked_in_validation_only(small, tmp_path, own_rewards):
-    changes = dict(kl_coef=0, max_new_tokens=60, reward="own_rewards:odd", reward_model=tmp_path / "none")
+    changes = dict(kl_coef=0, max_new_tokens=25, reward="own_rewards:odd", reward_model=tmp_path / "none")
     grpo_train.main(options_of(small, tmp_path / "out", **changes))
     rows = metrics(tmp_path / "out")
     assert all(row["grpo/kl"] is None for row in rows if "grpo/kl" in row)
     assert rows[0]["val/kl"] == pytest.approx(0, abs=1e-4) and rows[-1]["val/kl"] > 0
     assert {row["grpo/rlhf_reward"] - row["grpo/score"] for row in rows if "grpo/kl" in row} == {0}
+
+
+def with_fields(small, folder, fields):
+    """A copy of small's data whose prompts have the fields that fields(i) gives for the i-th."""
+    shutil.copytree(small / "data", folder)
+    arrays = load_pkl(folder / "prompts.pkl")
+    arrays["fields"] = [json.dumps(fields(i), ensure_ascii=False) for i in range(len(arrays["is_val"]))]
+    save_pkl(folder / "prompts.pkl", arrays)
+
+
+def test_a_reward_compares_replies_with_the_answer_of_their_row(small, tmp_path, monkeypatch):
+    tokenizer = checkpoint.tokenizer_of(checkpoint.load(small / "sft"))
+    prompts = [tokenizer.decode(p) for side in load_prompts(small / "data" / "prompts.pkl", 1 << 16) for p in side]
+    assert len(set(prompts)) == len(prompts)
+    right = {prompt: f"答{len(prompt)}" for prompt in prompts}
+    everything = load_pkl(small / "data" / "prompts.pkl")
+    texts = [tokenizer.decode(everything["tokens"][a:b]) for a, b in pairwise(everything["offsets"])]
+    with_fields(small, tmp_path / "data", lambda i: dict(answer=right[texts[i]], **dict(level=3) if i else {}))
+    seen = []
+
+    def compare(prompts, replies, answer, level=None):
+        seen.append((prompts, answer, level))
+        return [float(reply[:1] == right[:1]) for reply, right in zip(replies, answer, strict=True)]
+
+    (tmp_path / "comparing.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(importlib.import_module("comparing"), "compare", compare, raising=False)
+    changes = dict(data=tmp_path / "data", reward="comparing:compare", reward_model="none", max_steps=2)
+    grpo_train.main(options_of(small, tmp_path / "out", **changes))
+    assert len(seen) == 5  # the reference, two validations, two steps
+    for prompts, answer, level in seen:
+        assert answer == [right[prompt] for prompt in prompts]
+        assert level == [None if prompt == texts[0] else 3 for prompt in prompts]
+    steps = [prompts for prompts, _, _ in seen[2:4]]
+    assert all(len(set(prompts[i : i + 4])) == 1 for prompts in steps for i in range(0, 8, 4))  # groups
+
+
+def test_fields_that_are_missing_or_not_taken(small, tmp_path, capsys, own_rewards):
+    with_fields(small, tmp_path / "data", lambda i: dict(replies="x", answer="y"))
+    data = dict(data=tmp_path / "data", reward_model="none", max_steps=1)
+    grpo_train.main(options_of(small, tmp_path / "two", reward="own_rewards:odd", **data))  # takes two arguments
+    grpo_train.main(options_of(small, tmp_path / "all", reward="own_rewards:takes_all", **data))
+    assert "not passed, as its own parameters have these names: replies of the prompts" in capsys.readouterr().out
+    options = options_of(small, tmp_path / "out", reward="own_rewards:takes_label", **data)
+    line = failure(capsys, grpo_train.main, options)
+    assert "reward=own_rewards:takes_label needs the field label of the prompts, which have replies, answer" in line
+
+
+def test_prompts_must_leave_room_for_replies(small, tmp_path, capsys):
+    longest = max(len(p) for side in load_prompts(small / "data" / "prompts.pkl", 1 << 16) for p in side)
+    line = failure(capsys, grpo_train.main, options_of(small, tmp_path / "out", max_new_tokens=65 - longest))
+    assert f"prompts.pkl: a prompt of {longest} tokens and a reply of {65 - longest} exceed the context of 64" in line
+    shutil.copytree(small / "data", tmp_path / "data")
+    arrays = load_pkl(tmp_path / "data" / "prompts.pkl")
+    save_pkl(tmp_path / "data" / "prompts.pkl", arrays | dict(is_val=arrays["is_val"] & False))
+    line = failure(capsys, grpo_train.main, options_of(small, tmp_path / "out", data=tmp_path / "data"))
+    assert "prompts.pkl: no held-out prompt; data_process.py needs two or more" in line
 
 
 @pytest.mark.parametrize(
