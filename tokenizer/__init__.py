@@ -5,26 +5,20 @@ loss falls on the answers' tokens and their <eos>. Ids 0, 1, 2 are pad (= unk), 
 vocabulary and in the ones trained here. Text never produces them: "</s>" typed by a user is plain characters.
 """
 
-import bisect
 import codecs
 import hashlib
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
+
+from tokenizer.turns import Example, Turns
 
 MODEL_FILE = "tokenizer.model"
 CHATGLM_PIECES = 64_789  # pieces in the tokenizer.model of ChatGLM2 and ChatGLM3
 CHATGLM_ROWS = 64_793  # plus [MASK] [gMASK] [sMASK] sop, which live beyond the pieces
 DOCUMENT_IDS = (2, 2)  # what a document of our pretraining data opens and closes with: they are parted by <eos>
 SPACE_MARK = "\u2581"  # what SentencePiece writes for a space
-# Where a question may begin that lost its left: after a sentence, else after a clause, else at least not inside a word.
-BOUNDARIES = [
-    re.compile(r"(?:[。！？!?…\n]|\.(?=\s))[”’」』）)\"']*\s*"),
-    re.compile(r"[；，、：]|[;,:]\s+"),
-    re.compile(r"\s+|(?<![^\W\u2e80-\U0003ffff])|(?![^\W\u2e80-\U0003ffff])"),  # letters but for Chinese characters
-]
 
 
 class TokenizerError(Exception):
@@ -198,14 +192,6 @@ class StreamDecoder:
         return text
 
 
-@dataclass
-class Example:
-    """A conversation as ids, with 1 in `loss_mask` at each answer token and its <eos> that is trained."""
-
-    ids: list[int]
-    loss_mask: list[int]
-
-
 def encode_documents(tok: Tokenizer, texts: list[str]) -> list[list[int]]:
     """`text <eos>` of each text, the unit of pretraining, on one thread: data_process.py has a process a core."""
     return [ids + [tok.eos_id] for ids in tok.encode_batch(texts, num_threads=1)]
@@ -230,7 +216,7 @@ def fit_prompt(tok: Tokenizer, messages: list[dict], max_len: int | None) -> tup
     What exceeds it goes: the oldest turns ("dropped turns"), then the last question's left ("cut question"), as far as
     a sentence begins there.
     """
-    turns = _Turns(tok, messages)
+    turns = _read_turns(tok, messages)
     if turns.answers[-1]:
         raise TokenizerError("the last message of a prompt must be the user's")
     example, note = turns.last(max_len)
@@ -298,10 +284,21 @@ def encode_pair(
     return [Example(ids + answer, [0] * len(ids) + [1] * len(answer)) for answer in encoded], note, 0
 
 
+def _read_turns(tok, messages):
+    """Turns of messages: maybe a system's, then a user's and an assistant's in turn."""
+    roles = [message["role"] for message in messages]
+    system = messages[0]["content"] if roles[:1] == ["system"] else None
+    rest = messages[0 if system is None else 1 :]
+    wanted = (["user", "assistant"] * len(rest))[: len(rest)]
+    if not rest or [message["role"] for message in rest] != wanted:
+        raise TokenizerError("roles out of order")
+    return Turns(tok, system, rest[::2], rest[1::2])
+
+
 def _answered_turns(tok, messages):
-    """(_Turns, None) of a conversation to train on, or (None, why it is none)."""
+    """(Turns, None) of a conversation to train on, or (None, why it is none)."""
     try:
-        turns = _Turns(tok, messages)
+        turns = _read_turns(tok, messages)
     except TokenizerError as error:
         return None, str(error)
     if not turns.answers[-1]:
@@ -309,100 +306,3 @@ def _answered_turns(tok, messages):
     if [tok.eos_id] in turns.answers:
         return None, "empty answer"
     return (turns, None) if any(turns.trained) else (None, "no answer to train on")
-
-
-class _Turns:
-    """The turns of a conversation as ids: `questions`, `answers` with their <eos>, which of those are `trained`.
-
-    The last answer is empty where the user spoke last. The system text stands before the first question of whatever
-    turns are put together. Errors: TokenizerError, for roles that are not user and assistant in turn.
-    """
-
-    def __init__(self, tok, messages):
-        self.tok, roles = tok, [message["role"] for message in messages]
-        self.system = f"{messages[0]['content']}\n" if roles[:1] == ["system"] else ""
-        rest = messages[roles[:1] == ["system"] :]
-        if not rest or any(message["role"] != ("user", "assistant")[i % 2] for i, message in enumerate(rest)):
-            raise TokenizerError("roles out of order")
-        self.texts = [message["content"] for message in rest[::2]]
-        self.questions = [tok.encode(text) for text in self.texts]
-        self.answers = [tok.encode(message["content"]) + [tok.eos_id] for message in rest[1::2]]
-        self.trained = [message.get("train", True) for message in rest[1::2]]
-        if len(rest) % 2:
-            self.answers.append([])
-            self.trained.append(True)
-        self._openings = {}
-
-    def opening(self, i):
-        """The question of turn i right under the system text."""
-        if not self.system:
-            return self.questions[i]
-        if i not in self._openings:
-            self._openings[i] = self.tok.encode(self.system + self.texts[i])
-        return self._openings[i]
-
-    def size(self, start, stop):
-        """Tokens of the turns from `start` up to `stop`."""
-        rest = sum(map(len, self.questions[start + 1 : stop])) + sum(map(len, self.answers[start:stop]))
-        return len(self.opening(start)) + rest + stop - start
-
-    def window(self, i, max_len, context):
-        """(start, stop) of turn i with as many turns before it as fit in `context`, then as many after it as fit."""
-        start, stop = i, i + 1
-        while start and self.size(start - 1, i) <= context and self.size(start - 1, stop) <= max_len:
-            start -= 1
-        while stop < len(self.answers) and self.size(start, stop + 1) <= max_len:
-            stop += 1
-        return start, stop
-
-    def fitted(self, start, stop, max_len):
-        """(the opening of a window, None) or, if it is one turn that is too long, (what fits of it or None, a note)."""
-        room = max_len - self.size(start, stop) + len(self.opening(start))
-        if room >= len(self.opening(start)):
-            return self.opening(start), None
-        if self.answers[start]:
-            ids = self.opening(start)[-room:] if room > 0 else []
-        else:
-            ids = self.cut(start, room)
-        if not ids:
-            return None, "answer too long" if self.answers[start] else "no room for the question"
-        return ids, "cut question"
-
-    def cut(self, i, room):
-        """Ids of the end of question i that fits in `room`, from a sentence's start if one is in its first half.
-
-        The system text stays whole where that leaves half of the room. [] if nothing of the question fits.
-        """
-        system, text = self.system, self.texts[i]
-        if len(self.tok.encode(system)) > room // 2:
-            system, text = "", system + text
-
-        def fits(start):
-            return len(self.tok.encode(system + text[start:])) <= room
-
-        start = bisect.bisect_left(range(len(text)), True, key=fits)
-        if start == len(text):
-            return []
-        middle = (start + len(text)) // 2
-        found = (match.end() for boundary in BOUNDARIES for match in boundary.finditer(text, max(start - 1, 0)))
-        start = next((place for place in found if start <= place <= middle and fits(place)), start)
-        return self.tok.encode(system + text[start:])
-
-    def last(self, max_len):
-        """(Example or None, note) of the last turn and as many before it as fit."""
-        max_len = float("inf") if max_len is None else max_len
-        start, stop = self.window(len(self.answers) - 1, max_len, max_len)
-        opening, note = self.fitted(start, stop, max_len)
-        if opening is None:
-            return None, note
-        return self.example(start, stop, opening, start), note or ("dropped turns" if start else None)
-
-    def example(self, start, stop, opening, trained_from):
-        """The turns from `start` up to `stop`, those before `trained_from` without loss."""
-        ids, loss_mask = [], []
-        for i in range(start, stop):
-            question = opening if i == start else self.questions[i]
-            ids += question + [self.tok.bos_id] + self.answers[i]
-            trained = int(self.trained[i] and i >= trained_from)
-            loss_mask += [0] * (len(question) + 1) + [trained] * len(self.answers[i])
-        return Example(ids, loss_mask)

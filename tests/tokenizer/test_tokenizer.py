@@ -309,7 +309,7 @@ def test_oldest_turns_are_dropped_whole_and_the_system_text_stays(tok):
     for max_len in (len(full.ids) - 1, len(last.ids)):
         assert encode_example(tok, messages, max_len) == (last, "dropped turns")
     cut, note = encode_example(tok, messages, len(last.ids) - 1)
-    assert (cut.ids, note) == (last.ids[1:], "cut question")
+    assert (tok.decode(cut.ids), note) == ("好\n书不好看", "cut question")
     assert encode_prompt(tok, messages[:-1], len(last.ids) - len(tok.encode("不好看")) - 1) == encode_prompt(
         tok, chat("书", system="你好")
     )
@@ -354,6 +354,15 @@ def test_prompts_drop_turns_before_they_cut(tok):
     assert fit_prompt(tok, messages, len(whole) - 1) == (last, "dropped turns")
     assert fit_prompt(tok, messages, len(last) - 1)[1] == "cut question"
     assert fit_prompt(tok, messages, 1) == (None, "no room for the question")
+
+
+def test_the_system_text_stays_in_training_too(tok):
+    question, answer = "酒店很好。" + "房间" * 9, "干净" * 5
+    room = len(tok.encode("你好\n" + "房间" * 9)) + len(tok.encode(answer)) + 2
+    messages = [*chat("书", "很好", question, answer, system="你好")]
+    examples, note, lost = encode_examples(tok, messages, room)
+    assert (note, lost) == ("split; cut question", 0)
+    assert [tok.decode(e.ids) for e in examples] == ["你好\n书很好", "你好\n" + "房间" * 9 + answer]
 
 
 def trained(tok, example):
