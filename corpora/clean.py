@@ -31,7 +31,9 @@ def content_key(text):
 
 def text_hash(text, salt=""):
     """A 64-bit number that depends on (text, salt) alone: the same on every machine and in every run."""
-    return int.from_bytes(hashlib.blake2b(f"{salt}\0{text}".encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(f"{salt}\0{text}".encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
+    )
 
 
 def char_ngrams(text, n):

@@ -85,7 +85,7 @@ def write_report(out, meta, part, outcomes):
         write_file(Path(out) / "lengths.png", draw_lengths(histograms))
         sections.append("![documents by their length](lengths.png)\n")
     sections.append("dropped.jsonl has up to 20 records of each source and reason.\n")
-    write_file(Path(out) / "report.md", "\n".join(sections).encode())
+    write_file(Path(out) / "report.md", "\n".join(sections).encode("utf-8", "backslashreplace"))
 
     path, rows = Path(out) / "dropped.jsonl", []
     if path.exists():
@@ -95,7 +95,8 @@ def write_report(out, meta, part, outcomes):
         for reason, samples in sorted(found.samples.items()):
             rows += [dict(part=part, source=source, reason=reason, place=p, text=text) for _, p, text in samples]
     rows.sort(key=lambda row: PARTS.index(row["part"]))
-    write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_file(path, lines.encode("utf-8", "backslashreplace"))  # lone surrogates as JSON escapes them
 
 
 def part_table(part, tally):

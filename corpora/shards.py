@@ -27,6 +27,8 @@ from dataset.formats import DataError
 SAMPLES = 20  # dropped records kept of each reason, to look at
 SHOWN = 500  # characters of a sample
 SHARD_FORMAT = 2  # of a shard folder: those of another are made again
+NAMED = 20  # distinct values that reasons of these kinds name, as a corpus may hold any number of them
+NAMING = ("unknown role",)
 
 
 class Outcomes:
@@ -44,11 +46,20 @@ class Outcomes:
         return self.kept + self.dropped.total()
 
     def remark(self, what):
+        """Count a remark, or several with "; " between them."""
         if what:
-            self.remarks[what] += 1
+            self.remarks.update(what.split("; "))
+
+    def bounded(self, why):
+        """The reason, without the value that it names if NAMED others are counted already."""
+        kind = next((kind for kind in NAMING if why.startswith(f"{kind} ")), None)
+        if kind is None or why in self.dropped or sum(known.startswith(f"{kind} ") for known in self.dropped) < NAMED:
+            return why
+        return kind
 
     def drop(self, why, rank, place, text=""):
         """Count a dropped record and maybe keep it as a sample."""
+        why = self.bounded(why)
         self.dropped[why] += 1
         self.sample(why, rank, place, text)
 
@@ -70,12 +81,13 @@ class Outcomes:
 
     def add(self, other):
         self.kept += other.kept
-        self.dropped += other.dropped
         self.remarks += other.remarks
         self.lost += other.lost
+        for why, n in other.dropped.items():
+            self.dropped[self.bounded(why)] += n
         for why, found in other.samples.items():
             for sample in found:
-                self.sample(why, *sample)
+                self.sample(self.bounded(why), *sample)
 
     def counts(self):
         """{read, kept, dropped: {why: count}, remarks: {what: count}, answer_tokens_lost} for meta.json.
@@ -145,7 +157,8 @@ class ShardWriter:
         with open(self.temporary / "index.npz", "wb") as file:
             np.savez(file, **columns, **lengths)
             os.fsync(file.fileno())
-        with open(self.temporary / "done.json", "w", encoding="utf-8") as file:
+        # Samples may hold lone surrogates, places names that are not UTF-8: escaped, they are JSON all the same.
+        with open(self.temporary / "done.json", "w", encoding="utf-8", errors="backslashreplace") as file:
             json.dump(facts, file, ensure_ascii=False)
             file.flush()
             os.fsync(file.fileno())

@@ -58,8 +58,9 @@ def atomic_write(path, mode="wb"):
 
 
 def save_meta(directory, meta):
-    with atomic_write(Path(directory) / "meta.json", "w") as file:
-        file.write(json.dumps(meta, ensure_ascii=False, indent=1) + "\n")
+    text = json.dumps(meta, ensure_ascii=False, indent=1) + "\n"
+    with atomic_write(Path(directory) / "meta.json") as file:
+        file.write(text.encode("utf-8", "backslashreplace"))  # a path in it may be no UTF-8
 
 
 def load_meta(directory):
