@@ -162,6 +162,8 @@ def read_unit(job, tokenizer, outcomes):
             text = "\n".join(texts_of(record)) if record else ""
             if not is_clean(text):  # as JSON can escape them; the repair of the text would have removed them
                 record, why = None, "lone surrogate"
+            elif job.part == "prompts" and not record["messages"][-1]["content"].strip():
+                record, why = None, "no question"
             elif decontaminator.contaminated(text):
                 record, why = None, "in a benchmark"
             note = why or note
@@ -248,10 +250,25 @@ def open_shards(part, jobs, config, tokenizer):
     shards = [Shard(job.folder, job.unit.source, dtypes) for job in jobs]
     own = [SOURCES[job.unit.layout].generate is not None for job in jobs]
     why, repeats, is_val = choose(part, shards, own, config)
+    hints = explain_empty(jobs, shards)
     if why.all():
         dropped = sum((shard.outcomes.dropped for shard in shards), Counter())
-        raise DataError(f"{part}: no record is left; dropped: {', '.join(f'{n} {why}' for why, n in dropped.items())}")
+        dropped = ", ".join(f"{n} {why}" for why, n in dropped.items())
+        raise DataError("; ".join([f"{part}: no record is left; dropped: {dropped}", *hints]))
+    for hint in hints:
+        print(f"{part}: no record of {hint}", file=sys.stderr)
     return shards, why, repeats, is_val
+
+
+def explain_empty(jobs, shards):
+    """What the rows hold of each source that gave no record: a name that was given to another layout, most likely."""
+    kept, units = Counter(), {}
+    for job, shard in zip(jobs, shards, strict=True):
+        kept[shard.source] += shard.outcomes.kept
+        units.setdefault(shard.source, []).append(job.unit)
+    made = {job.unit.source for job in jobs if SOURCES[job.unit.layout].generate}
+    said = [sources.explain(units[source]) for source in units if not kept[source] and source not in made]
+    return [hint for hint in said if hint]
 
 
 def main(argv=None):

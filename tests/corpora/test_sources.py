@@ -1,33 +1,20 @@
-"""corpora/sources.py: what a row of every layout becomes, and the samples of real corpora."""
+"""corpora/sources.py: what is asked for, which layout fits, and the samples of real corpora."""
 
+import json
+import os
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from chains import ROOT
+from rows import chat, human_gpt
 
-from corpora.sources import SOURCES, list_sources, list_units, parse_source, read_records
-from dataset.formats import DataError
+import data_process
+from corpora.shards import Outcomes
+from corpora.sources import SOURCES, list_sources, list_units, parse_source, parse_sources, read_records
+from dataset.formats import DataError, load_meta
 
 SAMPLES = ROOT.parent / "shared" / "data"
-
-
-def adapt(layout, row):
-    return list(SOURCES[layout].adapter(row))
-
-
-def one(layout, row):
-    [result] = adapt(layout, row)
-    return result
-
-
-def chat(*texts, system=None):
-    """The messages of a conversation that the user begins."""
-    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
-    return [{"role": "system", "content": system}, *turns] if system else turns
-
-
-def human_gpt(*texts):
-    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
 
 
 # what is asked for
@@ -38,6 +25,7 @@ def test_parse_source():
     assert parse_source("wikipedia=a=b:c") == ("wikipedia", "wikipedia", "a=b:c")
     assert parse_source("my-books.1:txt=x/y") == ("my-books.1", "txt", "x/y")
     assert parse_source("wiki:wikipedia") == ("wiki", "wikipedia", None)
+    assert parse_source("wiki:auto=x") == ("wiki", "auto", "x")
 
 
 @pytest.mark.parametrize(
@@ -50,6 +38,11 @@ def test_parse_source():
         ("txt", "a path is needed, as in txt=PATH"),
         ("cvalues", "a path is needed"),
         ("wikipedia=", "a path is needed"),
+        ("auto", "a path is needed, as in auto=PATH"),
+        ("x:jsonl=a", "unknown layout jsonl; any layout is read from jsonl files.*text_rows.*auto"),
+        ("x:CSV=a", "unknown layout CSV; .*auto"),
+        ("x:zzzz=a", "unknown layout zzzz; --list_sources shows all, and auto has it found"),
+        (__file__, f"a path needs a name and a layout, as in NAME:auto={__file__}"),
     ],
 )
 def test_parse_source_refuses(text, message):
@@ -62,166 +55,119 @@ def test_list_sources_is_a_table():
     assert [row.split()[0] for row in rows] == list(SOURCES)
     column = header.index("licence")
     assert all(row[column - 2 : column] == "  " and row[column] != " " for row in rows)
-    assert all(source.licence and source.stage in ("pretrain", "sft", "rm") for source in SOURCES.values())
+    assert all(source.licence and source.stage in ("pretrain", "sft", "rm", "prompts") for source in SOURCES.values())
 
 
-# adapters
+# which layout fits
+
+
+def write_rows(path, *rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 @pytest.mark.parametrize(
-    "layout, row, text",
+    "row, layout",
     [
-        ("wikipedia", {"completion": "昭通机场位于云南。", "source": "wikipedia.zh2307"}, "昭通机场位于云南。"),
-        ("pretrain_zh", {"dataType": "book", "title": None, "content": "正文", "dataId": 1}, "正文"),
-        ("pretrain_zh", {"title": " 书名 ", "content": "正文"}, "书名\n正文"),
-        ("text_rows", {"title": "数学", "text": "数学是一门学科。"}, "数学是一门学科。"),
-        ("text_rows", {"title": float("nan"), "body": "正文"}, "正文"),
-        ("webnovel", {"title": "书", "chapter": "第一章", "text": "话说天下大势"}, "书\n第一章\n话说天下大势"),
-        ("webnovel", {"title": "书", "chapter": "第一章", "text": "第一章 桃园"}, "书\n第一章 桃园"),
-        ("zhihu", {"INSTRUCTION": "怎么办？", "RESPONSE": "等等看。", "METADATA": "{}"}, "怎么办？\n等等看。"),
-        (
-            "chinese_poetry",
-            {"rhythmic": "词牌", "author": "某", "paragraphs": ["一，", "二"]},
-            "词牌\n某\n一，\n二",
-        ),
-        ("chinese_poetry", {"title": "关雎", "content": ["关关雎鸠"]}, "关雎\n关关雎鸠"),
+        ({"conversations": human_gpt("问", "答")}, "sharegpt"),
+        ({"messages": chat("问", "答"), "id": 1}, "messages"),
+        ({"messages": chat("问"), "answer": "3"}, "prompts"),
+        ({"conversation": [{"human": "问", "assistant": "答"}]}, "firefly"),
+        ({"chat": {"turn_1": {"Human": "问", "MOSS": "答"}}}, "moss"),
+        ({"text": "<s>Human: 问\n</s><s>Assistant: 答\n</s>"}, "messages"),
+        ({"instruction": "问", "input": "", "output": "答"}, "alpaca"),
+        ({"prompt": "问", "completion": "答"}, "alpaca"),
+        ({"kind": "NER", "input": "问", "target": "答"}, "firefly"),
+        ({"prompt": "问", "chosen": "好", "rejected": "坏"}, "pairs"),
+        ({"conversations": human_gpt("问"), "chosen": "好", "rejected": "坏"}, "pairs"),
+        ({"instruction": "问", "output": ["好", "坏"]}, "ranked"),
+        ({"question": "问", "level": 3}, "prompts"),
+        ({"title": "题", "text": "正文"}, "text_rows"),
+        ({"completion": "正文", "source": "w"}, "text_rows"),
+        ({"title": "书", "chapter": "一", "text": "正文"}, "webnovel"),
+        ({"title": "题", "author": "某", "paragraphs": ["一"]}, "chinese_poetry"),
+        ({"title": "题", "sections": [{"title": "甲", "content": "乙"}]}, "baike"),
     ],
 )
-def test_pretraining_rows(layout, row, text):
-    assert one(layout, row) == ({"text": text}, None)
+def test_auto_takes_the_layout_that_fits(tmp_path, capsys, row, layout):
+    path = str(write_rows(tmp_path / "a.jsonl", *[row] * 3))
+    for _ in range(2):  # the parts ask for it one after another
+        assert parse_sources([f"x:auto={path}"]) == [("x", layout, path)]
+    assert capsys.readouterr().err == f"x: layout {layout}\n"
+    [unit] = list_units("x", layout, path)
+    assert [note for _, record, note in read_records(unit) if record is None] == []
 
 
-def test_baike_joins_its_sections():
-    row = {"title": "红楼梦", "summary": None, "tags": ["书"], "url": "u", "uid": "1"}
-    row["sections"] = [{"title": "作者", "content": "曹雪芹。"}, {"title": "", "content": "又名石头记。"}]
-    assert one("baike", row) == ({"text": "红楼梦\n作者\n曹雪芹。\n又名石头记。"}, None)
-    assert one("baike", row | {"summary": "《红楼梦》", "sections": []})[0]["text"] == "红楼梦\n《红楼梦》"
-    assert one("baike", row | {"summary": "红楼梦是小说。", "sections": None})[0]["text"] == "红楼梦是小说。"
-    assert one("baike", row | {"sections": []}) == (None, "empty text")
-    assert one("baike", row | {"sections": ["作者"]}) == (None, "no sections")
+def test_auto_of_plain_text_and_of_what_fits_no_one_layout(tmp_path):
+    (tmp_path / "a.txt").write_text("第一行\n第二行\n", encoding="utf-8")
+    assert parse_sources([f"x:auto={tmp_path / 'a.txt'}"])[0][1] == "txt"
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/a.txt").write_text("正文", encoding="utf-8")
+    assert parse_sources([f"x:auto={tmp_path / 'folder'}"])[0][1] == "txt"
+    both = write_rows(tmp_path / "both.jsonl", {"instruction": "问", "output": "答", "text": "全文"})
+    with pytest.raises(
+        DataError, match="both.jsonl: no one layout fits rows of instruction, output, text; name one of"
+    ):
+        parse_sources([f"x:auto={both}"])
+    none = write_rows(tmp_path / "none.jsonl", {"a\n": 1})
+    with pytest.raises(DataError, match="no one layout fits rows of a.n; name one of txt, lines, text_rows"):
+        parse_sources([f"x:auto={none}"])
 
 
-@pytest.mark.parametrize(
-    "layout, row, reason",
-    [
-        ("wikipedia", {"completion": " \n"}, "empty text"),
-        ("text_rows", {"text": None}, "no text"),
-        ("text_rows", {"text": float("nan")}, "no text"),
-        ("text_rows", {"text": 3, "title": "题"}, "no text"),
-        ("text_rows", {"text": "文", "title": 3}, "no title"),
-        ("chinese_poetry", {"name": "李白", "desc": "诗人"}, "no paragraphs"),
-        ("chinese_poetry", {"title": "题", "author": "某", "paragraphs": [""]}, "empty text"),
-        ("alpaca", {"input": "", "output": "答"}, "no instruction"),
-        ("alpaca", {"instruction": "问", "input": 5, "output": "答"}, "no input"),
-        ("alpaca", {"instruction": "问", "output": None}, "no output"),
-        ("alpaca", {"instruction": "问", "output": " "}, "no answer"),
-        ("alpaca", {"instruction": "", "input": " ", "output": "答"}, "no question"),
-        ("alpaca", {"instruction": "问", "output": "答", "history": ["一", "二"]}, "history not pairs"),
-        ("alpaca", {"instruction": "问", "output": "答", "history": 7}, "history not pairs"),
-        ("firefly", {"kind": "NER", "input": "问"}, "no target"),
-        ("sharegpt", {"conversations": []}, "no conversations"),
-        ("sharegpt", {"conversations": ["你好"]}, "turn not an object"),
-        ("sharegpt", {"conversations": [{"from": "tool", "value": "1"}]}, "unknown role"),
-        ("sharegpt", {"conversations": [{"from": "human", "value": 1}]}, "turn without text"),
-        ("sharegpt", {"conversations": human_gpt("问")}, "no answer"),
-        ("sharegpt", {"conversations": human_gpt("问", "答")[1:]}, "roles out of order"),
-        ("sharegpt", {"conversations": human_gpt("问", "答") * 2 + human_gpt("问") * 2}, "roles out of order"),
-        ("sharegpt", {"conversations": human_gpt("问", " ", "问", "答")}, "no answer"),
-        ("sharegpt", {"conversations": human_gpt("", "答")}, "no question"),
-        ("pairs", {"prompt": "问", "chosen": "好", "rejected": "好 "}, "chosen equals rejected"),
-        ("pairs", {"prompt": "问", "chosen": "好", "rejected": ""}, "no rejected"),
-        ("pairs", {"prompt": "问", "rejected": "坏"}, "no chosen"),
-        ("pairs", {"prompt": "问", "chosen": chat("甲", "好"), "rejected": chat("乙", "坏")},
-         "chosen and rejected have different prompts"),
-        ("pairs", {"messages": chat("问", "答"), "chosen": "好", "rejected": "坏"}, "no question"),
-        ("pairs", {"prompt": "问", "chosen": {"from": "human", "value": "好"}, "rejected": "坏"}, "roles out of order"),
-        ("ranked", {"instruction": "问", "output": "答"}, "no output"),
-    ],
-)  # fmt: skip
-def test_row_is_dropped(layout, row, reason):
-    assert one(layout, row) == (None, reason)
-
-
-def test_instruction_rows():
-    row = {"instruction": "翻译：", "input": "hello", "output": "你好"}
-    assert one("belle", row) == ({"messages": chat("翻译：\nhello", "你好")}, None)
-    for blank in (None, "", " ", float("nan")):
-        assert one("sft_zh", row | {"input": blank}) == ({"messages": chat("翻译：", "你好")}, None)
-    row |= {"history": [["一", "二"], ["三", "四"]], "system": "你是翻译。", "input": None}
-    assert one("alpaca", row)[0]["messages"] == chat("一", "二", "三", "四", "翻译：", "你好", system="你是翻译。")
-    assert one("alpaca", {"prompt": "问", "response": "答"})[0]["messages"] == chat("问", "答")
-    assert one("firefly", {"kind": "NER", "input": "问", "target": "答"})[0]["messages"] == chat("问", "答")
-
-
-def test_alpaca_template_is_removed():
-    preamble = "Below is an instruction that describes a task.\n\n"
-    question = f"{preamble}### Instruction:\n翻译\n\n### Input:\nhello\n\n### Response:"
-    row = {"instruction": question, "output": "### Response:\n### Response: 你好\n\n### Instruction:"}
-    record, note = one("alpaca", row)
-    assert record["messages"] == chat("翻译\nhello", "你好")
-    assert note == "prompt template removed; doubled response marker removed"
-    row = {"instruction": "问", "output": "### Instruction:\n问\n\n### Response:\n答\n### 小结\n完"}
-    assert one("alpaca", row) == ({"messages": chat("问", "答\n### 小结\n完")}, "doubled response marker removed")
-    kept = {"instruction": "解释“### Response:”一词", "output": "### 标题\n正文 ### Response: 是标记"}
-    assert one("alpaca", kept) == ({"messages": chat(kept["instruction"], kept["output"])}, None)
-
-
-def test_conversations():
-    turns = human_gpt("问", "答", "再问", "再答")
-    assert one("sharegpt", {"conversations": turns}) == ({"messages": chat("问", "答", "再问", "再答")}, None)
-    assert one("sharegpt", {"conversations": turns[:3]}) == ({"messages": chat("问", "答")}, "last human turn dropped")
-    for i in (2, 3):
-        cut = [turn | {"value": None} if j == i else turn for j, turn in enumerate(turns)]
-        assert one("sharegpt", {"conversations": cut}) == ({"messages": chat("问", "答")}, "cut at an empty turn")
-    with_system = {"conversations": [{"from": "system", "value": "规则"}, *turns[:2]], "system": "别的"}
-    assert one("sharegpt", with_system)[0]["messages"] == chat("问", "答", system="规则")
-    assert one("sharegpt", with_system | {"conversations": turns[:2]})[0]["messages"] == chat("问", "答", system="别的")
-    for name in ("messages", "conversations"):
-        row = {name: chat("问", "答", system="规则"), "messages" if name == "conversations" else "other": None}
-        assert one("messages", row)[0]["messages"] == chat("问", "答", system="规则")
-
-
-def test_preference_rows_of_every_shape():
-    wanted = {"messages": chat("问"), "chosen": "好", "rejected": "坏"}
-    good, bad = {"from": "gpt", "value": "好"}, {"role": "assistant", "content": "坏"}
+def test_ranked_text_with_a_header_or_none(tmp_path):
     rows = {
-        "cvalues": [{"prompt": "问", "pos_resp": "好", "neg_resp": "坏", "pos_type": "拒绝为主"}],
-        "rlhf_zh": [{"prompt": "问", "chosen": "好", "rejected": "坏"}],
-        "zhihu_rlhf": [{"prompt": "问", "chosen": "好", "rejected": "坏"}],
-        "hh_rlhf_cn": [
-            {
-                "context": [{"role": "human", "text": "问"}],
-                "chosen": {"role": "assistant", "text": "好"},
-                "rejected": {"role": "assistant", "text": "坏"},
-            }
-        ],
-        "dpo_sharegpt": [{"conversations": human_gpt("问"), "chosen": good, "rejected": bad}],
-        "pairs": [
-            {"instruction": "问", "input": None, "chosen": good, "rejected": "坏"},
-            {"messages": chat("问"), "chosen": "好", "rejected": [bad]},
-            {"prompt": chat("问"), "chosen": [good], "rejected": [bad]},
-            {"chosen": chat("问", "好"), "rejected": chat("问", "坏")},
-            {"prompt": "问", "chosen": chat("问", "好"), "rejected": chat("问", "坏")},
-        ],
+        "none.tsv": "甲\t乙\t丙\n子\t丑\t寅\n",
+        "texts.tsv": "text_a\ttext_b\n甲\t乙\n",
+        "asked.tsv": "question\tanswer1\tanswer2\n问\t甲\t乙\n",
     }
-    for layout, examples in rows.items():
-        for row in examples:
-            assert one(layout, row) == (wanted, None), (layout, row)
-    row = {"instruction": "三", "history": [["一", "二"]], "chosen": "好", "rejected": "坏"}
-    assert one("pairs", row)[0]["messages"] == chat("一", "二", "三")
-    row = {"prompt": chat("一"), "chosen": [bad, *chat("三"), good], "rejected": [bad, *chat("三"), bad]}
-    assert one("pairs", row)[0]["messages"] == chat("一", "坏", "三")
+    wanted = {"none.tsv": ("ranked_texts", 6, 0), "texts.tsv": ("ranked_texts", 1, 1), "asked.tsv": ("ranked", 1, 0)}
+    for name, text in rows.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        [(label, layout, path)] = parse_sources([f"x:ranked={tmp_path / name}"])
+        records = [record for unit in list_units(label, layout, path) for _, record, _ in read_records(unit)]
+        kept = [record for record in records if record]
+        assert (layout, len(kept), len(records) - len(kept)) == wanted[name]
+        assert (kept[0]["chosen"], kept[0]["rejected"]) == ("甲", "乙")
 
 
-def test_ranked_answers_give_every_pair_once():
-    row = {"instruction": "问", "input": "", "history": [], "output": ["甲", "乙", "甲", "", "丙"]}
-    results = adapt("ranked", row)
-    assert [note for record, note in results if record is None] == ["answer given twice", "no answer"]
-    found = [(record["chosen"], record["rejected"]) for record, _ in results if record]
-    assert found == [("甲", "乙"), ("甲", "丙"), ("乙", "丙")]
-    assert all(record["messages"] == chat("问") for record, _ in results if record)
-    assert adapt("ranked", row | {"output": ["甲", "甲"]})[-1] == (None, "fewer than two answers")
-    assert adapt("ranked", row | {"instruction": ""}) == [(None, "no question")]
+def test_a_source_that_gives_nothing_says_what_its_rows_hold(tmp_path, capsys):
+    chats = write_rows(tmp_path / "a.jsonl", *({"id": i, "conversations": human_gpt(f"问{i}", "答")} for i in range(9)))
+    texts = write_rows(tmp_path / "b.jsonl", *({"text": f"第{i}篇正文，写着{i}件不同的事情。"} for i in range(40)))
+    hint = "x: these rows hold id, conversations: layout sharegpt"
+    options = ["--parts=text", f"--out={tmp_path / 'out'}", "--workers=1", "--val_share=0.2"]
+    with pytest.raises(DataError, match=f"text: no record is left; dropped: 9 no text; {hint}"):
+        data_process.main([f"--sources=x:text_rows={chats}", *options])
+    data_process.main([f"--sources=x:text_rows={chats},y:text_rows={texts}", *options])
+    assert f"text: no record of {hint}\n" in capsys.readouterr().err
+
+
+def test_lone_surrogates_and_odd_names_are_told_of(tmp_path):
+    rows = [{"text": f"第{i}篇正文，写着{i}件不同的事情。"} for i in range(40)]
+    path = Path(os.fsdecode(os.fsencode(tmp_path / "a") + b"\xd6\xd0.jsonl"))
+    with open(path, "w", encoding="ascii") as file:
+        file.writelines(json.dumps(row) + "\n" for row in [*rows, {"text": "短\ud83d"}])
+    out = tmp_path / "out"
+    data_process.main(
+        [f"--sources=x:text_rows={path}", "--parts=text", f"--out={out}", "--workers=1", "--val_share=0.2"]
+    )
+    [sample] = [json.loads(line) for line in (out / "dropped.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert (sample["reason"], sample["text"], sample["place"]) == ("too short", "短\ud83d", f"{path}:41")
+    assert load_meta(out)["tally"]["text"]["x"]["kept"] == 40
+
+
+def test_few_distinct_reasons_name_a_value():
+    one, other = Outcomes(), Outcomes()
+    for i in range(30):
+        one.drop(f"unknown role r{i}", i, "place")
+        other.drop(f"unknown role s{i}", i, "place")
+        one.drop("unknown role r3", i, "place")
+    assert len(one.dropped) == 21 and one.dropped["unknown role"] == 10 and one.dropped["unknown role r3"] == 31
+    one.add(other)
+    assert len(one.dropped) == 21 and one.dropped.total() == 90 and one.dropped["unknown role"] == 40
+    assert set(one.samples) == set(one.dropped)
+    one.remark("a; b")
+    one.remark("a")
+    assert one.remarks == {"a": 2, "b": 1}
 
 
 # real samples

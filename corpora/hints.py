@@ -1,0 +1,64 @@
+"""What the fields of rows say of their layout, for `auto` and for messages that help."""
+
+from collections import Counter
+
+from corpora.layouts import ANSWERS, INSTRUCTIONS, MARKED, QUESTIONS, TEXTS, TURNS, conversation_in, present
+from corpora.preferences import CHOSEN, RANKED, REJECTED
+from corpora.turns import Drop, marked_turns, shown, unpacked
+
+SAMPLE = 100  # rows that are looked at
+CONTAINERS = ("json", "jsonl", "ndjson", "csv", "tsv", "parquet", "arrow", "xlsx", "gz", "zst")
+
+
+NAMES = {"conversations": "sharegpt", "conversation": "firefly", "chat": "moss"}  # by the field of the turns
+
+
+def is_answered(row):
+    """Whether the turns of a row hold an answer; also where they cannot be read, as that should be told."""
+    try:
+        turns, _ = conversation_in(row, [])
+    except Drop:
+        return True
+    return any(each["role"] == "assistant" for each in turns)
+
+
+def fitting(row):
+    """The layouts that a row's fields speak for, at most one of conversations, comparisons and prompts."""
+    question = present(row, (*INSTRUCTIONS, *QUESTIONS, "input"))
+    heads = {str(name).split(".")[0].split("[")[0] for name in row}  # of columns chat.turn_1.Human as well
+    texts_in_turn = all(isinstance(item, str) for item in row.get("data") or [0])
+    turns = next((name for name in TURNS if name in heads and (name != "data" or texts_in_turn)), None)
+    found = set()
+    if present(row, REJECTED) and present(row, (*CHOSEN, *ANSWERS, *TURNS)):
+        found.add("pairs")
+    elif question and any(isinstance(unpacked(row.get(name)), list) for name in RANKED):
+        found.add("ranked")
+    elif turns:
+        found.add(NAMES.get(turns, "messages") if is_answered(row) else "prompts")
+    elif any(isinstance(row.get(name), str) and marked_turns(row[name]) for name in MARKED):
+        return {"messages"}
+    elif question and present(row, ANSWERS) or present(row, ("instances",)):
+        found.add("firefly" if present(row, ("target",)) else "alpaca")
+    elif question:
+        found.add("prompts")
+    texts = [name for name in TEXTS if isinstance(row.get(name), str) and not (found and name == "completion")]
+    if texts:
+        found.add("webnovel" if present(row, ("chapter",)) else "text_rows")
+    others = dict(chinese_poetry=("paragraphs", "para", "content"), baike=("sections",), zhihu=("RESPONSE",))
+    return found or {name for name, fields in others.items() if present(row, fields)}
+
+
+def fields_of(rows):
+    """The fields of some rows, for people."""
+    names = list(dict.fromkeys(shown(name) for row in rows for name in row))
+    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") if names else "no fields"
+
+
+def likeliest(rows):
+    """The layout of most rows; None where they speak for none or a row for several."""
+    found = [fitting(row) for row in rows]
+    counts = Counter(name for names in found for name in names)
+    if not counts or any(len(names) > 1 for names in found):
+        return None
+    name, n = counts.most_common(1)[0]
+    return name if n > len(rows) / 2 else None

@@ -1,0 +1,132 @@
+"""corpora/preferences.py: what a row becomes, for every layout of comparisons."""
+
+import json
+
+import pytest
+from rows import adapt, chat, human_gpt, one
+
+GOOD, BAD = {"role": "assistant", "content": "好"}, {"role": "assistant", "content": "坏"}
+
+
+@pytest.mark.parametrize(
+    "layout, row, reason",
+    [
+        ("pairs", {"prompt": "问", "chosen": "好", "rejected": "好 "}, "chosen equals rejected"),
+        ("pairs", {"prompt": "问", "chosen": "好", "rejected": ""}, "no rejected"),
+        ("pairs", {"prompt": "问", "rejected": "坏"}, "no chosen"),
+        ("pairs", {"prompt": "问", "chosen": chat("甲", "好"), "rejected": chat("乙", "坏")},
+         "chosen and rejected have different prompts"),
+        ("pairs", {"messages": chat("问", "答"), "chosen": "好", "rejected": "坏"}, "no question"),
+        ("pairs", {"prompt": "问", "chosen": {"from": "human", "value": "好"}, "rejected": "坏"}, "roles out of order"),
+        ("ranked", {"instruction": "问", "output": {"甲": 1}}, "output is an object"),
+    ],
+)  # fmt: skip
+def test_row_is_dropped(layout, row, reason):
+    assert one(layout, row) == (None, reason)
+
+
+def test_preference_rows_of_every_shape():
+    wanted = {"messages": chat("问"), "chosen": "好", "rejected": "坏"}
+    good, bad = {"from": "gpt", "value": "好"}, {"role": "assistant", "content": "坏"}
+    rows = {
+        "cvalues": [{"prompt": "问", "pos_resp": "好", "neg_resp": "坏", "pos_type": "拒绝为主"}],
+        "rlhf_zh": [{"prompt": "问", "chosen": "好", "rejected": "坏"}],
+        "zhihu_rlhf": [{"prompt": "问", "chosen": "好", "rejected": "坏"}],
+        "hh_rlhf_cn": [
+            {
+                "context": [{"role": "human", "text": "问"}],
+                "chosen": {"role": "assistant", "text": "好"},
+                "rejected": {"role": "assistant", "text": "坏"},
+            }
+        ],
+        "dpo_sharegpt": [{"conversations": human_gpt("问"), "chosen": good, "rejected": bad}],
+        "pairs": [
+            {"instruction": "问", "input": None, "chosen": good, "rejected": "坏"},
+            {"messages": chat("问"), "chosen": "好", "rejected": [bad]},
+            {"prompt": chat("问"), "chosen": [good], "rejected": [bad]},
+            {"chosen": chat("问", "好"), "rejected": chat("问", "坏")},
+            {"prompt": "问", "chosen": chat("问", "好"), "rejected": chat("问", "坏")},
+        ],
+    }
+    for layout, examples in rows.items():
+        for row in examples:
+            assert one(layout, row) == (wanted, None), (layout, row)
+    row = {"instruction": "三", "history": [["一", "二"]], "chosen": "好", "rejected": "坏"}
+    assert one("pairs", row)[0]["messages"] == chat("一", "二", "三")
+    row = {"prompt": chat("一"), "chosen": [bad, *chat("三"), good], "rejected": [bad, *chat("三"), bad]}
+    assert one("pairs", row)[0]["messages"] == chat("一", "坏", "三")
+
+
+def test_ranked_answers_give_every_pair_once():
+    row = {"instruction": "问", "input": "", "history": [], "output": ["甲", "乙", "甲", "", "丙"]}
+    results = adapt("ranked", row)
+    assert [note for record, note in results if record is None] == ["answer given twice", "no answer"]
+    found = [(record["chosen"], record["rejected"]) for record, _ in results if record]
+    assert found == [("甲", "乙"), ("甲", "丙"), ("乙", "丙")]
+    assert all(record["messages"] == chat("问") for record, _ in results if record)
+    assert adapt("ranked", row | {"output": ["甲", "甲"]})[-1] == (None, "fewer than two answers")
+    assert adapt("ranked", row | {"instruction": ""}) == [(None, "no question")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "问", "response_chosen": "好", "response_rejected": "坏", "system": "", "history": []},
+        {"prompt": "问", "chosen_response": "好", "rejected_response": "坏"},
+        {"query": "问", "response": "好", "rejected_response": "坏"},
+        {"query": "问", "pos": ["好"], "neg": ["坏"]},
+        {"question": "问", "response_accepted": "好", "response_rejected": "坏"},
+        {"messages": chat("问", "好"), "rejected_response": "坏"},
+        {"input": {"messages": chat("问")}, "preferred_output": [GOOD], "non_preferred_output": [BAD]},
+        {"chosen": "\n\nHuman: 问\n\nAssistant: 好", "rejected": "\n\nHuman: 问\n\nAssistant: 坏"},
+        {"chosen": json.dumps(chat("问", "好")), "rejected": json.dumps(chat("问", "坏"))},
+        {"conversation": chat("问"), "chosen": GOOD, "rejected": BAD},
+    ],
+)  # fmt: skip
+def test_names_of_the_better_and_the_worse(row):
+    assert one("pairs", row) == ({"messages": chat("问"), "chosen": "好", "rejected": "坏"}, None)
+
+
+def test_prompts_of_pairs_are_put_in_order():
+    row = {"messages": chat("", "您好", "问")[1:], "chosen": "好", "rejected": "坏"}
+    assert one("pairs", row) == ({"messages": chat("问"), "chosen": "好", "rejected": "坏"}, "greeting left out")
+    record, remark = one("pairs", {"messages": chat("问", "好"), "chosen": "好", "rejected": "坏"})
+    assert (record["messages"], remark) == (chat("问"), "answer at the end of the prompt left out")
+    row = {"prompt": "1+1", "chosen": 2, "rejected": 3}
+    assert one("pairs", row) == ({"messages": chat("1+1"), "chosen": "2", "rejected": "3"}, "number taken as text")
+    answers = {"chosen": '{"a": 1}', "rejected": "[1, 2]"}  # JSON may well be the answer
+    assert one("pairs", {"prompt": "问"} | answers) == ({"messages": chat("问")} | answers, None)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "问", "output": '["甲", "乙"]'},
+        {"prompt": "问", "responses": [{"text": "甲"}, {"role": "assistant", "content": "乙"}]},
+        {"prompt": "问", "answer2": "乙", "answer1": "甲", "answer3": "", "id": "7"},
+        {"question": "问", "best": "甲", "worst": "乙", "source_id": 7},
+    ],
+)
+def test_ranked_answers_of_every_shape(row):
+    [(record, remark)] = adapt("ranked", row)
+    assert record == {"messages": chat("问"), "chosen": "甲", "rejected": "乙"}
+    assert remark in (None, "columns taken as answers, the best first")
+
+
+def test_ranked_answers_that_cannot_be_told():
+    scored = [{"text": "甲", "score": 1}, {"text": "乙", "score": 2}]
+    assert one("ranked", {"prompt": "问", "answers": scored}) == (None, "answers with scores, not in order")
+    assert one("ranked", {"prompt": "问", "id": 3}) == (None, "no output")
+    assert adapt("ranked", {"prompt": "问", "answers": ["甲", ["乙"]]}) == [
+        (None, "no answer"),
+        (None, "fewer than two answers"),
+    ]
+
+
+def test_ranked_texts_stand_under_an_empty_question():
+    results = adapt("ranked_texts", {"text": '甲\t"乙"\t丙'})
+    assert [(r["chosen"], r["rejected"]) for r, _ in results] == [("甲", '"乙"'), ("甲", "丙"), ('"乙"', "丙")]
+    assert all(r["messages"] == chat("") and r["key"] == '甲\n"乙"\n丙' for r, _ in results)
+    for header in ("text_a\ttext_b", "rank 1\trank 2\trank 3", "回答1\t回答2"):
+        assert adapt("ranked_texts", {"text": header}) == [(None, "header")]
+    assert adapt("ranked_texts", {"text": "好吃\t回答1"})[0][0]["chosen"] == "好吃"
