@@ -10,7 +10,7 @@ config = dict(
         "write",
         "review_pairs",
         "review_prompts",
-    ],  # NAME (of --list_sources), NAME=PATH or ANY:NAME=PATH; a path is a file, folder, hf:OWNER/NAME or ms:OWNER/NAME
+    ],  # NAME, NAME=PATH, ANY:NAME=PATH or ANY:auto=PATH; a path may be hf:OWNER/NAME or ms:OWNER/NAME; --list_sources
     hub="huggingface",  # where sources without a path come from: huggingface, or modelscope (pip install modelscope)
     workers=0,  # processes; 0 = one a core
     unit_bytes=67_108_864,  # of a file of lines that a worker reads at a time; other files are read as a whole

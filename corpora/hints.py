@@ -1,5 +1,6 @@
 """What the fields of rows say of their layout, for `auto` and for messages that help."""
 
+import re
 from collections import Counter
 
 from corpora.layouts import ANSWERS, INSTRUCTIONS, MARKED, QUESTIONS, TEXTS, TURNS, conversation_in, present
@@ -8,26 +9,27 @@ from corpora.turns import Drop, marked_turns, shown, unpacked
 
 SAMPLE = 100  # rows that are looked at
 CONTAINERS = ("json", "jsonl", "ndjson", "csv", "tsv", "parquet", "arrow", "xlsx", "gz", "zst")
-
-
 NAMES = {"conversations": "sharegpt", "conversation": "firefly", "chat": "moss"}  # by the field of the turns
 
 
 def is_answered(row):
     """Whether the turns of a row hold an answer; also where they cannot be read, as that should be told."""
     try:
-        turns, _ = conversation_in(row, [])
+        found = conversation_in(row, [])
     except Drop:
         return True
-    return any(each["role"] == "assistant" for each in turns)
+    return found is None or any(each["role"] == "assistant" for each in found[0])
 
 
 def fitting(row):
     """The layouts that a row's fields speak for, at most one of conversations, comparisons and prompts."""
     question = present(row, (*INSTRUCTIONS, *QUESTIONS, "input"))
-    heads = {str(name).split(".")[0].split("[")[0] for name in row}  # of columns chat.turn_1.Human as well
-    texts_in_turn = all(isinstance(item, str) for item in row.get("data") or [0])
-    turns = next((name for name in TURNS if name in heads and (name != "data" or texts_in_turn)), None)
+    heads = {re.split(r"[.\[]", str(name))[0] for name in row if name not in TURNS}
+    turns = present(row, TURNS) or next((name for name in TURNS if name in heads), None)  # or chat.turn_1.Human
+    if turns == "data" and not (
+        isinstance(row.get("data"), list) and all(isinstance(item, str) for item in row["data"])
+    ):
+        turns = None
     found = set()
     if present(row, REJECTED) and present(row, (*CHOSEN, *ANSWERS, *TURNS)):
         found.add("pairs")

@@ -34,8 +34,8 @@ CHOSEN = (
     " response_accepted accepted_response preferred preferred_output preferred_response better win winner good"
 ).split()
 REJECTED = (
-    "rejected rejected_response response_rejected rejected_answer answer_rejected output_rejected neg_resp neg negative"
-    " dispreferred non_preferred non_preferred_output dispreferred_response worse lose loser bad"
+    "rejected rejected_response response_rejected rejected_messages rejected_answer answer_rejected output_rejected"
+    " neg_resp neg negative dispreferred dispreferred_response non_preferred non_preferred_output worse lose loser bad"
 ).split()
 RANKED = ("output", "outputs", "responses", "answers", "completions", "candidates", "replies")
 
@@ -88,7 +88,8 @@ def pairs(row, notes):
         turns = found[0]  # ms-swift: the chosen answer ends the messages
         if not turns or turns[-1]["role"] != "assistant":
             raise Drop("no chosen")
-        before, chosen = before_rejected, turns.pop()["content"]
+        chosen = turns.pop()["content"]
+        before = turns if before_rejected else []
     else:
         before, chosen = read_side(row, notes, (*CHOSEN, *ANSWERS))
     if before != before_rejected:

@@ -1,7 +1,8 @@
 """The corpora of Chinese models: a table of layouts, SOURCES, whose adapters turn rows into records.
 
-A source is given as NAME, NAME=PATH or LABEL:LAYOUT=PATH. `list_units` cuts it into pieces that worker processes read
-on their own; `read_records` turns a piece into records, and says of every row that gives none why. Records are
+A source is given as NAME, NAME=PATH, LABEL:LAYOUT=PATH or, where the rows are to say their layout, LABEL:auto=PATH.
+`list_units` cuts it into pieces that worker processes read on their own; `read_records` turns a piece into records, and
+says of every row that gives none why. Records are
 
     pretrain  {"text": str}
     sft       {"messages": [{"role", "content"}, ...]}, maybe a system text, then user and assistant in turn; an answer
@@ -138,8 +139,8 @@ def parse_sources(texts, sources=SOURCES):
 def settled_layout(label, layout, path):
     """The layout itself, or what `auto` is by the first rows; `ranked` text without a question is ranked_texts."""
     if layout == "ranked" and path and path.lower().endswith((".tsv", ".txt")):
-        header = [row["text"].strip().split("\t") for row in first_rows(path, "ranked_texts")[:1]]
-        if not header or {*header[0]} & {*of.INSTRUCTIONS, *of.QUESTIONS, *of.INPUTS}:
+        first = "".join(row["text"] for row in first_rows(path, "ranked_texts")[:1]).strip()
+        if first[:1] in ("", "{", "[") or {*first.split("\t")} & {*of.INSTRUCTIONS, *of.QUESTIONS, *of.INPUTS}:
             return layout
         found = "ranked_texts"
     elif layout == "auto":

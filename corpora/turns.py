@@ -20,7 +20,7 @@ class Drop(Exception):
 
 
 def missing(value):
-    return value is None or isinstance(value, numbers.Real) and value != value  # NaN, as pandas writes for none
+    return value is None or isinstance(value, numbers.Number) and value != value  # NaN, as pandas writes for none
 
 
 def kind(value):

@@ -77,6 +77,7 @@ def test_ranked_answers_give_every_pair_once():
         {"query": "问", "pos": ["好"], "neg": ["坏"]},
         {"question": "问", "response_accepted": "好", "response_rejected": "坏"},
         {"messages": chat("问", "好"), "rejected_response": "坏"},
+        {"messages": chat("问", "好"), "rejected_messages": chat("问", "坏")},
         {"input": {"messages": chat("问")}, "preferred_output": [GOOD], "non_preferred_output": [BAD]},
         {"chosen": "\n\nHuman: 问\n\nAssistant: 好", "rejected": "\n\nHuman: 问\n\nAssistant: 坏"},
         {"chosen": json.dumps(chat("问", "好")), "rejected": json.dumps(chat("问", "坏"))},
@@ -94,6 +95,8 @@ def test_prompts_of_pairs_are_put_in_order():
     assert (record["messages"], remark) == (chat("问"), "answer at the end of the prompt left out")
     row = {"prompt": "1+1", "chosen": 2, "rejected": 3}
     assert one("pairs", row) == ({"messages": chat("1+1"), "chosen": "2", "rejected": "3"}, "number taken as text")
+    row = {"messages": chat("问", "好"), "rejected_messages": chat("另问", "坏")}
+    assert one("pairs", row) == (None, "chosen and rejected have different prompts")
     answers = {"chosen": '{"a": 1}', "rejected": "[1, 2]"}  # JSON may well be the answer
     assert one("pairs", {"prompt": "问"} | answers) == ({"messages": chat("问")} | answers, None)
 

@@ -119,8 +119,10 @@ def test_ranked_text_with_a_header_or_none(tmp_path):
         "none.tsv": "甲\t乙\t丙\n子\t丑\t寅\n",
         "texts.tsv": "text_a\ttext_b\n甲\t乙\n",
         "asked.tsv": "question\tanswer1\tanswer2\n问\t甲\t乙\n",
+        "rows.txt": '{"question": "问", "answers": ["甲", "乙"]}\n',
     }
     wanted = {"none.tsv": ("ranked_texts", 6, 0), "texts.tsv": ("ranked_texts", 1, 1), "asked.tsv": ("ranked", 1, 0)}
+    wanted["rows.txt"] = ("ranked", 1, 0)
     for name, text in rows.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
         [(label, layout, path)] = parse_sources([f"x:ranked={tmp_path / name}"])
