@@ -55,7 +55,7 @@ def adapter(function):
             found = function(row, notes)
         except Drop as reason:
             return [(None, str(reason))]
-        remark = "; ".join(dict.fromkeys(notes)) or None
+        remark = "; ".join(dict.fromkeys(notes)) if notes else None
         return [(None, item) if isinstance(item, str) else (item, remark) for item in found]
 
     return adapt
@@ -63,7 +63,7 @@ def adapter(function):
 
 def present(row, names):
     """The first of these fields that is not missing, of those that are not empty if there are any; or None."""
-    found = [name for name in names if not missing(row.get(name))]
+    found = [name for name in names if name in row and not missing(row[name])]
     return next((name for name in found if row[name] not in ("", [], {})), found[0] if found else None)
 
 
@@ -245,9 +245,12 @@ def conversation(turns, row, notes):
     return [{"messages": system + turns}]
 
 
+_DOTTED = re.compile(rf"({'|'.join(TURNS)})[.\[]")  # chat.turn_1.Human, a column of a table that was flattened
+
+
 def conversation_in(row, notes):
     """(turns, the fields they stand in) of a field that holds a conversation as messages or in one text; or None."""
-    if any(str(name).split(".")[0].split("[")[0] in TURNS and name not in TURNS for name in row):
+    if any(_DOTTED.match(str(name)) for name in row):
         row = nested(row)
     if name := present(row, TURNS):
         return read_turns(row[name], name, notes), {name, "system"}
@@ -277,12 +280,15 @@ def question_and_answer(row, notes, first="output"):
     return conversation(question_turns(row, notes)[0] + answer_turns(row, notes, *names), row, notes)
 
 
+_alpaca = adapter(question_and_answer)
+
+
 def alpaca(row):
     """A question and its answer, or one of each of a list of `instances`, as BELLE's seed tasks have."""
     found = unpacked(row.get("instances"))
     if isinstance(found, list) and found and all(isinstance(item, dict) for item in found):
-        return [result for item in found for result in adapter(question_and_answer)(row | item)]
-    return adapter(question_and_answer)(row)
+        return [result for item in found for result in _alpaca(row | item)]
+    return _alpaca(row)
 
 
 firefly = adapter(functools.partial(question_and_answer, first="target"))

@@ -6,6 +6,8 @@ remarks on the row are added to; Drop is raised with the reason why a row gives 
 
 import ast
 import datetime
+import decimal
+import functools
 import json
 import numbers
 import re
@@ -20,7 +22,8 @@ class Drop(Exception):
 
 
 def missing(value):
-    return value is None or isinstance(value, numbers.Number) and value != value  # NaN, as pandas writes for none
+    """Whether a value is none, or NaN, as pandas writes for none."""
+    return value is None or isinstance(value, (float, decimal.Decimal)) and value != value
 
 
 def kind(value):
@@ -56,8 +59,7 @@ def required(row, notes, *names):
     """The text of the first of these fields that holds any; a blank one, where none does."""
     blank = odd = None
     for name in names:
-        value = row.get(name)
-        if missing(value):
+        if name not in row or missing(value := row[name]):
             continue
         text = as_text(value, notes)
         if text is None:
@@ -73,6 +75,8 @@ def required(row, notes, *names):
 
 def optional(row, notes, *names):
     """The same of fields that a row can do without: "" where none holds text."""
+    if not any(name in row for name in names):
+        return ""
     try:
         return required(row, notes, *names)
     except Drop:
@@ -111,9 +115,10 @@ ROLES = {name: role for role, names in ROLES.items() for name in names.split()}
 CUTS = dict(tool="tool calls", image="images")  # what a prompt cannot hold: a conversation ends before it
 
 
+@functools.lru_cache(maxsize=1024)
 def role_of(name):
-    """user, assistant, system or tool; None for a role that is not known."""
-    bare = re.sub(r"[\W_]", "", str(name)).lower()
+    """user, assistant, system or tool of a role's name; None for one that is not known."""
+    bare = re.sub(r"[\W_]", "", name).lower()
     return "assistant" if re.match(r"(chat)?gpt\d", bare) else ROLES.get(bare)
 
 
@@ -134,6 +139,8 @@ _MEDIA = re.compile("image|audio|video|file|media")
 
 def content_of(value, notes):
     """The text of a message's content, which may be a list of parts; None if it holds an image or the like."""
+    if isinstance(value, str):
+        return value
     if missing(value):
         return ""
     parts = [value] if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else None
@@ -159,7 +166,9 @@ def content_of(value, notes):
 def is_trained(message, notes):
     """Whether an answer counts in the loss: the fields of OpenAI, mistral-finetune, ms-swift, xtuner and axolotl."""
     for name in ("weight", "loss_mask", "loss", "train", "training", "trainable"):
-        value = message.get(name)
+        if name not in message:
+            continue
+        value = message[name]
         if isinstance(value, str) and value.strip():
             value = value.strip().lower() not in ("0", "0.0", "false", "no")
         if isinstance(value, numbers.Real) and not missing(value):
@@ -175,7 +184,7 @@ def turns_of(message, notes):
     name = next((message[key] for key in ("role", "from", "speaker") if not missing(message.get(key))), None)
     if name is None:
         return exchange(message, notes)
-    role = role_of(name)
+    role = role_of(str(name))
     if role is None:
         raise Drop(f"unknown role {shown(name)}")
     if role == "tool" or message.get("tool_calls") or message.get("function_call"):
