@@ -59,7 +59,8 @@ def required(row, notes, *names):
     """The text of the first of these fields that holds any; a blank one, where none does."""
     blank = odd = None
     for name in names:
-        if name not in row or missing(value := row[name]):
+        value = row.get(name)
+        if not isinstance(value, str) and missing(value):
             continue
         text = as_text(value, notes)
         if text is None:
