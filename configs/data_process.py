@@ -36,7 +36,7 @@ config = dict(
     val_share=0.05,  # share of the documents held out, chosen by a hash of their text
     min_characters=2,  # letters and digits a document must have
     seed=0,  # of templates, samples, pairs and openings
-    max_seq_len=256,  # tokens of an SFT or RM example: a longer question loses its left
+    max_seq_len=256,  # tokens of an SFT or RM example: a longer conversation becomes several, a question loses its left
     write_min_characters=8,  # shorter reviews are no answer to a writing task
     write_max_characters=100,  # longer ones would teach mostly length
     sft_examples=dict(
@@ -46,7 +46,7 @@ config = dict(
     ),
     rm_max_characters=200,  # longest review in a pair: a judge may read more than a policy is taught to write
     rm_length_bin=4,  # tokens: the two answers of a pair fall in the same bin of this width
-    prompts_max_len=128,  # tokens of an RL prompt: a longer question loses its left, so that the reply has room
+    prompts_max_len=128,  # tokens of an RL prompt: older turns go, then sentences, so that the reply has room
     prompts_train=1000,  # prompts of the RL stages, half of them opening like a positive review
     prompts_val=200,  # prompts that RL never trains on
     shard="",  # i/n: make every n-th shard from the i-th on, and stop; for several machines

@@ -3,11 +3,11 @@
 import dataclasses
 import json
 
-import numpy as np
 import pytest
 
 from configs.tokenizer import config as tokenizer_defaults
 from corpora import sources
+from corpora.clean import is_validation
 from corpora.records import encode_records
 from data_process import SOURCES, main
 from dataset.batches import Examples, load_pairs, load_prompts
@@ -129,11 +129,11 @@ def prompt_rows(monkeypatch):
         monkeypatch.setitem(table, "prompt_rows", layout)
 
 
-def test_fields_of_prompts_are_kept_for_rewards(build, prompt_rows, tmp_path):
+def test_fields_of_prompts_are_kept_for_rewards(build, model, prompt_rows, tmp_path):
     rows = [dict(question=f"{i:02}", answer=f"答{i}", steps=[i, None, {"乙": 1.5}]) for i in range(20)]
     rows += [dict(question=f"{i:02}") for i in range(20, 30)]
     _, arrays = build("prompts", "prompt_rows", rows, "--val_share=0.3", "--prompts_train=15")
-    tokenizer = Tokenizer.load(load_model(tmp_path))
+    tokenizer = Tokenizer.load(model)
     train, val = load_prompts(tmp_path / "data" / "prompts.pkl", tokenizer.vocab_size)
     assert len(train) == 15 and len(val) == arrays["is_val"].sum() > 0
     for prompt in train + val:
@@ -146,49 +146,45 @@ def test_fields_of_prompts_are_kept_for_rewards(build, prompt_rows, tmp_path):
     assert train[0].fields == {}
 
 
-def sides(build, n, val_share, *options, part="sft", layout="alpaca", same=False):
-    rows = [dict(instruction="同" if same else f"{i:02}", output=f"答{i}", question=f"{i:02}") for i in range(n)]
-    _, arrays = build(part, layout, rows, f"--val_share={val_share}", *options)
+def sides(build, questions, val_share, *options):
+    """Which of the questions are held out, as conversations."""
+    rows = [dict(instruction=question, output=f"答{i}") for i, question in enumerate(questions)]
+    _, arrays = build("sft", "alpaca", rows, f"--val_share={val_share}", *options)
     return arrays["is_val"].tolist()
 
 
 @pytest.mark.parametrize("n", [2, 12, 45])
 def test_a_split_that_chance_left_empty_gets_the_nearest_hash(build, capsys, n):
-    assert sum(sides(build, n, 1e-9)) == 1
+    questions = [f"{i:02}" for i in range(n)]
+    few = sides(build, questions, 1e-9)
     out = capsys.readouterr().out
-    assert f"sft: val_share = 1e-09: by their hashes none of {n} records is held out; the one with" in out
-    few = sides(build, n, 1e-9)
-    assert sum(sides(build, n, 1 - 1e-9)) == n - 1
-    assert "records is left to train on; the one with the nearest hash is taken" in capsys.readouterr().out
+    assert f"sft: val_share = 1e-09: by their hashes none of {n} records is held out; the one with the nearest" in out
     # the one held out is the first that a larger share would hold out
-    share = next(share for share in np.linspace(0.001, 1, 1000)[:-1] if sum(sides_of(n, share)) > 0)
-    assert sides_of(n, share)[few.index(True)]
-
-
-def sides_of(n, share):
-    from corpora.clean import is_validation
-
-    return [is_validation(f"{i:02}", share) for i in range(n)]
+    shares = [k / 1000 for k in range(1, 1000)]
+    assert few == next(found for k in shares if sum(found := [is_validation(q, k) for q in questions]))
+    most = sides(build, questions, 1 - 1e-9)
+    assert sum(most) == n - 1 and (n == 2 or most != few)
+    assert f"none of {n} records is left to train on; the one with the nearest hash" in capsys.readouterr().out
+    usual = [is_validation(q, 0.4) for q in questions]
+    if any(usual) and not all(usual):
+        assert sides(build, questions, 0.4) == usual and "by their hashes" not in capsys.readouterr().out
 
 
 def test_records_that_cannot_be_parted_are_refused(build, tmp_path):
     with pytest.raises(DataError, match="sft: there is one record only, so that none can be held out; add others"):
-        sides(build, 1, 0.3)
+        sides(build, ["问"], 0.3)
     with pytest.raises(DataError, match="sft: all 9 records begin with the same text, so that none can be held out"):
-        sides(build, 9, 0.3, same=True)
+        sides(build, ["问"] * 9, 0.3)
     assert not (tmp_path / "data" / "sft.pkl").exists()
 
 
 def test_few_prompts_are_parted_too(build, prompt_rows, capsys):
-    more = dict(part="prompts", layout="prompt_rows")
-    assert sum(sides(build, 12, 1e-9, **more)) == 1
-    assert "prompts: val_share" in capsys.readouterr().out
-    assert sides(build, 12, 1e-9, "--prompts_val=0", **more) == [False] * 12
-    for share in (1e-9, 1 - 1e-9):  # one prompt can only be trained on
-        assert sides(build, 1, share, **more) == [False]
-    assert "none of 1 records is left to train on" in capsys.readouterr().out
+    def held_out(n, val_share, *options):
+        rows = [dict(question=f"{i:02}") for i in range(n)]
+        return build("prompts", "prompt_rows", rows, f"--val_share={val_share}", *options)[1]["is_val"].tolist()
 
-
-def load_model(tmp_path):
-    command = load_meta(tmp_path / "data")["command"]["prompts"]
-    return next(word for word in command.split() if word.startswith("--tokenizer=")).removeprefix("--tokenizer=")
+    assert sum(held_out(12, 1e-9)) == 1
+    assert "prompts: val_share = 1e-09: by their hashes none of 12 records is held out" in capsys.readouterr().out
+    assert held_out(12, 1e-9, "--prompts_val=0") == [False] * 12
+    assert "by their hashes" not in capsys.readouterr().out
+    assert held_out(1, 1e-9) == held_out(1, 1 - 1e-9) == [False]  # one prompt can only be trained on
