@@ -89,9 +89,8 @@ def load_prompts(path, vocab_size, context=None, new_tokens=0):
     train, val = ([found[i] for i in np.flatnonzero(arrays["is_val"] == side)] for side in (False, True))
     if context is not None:
         if not (train and val):
-            raise DataError(
-                f"{path}: no {'held-out' if train else 'training'} prompt; data_process.py needs two or more"
-            )
+            side = "held-out" if train else "training"
+            raise DataError(f"{path}: no {side} prompt; make it of two or more, with prompts_val above 0")
         if (longest := int(prompts.lengths.max())) + new_tokens > context:
             raise DataError(
                 f"{path}: a prompt of {longest} tokens and a reply of {new_tokens} exceed the context of {context}; "

@@ -281,7 +281,7 @@ def test_prompts_must_leave_room_for_replies(small, tmp_path, capsys):
     arrays = load_pkl(tmp_path / "data" / "prompts.pkl")
     save_pkl(tmp_path / "data" / "prompts.pkl", arrays | dict(is_val=arrays["is_val"] & False))
     line = failure(capsys, grpo_train.main, options_of(small, tmp_path / "out", data=tmp_path / "data"))
-    assert "prompts.pkl: no held-out prompt; data_process.py needs two or more" in line
+    assert "prompts.pkl: no held-out prompt; make it of two or more" in line
 
 
 @pytest.mark.parametrize(
