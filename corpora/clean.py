@@ -1,4 +1,4 @@
-"""Pure text functions: repair a text, drop the junk lines of a document, judge it; hashes to split and compare by."""
+"""Pure text functions: repair a text, judge a document; hashes to split and compare by."""
 
 import datetime
 import functools
@@ -6,8 +6,12 @@ import hashlib
 import html
 import re
 import unicodedata
+from collections import Counter
 
 import numpy as np
+
+from corpora.fences import CODE, outside_code
+from corpora.junk import drop_junk
 
 # Full-width letters and digits become ASCII, so that the year １９９８ shares its tokens with 1998.
 # Full-width punctuation stays: it is how Chinese is typeset.
@@ -55,44 +59,56 @@ def is_validation(text, share):
 _INVISIBLE = (
     "\0-\x08\x0e-\x1f\x7f-\x84\x86-\x9f"  # control characters
     "\xad\u034f\u061c\u180b-\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff"  # zero width, direction, byte order
-    "\ufdd0-\ufdef\ufe00-\ufe0f\ufff0-\uffff"  # no characters, variation selectors, U+FFFD for what was lost
+    "\ufdd1-\ufdef\ufe00-\ufe0f\ufff0-\uffff"  # no characters, variation selectors, U+FFFD for what was lost
     "\ud800-\uf8ff\U000e0000-\U0010ffff"  # unpaired surrogates, tags, private use
 )
+_EMOJI = "\xa9\xae\u203c-\u2bff\u3030\u303d\u3297\u3299\U0001f000-\U0001fbff"
+_SHAPING = (  # where such characters choose what a sign looks like, they are part of the text
+    "\U0001f3f4[\U000e0020-\U000e007e]+\U000e007f"  # the flag of a region
+    "|(?<=[#*\\d])\ufe0f(?=\u20e3)"  # a keycap
+    f"|(?<=[{_EMOJI}])[\ufe0e\ufe0f]|(?<=[{_EMOJI}\ufe0f])\u200d(?=[{_EMOJI}])"
+    "|(?<=[\u0600-\u109f\u1780-\u18af])[\u200c\u200d]|(?<=[\u1800-\u18af])[\u180b-\u180e]"  # Arabic, Indic, Mongolian
+    "|(?<=[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])[\ufe00-\ufe02\U000e0100-\U000e01ef]"  # variants of 葛
+)
 _LINE_BREAKS = "\r\v\f\x85\u2028\u2029"
-_ODD_SPACES = "\xa0\u1680\u2000-\u200a\u202f\u205f\u3000"
+_ODD_SPACES = "\xa0\u1680\u2000-\u200a\u202f\u205f"
 _FULL_WIDTH = "０-９Ａ-Ｚａ-ｚ"
-_SUSPECT = re.compile(f"[{_INVISIBLE}{_LINE_BREAKS}{_ODD_SPACES}{_FULL_WIDTH}\t<&]")
-# Code in backticks is matched first and kept: there <br> and &lt; are what the text is about.
+_SUSPECT = re.compile(f"[{_INVISIBLE}{_LINE_BREAKS}{_ODD_SPACES}\u3000{_FULL_WIDTH}\t<&]")
 _HTML = re.compile(
-    r"(?sia)(?P<code>```.*?(?:```|\Z)|`[^`\n]*`)|(?P<tag>\n?</?(?:br|p)(?:\s[^<>]{0,200}|/)?>\n?)"
+    rf"(?sia)(?P<tag>\n?</?(?:br|p)(?:\s[^<>{CODE}]{{0,200}}|/)?>\n?)"
     r"|&(?:amp;|#38;)*(?:#\d{1,7}|#x[\da-f]{1,6}|[a-z]{2,8}\d{0,2});"
 )
 
 
-def repair(text):
-    """Text as it was typed. Chinese punctuation, line breaks and the indentation of code stay."""
+def repair(text, document=True):
+    """Prose as it was typed: without invisible characters, odd spaces and what ends a line; in NFC.
+
+    A document was scraped or typeset, so there HTML leftovers, full-width letters and digits, runs of spaces and
+    blank lines go as well. In a conversation they may be what it is about. Chinese punctuation and indents stay.
+    """
     padded = f"\n\n{text}\n\n"  # a line break at either end is one of three
     if not (_SUSPECT.search(text) or any(run in padded for run in ("  ", " \n", "\n\n\n"))):
         if unicodedata.is_normalized("NFC", text):
             return text  # most text: one look at each character
     text = re.sub(f"\r\n|[{_LINE_BREAKS}]", "\n", text)
-    if "<" in text or "&" in text:
+    if document and ("<" in text or "&" in text):
         text = _HTML.sub(_plain, text)
-    text = unicodedata.normalize("NFC", re.sub(f"[{_INVISIBLE}]", "", text))
-    text = re.sub(f"[{_FULL_WIDTH}]+", lambda run: run[0].translate(_HALF_WIDTH), text)
-    if "\u3000" in text:  # the indent of a Chinese paragraph
-        text = re.sub(r"(?m)^[^\S\n]*\u3000[^\S\n]*", "", text)
+    if re.search(f"[{_INVISIBLE}]", text):
+        text = re.sub(f"({_SHAPING})|[{_INVISIBLE}]", r"\1", text)
+    text = unicodedata.normalize("NFC", text)
     text = re.sub(f"[{_ODD_SPACES}]", " ", text)
-    text = re.sub(r" (?<=\S )[ \t]+|\t(?<=\S\t)[ \t]*", " ", text)  # not what indents a line
-    text = "\n".join(line.rstrip(" \t") for line in text.split("\n"))
-    return re.sub(r"\n{3,}", "\n\n", text).strip("\n")
+    if document:
+        text = re.sub(f"[{_FULL_WIDTH}]+", lambda run: run[0].translate(_HALF_WIDTH), text)
+        if "\u3000" in text:  # the indent of a Chinese paragraph
+            text = re.sub(r"(?m)^[^\S\n]*\u3000[^\S\n]*", "", text).replace("\u3000", " ")
+        text = re.sub(r" (?<=\S )[ \t]+|\t(?<=\S\t)[ \t]*", " ", text)  # not what indents a line
+    text = "\n".join(line.rstrip(" \t\u3000") for line in text.split("\n"))
+    return (re.sub(r"\n{3,}", "\n\n", text) if document else text).strip("\n")
 
 
 def _plain(match):
     """What a piece of HTML stands for."""
-    if match["tag"] or match["code"]:
-        return "\n" if match["tag"] else match[0]
-    return html.unescape(re.sub("&(?:amp;|#38;)+", "&", match[0]))
+    return "\n" if match["tag"] else html.unescape(re.sub("&(?:amp;|#38;)+", "&", match[0]))
 
 
 _PERSONAL = re.compile(
@@ -133,133 +149,59 @@ def _opencc():
     return opencc.OpenCC("t2s")
 
 
-def clean_text(text, options):
-    """The text after the transforms that options switch on: repair, to_simplified, mask_personal."""
+def clean_text(text, options, document=False):
+    """The text after the transforms that options switch on; code in fences and backticks stays as it is."""
+    transform = functools.partial(_transform, options=options, document=document)
     for _ in range(8):  # mending may uncover more to mend (&amp;lt;); what is nested deeper is no text
-        before, text = text, _transform(text, options)
+        before, text = text, outside_code(transform, text, options.get("repair"))
         if text == before:
             break
     return text
 
 
-def _transform(text, options):
+def _transform(text, options, document):
     if options.get("repair"):
-        text = repair(text)
+        text = repair(text, document)
+        if document:  # spaces before a Chinese paragraph; what is indented and no Chinese may be code
+            text = re.sub("\n[ \t]+(?=[\u2010-\u2026\u3001-\u9fff\uff00-\uffef])", "\n", f"\n{text}")[1:]
     if options.get("to_simplified"):
         text = _opencc().convert(text)
-    return mask_personal(text) if options.get("mask_personal") else text
+    if options.get("mask_personal"):
+        text = mask_personal(text)
+    return drop_junk(text) if document and options.get("web_junk") else text
 
 
 def clean_document(text, options):
-    """(text, None), or (None, why it was dropped): clean_text, then junk lines, then the filters."""
-    if text.count("\ufffd") > options.get("max_broken", 1.0) * len(text):
+    """(text, None), or (None, why it was dropped): clean_text with web_junk, then the filters."""
+    if _too_many(text.count("\ufffd"), text, options):
         return None, "broken characters"
-    text = text.replace("\ufffd", "")
-    for _ in range(8):
-        text = clean_text(text, options)
-        if options.get("repair"):  # spaces before a Chinese paragraph; code does not begin with Chinese
-            text = re.sub("\n[ \t]+(?=[\u2010-\u2026\u3001-\u9fff\uff00-\uffef])", "\n", f"\n{text}")[1:]
-        before, text = text, drop_junk(text) if options.get("web_junk") else text
-        if text == before:
-            break
+    text = clean_text(text, options, document=True)
     why = find_fault(text, options)
     return (None, why) if why else (text, None)
 
 
-# Web novels and pages. A line is junk if it is one of these from end to end, but for signs around it. Prose that speaks
-# of such things goes on in words where these end or have a sign (END).
-_GO = "(?:到|上|登[录陆]|浏览|访问|关注|搜索)"
-_SITE = r"[^，。！？!?]{,16}(?:网|阁|吧|站|屋|书城|文学|中文|小说|域名|[网地]址|起点|纵横|晋江|\.[a-z]{2,4}\b)"
-_END = r"(?:[\W_a-z].*)?"
-_JUNK = rf"""
-.{{,12}}(?:最新|最快|正版|全本)(?:章节|更新|内容)+[，,]?[请就]{_GO}.*|欢迎广大书友.*
-(?:.{{,8}}(?:网|阁|小说|章节))?(?:更新(?:速度)?最快|最快更新){_END}|最快更新.*最新章节{_END}
-天才.{{1,2}}秒钟?就?[记記]住(?![了的]).*|[一1三3]秒钟?(?:轻松)?[记記]住{_SITE}{_END}
-(?:敬?请|请大家|请务必)?(?:牢记|记住|谨记)(?:本[站书网]|我们).{{,6}}(?:域名|[网地]址|网站){_END}
-(?:手机|电脑).{{,6}}请{_GO}[^，。]*(?:阅读|小说|看书|[a-z]\.[a-z].*){_END}
-(?:如果)?(?:[您你]|大家)?喜欢.{{1,30}}(?:请|记得)(?:大家|各位|您)?收藏.*
-请?(?:大家|各位|点击)?(?:收藏本[站书页]|(?:把本[站书])?(?:加入|添加)(?:书[签架]|收藏夹?)){_END}
-(?:本[书文章]|小说)(?:[由在于]?{_SITE})?(?:独家)?首发(?:[于自在：:]{{,2}}{_SITE})?{_END}
-[^，。由在于]{{2,8}}(?:网|阁|书城)(?:独家)?首发{_END}|首发(?:网址|域名|地址|网站)[：:]?.*
-(?:《.+》|.{{,8}}小说)?\W*(?:无弹窗|无广告|全文阅读|最新章节)(?:最快更新|列表|广告|小说|全文|免费|阅读|请收藏本站|网|\W)*
-(?:《.+》|.{{,10}}(?:小说|全[集本文]|免费|网))?\W*(?:txt|电子书)(?:电子书|小说|全[集本])*(?:免费)?下载{_END}
-更多.{{,6}}(?:小说|电子书|好书|txt).{{,10}}(?:下载|尽在|请到|登[录陆]).*|.{{,6}}正在手打中.*|内容更新后.*刷新.*
-(?:声明[：:])?(?:本站|本书|本电子书|所有小说).*(?:[网书]友上传|用户上传|整理制作|版权归|24小时内删除).*
-(?:本[章节](?:完|结束|未完)|全章完){_END}|未完待续(?:\W+(?:如欲|欲知|请|敬请|更多).*)?
-.{{,4}}这个?章节?后面还有.*下一页.*|请?点击?下一[页章](?:继续|阅读|观看)+{_END}|版权所有{_END}|.*ICP[备证]\W*\d.*
-第?\d+\s?/\s?\d+页|第\d+页/共\d+页|[上下]一[章页]|返回(?:目录|顶部|首页|列表|书页)|章节报错|关闭窗口
-(?:(?:[上下]一[章页篇]|(?:返回)?章?节?目录|返回(?:首页|顶部)|(?:返回)?(?:列表|书页)|[首末]页|加入书[签架]|投?推荐票|章节报错|打印|关闭|本页|窗口)[\W_]*){{2,}}
-[上下]一篇[：:].*|(?:您的|当前)位置[：:].*|(?:责任|本文|网络)编辑[：:].{{1,10}}|点击(?:查看|阅读|展开)(?:更多|全文|原文|大图)
-分享[到至][：:]?(?:(?:微信|微博|新浪|腾讯|QQ|空间|好友|朋友圈|人人|豆瓣|更多)\W*)*|(?:copyright|\(c\)|©)(?:copyright|c|\W)*\d.*
-(?:扫一?扫|扫码|扫描|长按)[^，。]{{,6}}二维码，?(?:即可)?(?:关注|下载|添加|识别).{{,12}}
-(?:更多.{{,10}})?(?:欢迎|敬?请)(?:大家)?关注.{{,8}}微信(?:公众)?(?:平台|号){_END}
-"""
-_JUNK = re.compile("|".join(_JUNK.split()), re.IGNORECASE)
-_VOTES = "求个?(?:月票|推荐|收藏|订阅|打赏|鲜花|红票|票|点击|支持|评论|书评)"
-# What may stand beside 求月票 in a line that asks for votes.
-_BESIDE = re.compile(
-    f"(?i){_VOTES}|月票|推荐票?|收藏|订阅|打赏|鲜花|红票|点击|支持|[谢感拜]谢|大家|各位|兄弟|姐妹|[书朋]友|读者|新书|上[传架]|期间?"
-    "|第?[一二三四五六七八九十两0-9]+[更章]|[今明][日天晚]|更新?|送[到上]|继续|跪|再次|ps|作者|本书|小说|[的了们和跟啊吧哦]"
-)
-_SIGN = r"[=\-_*~—–－＝＊☆★◆◇●○□■▲△※#+＃～]"
-_RULE = re.compile(rf"{_SIGN}\s*{_SIGN}\s*(?:{_SIGN}\s*)+")
-_URL = r"(?:(?:https?|ftp)://|www[.．])[\w\-.．~:/?#@!$&'*+,;=%|]*"
-_URL = re.compile(rf"(?ai)[ \t]*(?:[（(【\[<]{_URL}[)）】\]>]|{_URL}(?<![.．,;:!?*|'~]))")
-_HINT = re.compile(
-    "章节|上一|下一|本章|本节|全章|未完|最快|记住|記住|牢记|谨记|最新|收藏|书签|书架|首发|书友|弹窗|无广告|下载|全文|上传|版权|制作|正版|全本|手机|电脑"
-    "|删除|手打|刷新|页|返回|关闭窗口|位置|opyright|OPYRIGHT|©|ICP|分享|编辑|点击|二维码|微信|求|://|www|WWW"
-)
-
-
-def is_junk(line):
-    """Whether a line is nothing but an advert of its site, navigation, a cry for votes or a rule."""
-    core = line.strip(" \t（()）【】[]『』<>←→*＊-—=~～☆★|｜。！!.…")
-    rule = bool(_RULE.fullmatch(line.strip()))
-    if rule or not core or core[0] in '“「"' or len(line) > 120:  # a rule; dots, speech, prose
-        return rule
-    if re.search(_VOTES, core):
-        return len(content_key(_BESIDE.sub("", core))) <= max(1, len(core) // 8)
-    return bool(_JUNK.fullmatch(core))
-
-
-def drop_junk(text):
-    """The text without junk lines, junk in brackets at the ends of lines, and URLs."""
-    if not _HINT.search(text) and not _RULE.search(text):
-        return text
-    return "\n".join(line for line in map(_without_junk, text.split("\n")) if line is not None)
-
-
-def _without_junk(line):
-    """What is left of a line, or None if that is nothing."""
-    if not _HINT.search(line) and not _RULE.match(line.lstrip()):
-        return line
-    if is_junk(line):
-        return None
-    aside = re.search(r"[ \t]*[（(【\[]([^（）()【】\[\]]{2,60})[）)】\]]$", line)
-    if aside and is_junk(aside[1]):
-        return line[: aside.start()]
-    rest = _URL.sub("", line)
-    keep = len(content_key(rest)) > 4  # more than the label of "官方网站：http://..."
-    return line if rest == line else rest.strip() if keep else None
-
-
-# Filters. The measures of repetition are Gopher's (arXiv:2112.11446, A1.1), in letters and digits instead of words.
+# Filters. The measures of repetition are Gopher's (arXiv:2112.11446, A1.1), in letters and digits instead of words,
+# made for pages of the web. What comes again in a poem or a song is its refrain: there it takes more to be too much.
+SONG = 2000  # letters: a text that is shorter may be one
+REFRAIN = 8  # times that a line or a phrase of it may come
+STANZA = 150  # letters of it that may come again, if they are less than half of it
+FEW = 2  # lost characters that no text is dropped for: each may be one that the text speaks of
 NGRAM_WINDOW = 1 << 16  # characters judged together: a long novel may say again what it said long ago
 NGRAM_SHORTEST = 100  # a shorter text is taken for one of this length: a name said three times is much of it
 
 
-def repeated_line_share(text):
-    """Share of the characters that stand in lines that occurred before."""
-    lines = text.split("\n")
-    total = sum(map(len, lines))
-    return (total - sum(map(len, set(lines)))) / max(total, 1)
+def repeated_line_share(text, free=1):
+    """Share of the characters in lines that occurred before: `free` times, or twice for each line there is."""
+    lines = Counter(text.split("\n"))
+    free = min(free, 2 * len(lines))
+    return sum(len(line) * max(n - free, 0) for line, n in lines.items()) / max(len(text) - lines.total() + 1, 1)
 
 
-def top_ngram_share(text, n):
-    """Share of the characters that the most frequent n-gram covers, its first time left out."""
+def top_ngram_share(text, n, free=1):
+    """Share of the characters that the most frequent n-gram covers, its first `free` times left out."""
     hashes = np.sort(char_ngrams(text, n))
     starts = np.flatnonzero(np.concatenate(([True], hashes[1:] != hashes[:-1], [True])))
-    return min((int(np.diff(starts).max()) - 1) * n / max(len(text), NGRAM_SHORTEST), 1.0)
+    return min(max(int(np.diff(starts).max()) - free, 0) * n / max(len(text), NGRAM_SHORTEST), 1.0)
 
 
 def repeated_ngram_share(text, n):
@@ -275,9 +217,19 @@ def repeated_ngram_share(text, n):
     return float(covered.mean())
 
 
-def _mean_share(measure, text, n):
+def _mean(measure, text, n):
     windows = [text[i : i + NGRAM_WINDOW] for i in range(0, len(text), NGRAM_WINDOW)]
     return sum(measure(window, n) * len(window) for window in windows) / len(text)
+
+
+# UTF-8 read as GBK: ，(EF BC 8C) and 。(E3 80 82) with the first byte of what follows become 锛 or 銆 and one of these
+# rare characters; U+FFFD twice becomes 锟斤拷. Text about 锛, a tool, or 锟, a name, has other characters behind them.
+_RARE = "".join(bytes([a, b]).decode("gbk") for a in range(0x81, 0xA0) for b in range(0xE1, 0xF0))
+_MOJIBAKE = re.compile(f"[锛銆][{_RARE}]|锟斤拷")
+
+
+def _too_many(lost, text, options):
+    return lost > max(options.get("max_broken", 1.0) * len(text), FEW)
 
 
 @functools.lru_cache(maxsize=1)
@@ -295,16 +247,18 @@ def find_fault(text, options):
     _, others, chinese = np.bincount(kinds, minlength=3).tolist()
     if others + chinese < max(options.get("min_characters", 0), 1):
         return "too short"
-    # UTF-8 read as GBK turns ，into 锛 and 。into 銆, which are in hardly any text, and U+FFFD into 锟斤拷.
-    if sum(map(text.count, "锛銆锟")) > options.get("max_broken", 1.0) * len(text):
+    if any(sign in text for sign in "锛銆锟") and _too_many(len(_MOJIBAKE.findall(text)), text, options):
         return "broken characters"
     if chinese < options.get("min_chinese", 0) * (others + chinese):
         return "not Chinese enough"
     letters = units[kinds > 0].tobytes().decode("utf-16-le", "surrogatepass")  # dots and rules may repeat
-    for why, key, share in (
-        ("repeated lines", "max_repeated_lines", lambda: repeated_line_share(text)),
-        ("repeated phrase", "max_top_ngram", lambda: _mean_share(top_ngram_share, letters, 4)),
-        ("repeated n-grams", "max_repeated_ngrams", lambda: _mean_share(repeated_ngram_share, letters, 10)),
+    stanza = min(STANZA, len(letters) // 2)
+    lines, phrase, runs = repeated_line_share, top_ngram_share, repeated_ngram_share
+    for why, key, share, share_of_song in (
+        ("repeated lines", "max_repeated_lines", lambda: lines(text), lambda: lines(text, REFRAIN)),
+        ("repeated phrase", "max_top_ngram", lambda: _mean(phrase, letters, 4), lambda: phrase(letters, 4, REFRAIN)),
+        ("repeated n-grams", "max_repeated_ngrams", lambda: _mean(runs, letters, 10), lambda: runs(letters, stanza)),
     ):
-        if options.get(key, 1.0) < 1 and share() > options[key]:
+        most = options.get(key, 1.0)
+        if most < 1 and share() > most and (len(letters) >= SONG or share_of_song() > most):
             return why

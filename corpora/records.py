@@ -1,6 +1,7 @@
 """Records on their way into a shard: cleaned, encoded, and hashed for what the merge must know of each."""
 
 import json
+import re
 
 import numpy as np
 
@@ -15,6 +16,7 @@ STREAMS = dict(
     prompts=["tokens", "fields"],
 )  # pieces: tokens of each example that a conversation became; fields: the JSON of a row's other fields
 COLUMNS = dict(content=np.uint64, key=np.uint64, characters=np.uint32, label=np.int8, answers=np.uint32, lost=np.uint32)
+_LOST = re.compile("[\ufffd\ud800-\uf8ff]")  # what a wrong encoding left, halves of a character, private use
 
 
 def texts_of(record):
@@ -39,13 +41,22 @@ def as_bytes(text):
 
 
 def clean_record(record, options):
-    """(record or None, why dropped): documents are cleaned and filtered, every turn of a conversation is cleaned."""
+    """(record, remark or None), or (None, why dropped): documents are cleaned and filtered, conversations cleaned."""
     if "text" in record:
         text, why = clean_document(record["text"], options)
-        return (None, why) if text is None else (record | dict(text=text), None)
-    messages = [message | dict(content=clean_text(message["content"], options)) for message in record["messages"]]
-    answers = {side: clean_text(record[side], options) for side in ("chosen", "rejected") if side in record}
-    return record | dict(messages=messages) | answers, None
+        if why:
+            return None, why
+        cleaned = record | dict(text=text)
+    else:
+        messages = [message | dict(content=clean_text(message["content"], options)) for message in record["messages"]]
+        answers = {side: clean_text(record[side], options) for side in ("chosen", "rejected") if side in record}
+        cleaned = record | dict(messages=messages) | answers
+    lost = any(map(_loses, texts_of(record), texts_of(cleaned)))
+    return cleaned, "lost characters removed" if lost else None
+
+
+def _loses(before, after):
+    return before != after and len(_LOST.findall(before)) > len(_LOST.findall(after))
 
 
 def encode_records(part, records, tokenizer, max_len):

@@ -17,8 +17,6 @@ from corpora.clean import (
     clean_document,
     clean_text,
     content_key,
-    drop_junk,
-    is_junk,
     is_validation,
     mask_personal,
     normalise,
@@ -28,6 +26,7 @@ from corpora.clean import (
     text_hash,
     top_ngram_share,
 )
+from corpora.records import clean_record
 
 DEFAULTS = config["clean"]
 RATIOS = {
@@ -44,64 +43,6 @@ PROSE = (
     "父亲说：“事已如此，不必难过，好在天无绝人之路！”\n"
     "回家变卖典质，父亲还了亏空；又借钱办了丧事。这些日子，家中光景很是惨淡，一半为了丧事，一半为了父亲赋闲。"
     "丧事完毕，父亲要到南京谋事，我也要回北京念书，我们便同行。"
-)
-
-# Lines, several on a line of this file, with two spaces between them.
-split = re.compile(r"  |\n").split
-JUNK = split(
-    """\
-最新章节请到笔趣阁阅读  看最新章节请到 www.biquge.com  更多最新章节请登录起点中文网！  看正版章节就到起点中文网  ***
-想看更多最新章节，请到言情小说吧  《斗破苍穹》最新章节，最快更新，请收藏本站。  本书首发  （纵横中文网首发）  求月票！
-本书首发于起点中文网，第一时间看正版内容！  本书由17k小说网首发，请勿转载  小说网首发，更新最快  请牢记本站网址
-首发网址：www.69shu.com  天才一秒记住本站地址：[笔趣阁]http://www.biquge.info/最快更新！无广告！  请收藏本站  下一章
-天才一秒记住【爱尚小说网】，为您提供精彩小说阅读。  天才壹秒記住『笔趣阁 www.x.com』  手机用户请到m.qidian.com阅读
-一秒记住【笔趣阁 www.biquge.com】，精彩小说无弹窗免费阅读！  手机用户请浏览m.biquge.info阅读，更优质的阅读体验。
-手机阅读请访问 m.23us.com  请记住本站域名：www.x23us.com  请收藏本站，方便下次阅读  喜欢本书请收藏  加入书签，方便阅读
-请记住本书首发域名：www.bxwx.la。笔趣阁手机版阅读网址：m.bxwx.la  点击收藏本页  求推荐票，求收藏！  PS：求收藏求推荐
-喜欢《凡人修仙传》请大家收藏：(www.31xs.com)凡人修仙传31小说网更新速度最快。  （第三更送上，求月票、求推荐票~）
-新书上传，跪求收藏，求推荐票，谢谢各位书友！  （未完待续）  未完待续……  （本章完）  本章未完，请点击下一页继续阅读
-（未完待续，如欲知后事如何，请登陆www.qidian.com，章节更多，支持作者，支持正版阅读！）  点击下一页继续阅读  返回目录
-小主，这个章节后面还有哦，请点击下一页继续阅读，后面更精彩！  上一章 目录 下一章  上一页 | 返回目录 | 下一页  章节报错
-正在手打中，请稍等片刻，内容更新后，请重新刷新页面，即可获取最新更新！  ← 上一章　章节目录　下一章 →  无弹窗小说网
-《诛仙》txt下载  全本小说TXT下载，尽在本站  更多精校小说尽在知轩藏书下载：http://www.zxcs8.com/  《全职高手》全文阅读
-本电子书由网友上传，仅供试读，请于24小时内删除  声明：本站所有小说均由网友上传，如有侵权请联系我们  www.4020.cn
-欢迎广大书友光临阅读，最新、最快、最火的连载作品尽在起点原创！  http://www.qidian.com/book/12345.html  ==========
-官方网站：https://www.example.com/index  ----------------  ☆☆☆☆☆  ————————  * * * * *  上一篇：春天的故事
-下一篇：没有了  您的位置：首页 > 文学 > 散文  当前位置：首页 > 新闻中心  Copyright © 2019 All Rights Reserved
-版权所有，未经许可不得转载  京ICP备05012345号  分享到：微信 新浪微博 QQ空间  责任编辑：王小明  点击查看更多  ◆◆◆◆
-扫描二维码下载客户端  长按二维码，关注我们  欢迎关注我们的微信公众号：zhishi  打印本页 关闭窗口  免费小说txt全集下载
-Copyright (c) 2015-2020 某某网  请各位收藏本站：www.x.com
-""".rstrip()
-)
-
-INNOCENT = split(
-    """\
-“求月票是什么意思？”小王问道。  “月票多少钱一张？”他问售票员。  “下一章我还没写完呢。”作家苦笑着说。  目录  ……
-他合上书，心想下一章该怎么写。  他翻到下一章，继续往下读。  他收藏了三百多枚古钱币，件件都是精品。  第一章 绪论
-请收藏家来鉴定这幅画，花了他不少钱。  收藏本书的图书馆一共有三家。  “请收藏好这封信，”她低声说，“将来也许用得着。”
-她把那本旧相册收藏在箱底，从不给人看。  这家网站成立于一九九八年，主要提供新闻服务。  网站的域名是在二〇〇三年注册的。
-这个网站每天更新一次，最快的时候一小时就能看到新闻。  请记住我们的约定，明年春天在这里再见。  列车首发时间是早上六点。
-请记住，火灾发生时不要乘坐电梯。  天才记住的东西并不比常人多。  他只用一秒就记住了她的脸。  本章完全按照教学大纲编写。
-一秒钟记住二十个数字并不容易。  手机用户请到营业厅办理实名登记。  手机阅读正在改变人们的生活方式。  参考文献  “……”
-手机响了，他看了一眼，没有接。  他登录网站，下载了最新的驱动程序。  本书首发于1987年，后来多次再版。  ——《临江仙》
-本书首发于《收获》杂志，随后由人民文学出版社出版。  该片在戛纳电影节首发，引起轰动。  这个故事未完待续，我们下周再讲。
-未完的工程一直停在那里，没有人过问。  本章介绍牛顿运动定律及其应用。  上一章我们讨论了函数的极限，这一章讨论连续性。
-下一页纸上写着他的名字。  下一站是北京西站，请提前做好准备。  点击下一页的按钮，系统会保存你的答案。  -- 这是一条注释
-最新消息说，台风将在今晚登陆。  最新章程请到办公室领取，过期不候，各位同学互相转告一下，务必在周五之前办完。
-最快的办法是坐飞机去。  更新最快的是软件行业，三个月就是一代。  推荐票选出的十佳运动员今天揭晓。  A--B---C 三点共线。
-他求收藏家把画卖给他，收藏家不肯。  他跪在地上求支持他的人不要离开。  求推荐一本适合初学者的物理书，最好有习题。
-下载速度太慢，他干脆去睡觉了。  该软件支持epub和txt下载，也能在线阅读。  版权所有者有权禁止他人复制其作品。
-笔趣阁是一个盗版小说网站，曾被多家出版社起诉。  关注微信公众号的人越来越多，阅读报纸的人越来越少。  3 / 4 等于 0.75。
-版权归作者所有是著作权法的基本原则。  分享到的快乐才是真正的快乐。  编辑：这个职业的名称最早出现在宋代。
-他用二维码付了钱，转身走了。  位置：该县位于省境东南部。  他的电脑上去年就装了这个系统。  第3页的图有误。
-全文阅读下来，我的感受是作者功底深厚。  大家请记得把本子带来。  如果喜欢读书请常来我们图书馆。  这部电影在网站首发。
-移动通信去年的访问量增长了两倍，小说类应用增长最快。  本书由三联书店于1990年出版。  上传说黄帝铸鼎于荆山之下。
-他们队的进步速度最快。  网站经营者应当办理ICP备案手续。  扫描车身上的二维码，就可以打开车锁。  这章后面还有三道习题。
-很多人关注了他的微信公众号。  天才儿童记住的单词比常人多。  未完待续，是影片最后打出的字幕。  请加入我们的队伍。
-Copyright is a legal right.  手机用户可以登录网站阅读新闻。  一秒记住三个网站的名字并不难。  正版就到书店买。
-点击下一页，系统会保存你的答案。  「求月票！」他在群里写道。  这些电子书下载起来很慢。
-上一章里的人物在这一章都没有出现。  我分享到朋友圈以后，很多人来问。
-""".rstrip()
 )
 
 
@@ -131,6 +72,7 @@ def samples():
         ("&amp;amp;lt;&notanentity;&", "<&notanentity;&"),
         ("<p class='x'>一<br/>二<BR>\n三</p>\n<p>四</p>", "一\n二\n三\n\n四"),
         ("一\xa0二\u2003三\u3000 四", "一 二 三 四"),
+        ("表格  列\t\t列", "表格 列 列"),
         ("\u3000\u3000第一段  有\t\t空格  \n \u3000第二段\t\n\n\n\n第三段\n\n", "第一段 有 空格\n第二段\n\n第三段"),
         ("１９９８年，ＡＢＣａｂｃ（％）", "1998年，ABCabc（％）"),
         ("cafe\u0301 \u8c48 \uf900", "caf\xe9 豈 豈"),
@@ -142,11 +84,48 @@ def test_repair(text, expected):
     assert repair(text) == expected
 
 
-def test_repair_leaves_chinese_punctuation_and_code():
+def test_repair_leaves_chinese_punctuation_and_indents():
     signs = "，。、；：？！“”‘’（）《》〈〉【】『』「」……——·～％＋＝￥"
-    code = "如下：\n```python\ndef f(x):\n    if x < 1 & y:\n\treturn '<br>&lt;'\n```\n用`<br>`和`&nbsp;`换行"
-    for text in (signs, code, PROSE, "    缩进\n        x = 1"):
-        assert repair(text) == text
+    for text in (signs, PROSE, "    缩进\n        x = 1"):
+        assert repair(text) == repair(text, document=False) == text
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("<br>和<p>有什么区别？&lt;是什么？&nbsp;呢", None),
+        ("全角的ＡＢＣ１２３\u3000怎么打？", None),
+        ("姓名    年龄\n张三    30\n\n\n\n完\n\t缩进", None),
+        ("\u3000\u3000第一段。\n    第二段。", None),
+        ("\n\n好  \r\n的\t\n\u3000\n是\r吗\x00\u200b\ufeff\xa0？ \n", "好\n的\n\n是\n吗 ？"),
+        ("cafe\u0301\ufffd\ud83d", "caf\xe9"),
+    ],
+)
+def test_a_conversation_is_what_people_typed(text, expected):
+    assert clean_text(text, DEFAULTS) == (text if expected is None else expected)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "👨\u200d👩\u200d👧 ❤\ufe0f 1\ufe0f\u20e3 #\ufe0f\u20e3 🇨🇳 👍🏽 🏳\ufe0f\u200d🌈",
+        "👩🏽\u200d💻 🧑\u200d⚕\ufe0f ❤\ufe0f\u200d🔥 ⌨\ufe0e",
+        "🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f",  # the flag of England
+        "می\u200cخواهم क्\u200dष ക്\u200d",  # Persian, Hindi, Malayalam
+        "ᠠ\u180b ᠨ\u180eᠠ",  # Mongolian
+        "葛\U000e0100城 𠮟\U000e0101 神\ufe00",  # variants of a character
+    ],
+)
+def test_what_shapes_a_sign_is_part_of_it(text):
+    assert clean_text(text, DEFAULTS) == text
+    assert clean_text(text, DEFAULTS, document=True) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["中\u200d文", "中\u200b文\ufe0f", "中\u200c文", "中\U000e0041文", "\u200d中文", "中文\u200d"]
+)
+def test_what_shapes_nothing_goes(text):
+    assert clean_text(text, DEFAULTS) == "中文"
 
 
 def test_an_option_that_is_off_changes_nothing():
@@ -210,36 +189,6 @@ def test_to_simplified_without_its_package(monkeypatch):
         clean_text("後", dict(to_simplified=True))
 
 
-def test_junk_lines_go():
-    kept = [line for line in [*JUNK, "=" * 150] if drop_junk(f"前文。\n{line}\n后文。") != "前文。\n后文。"]
-    assert len(JUNK) >= 40 and not kept
-
-
-def test_innocent_lines_stay():
-    assert len(INNOCENT) >= 60
-    assert [line for line in INNOCENT if drop_junk(line) != line] == []
-
-
-@pytest.mark.parametrize(
-    "line, expected",
-    [
-        ("他转身走了。（未完待续）", "他转身走了。"),
-        ("他转身走了。(求推荐票，求收藏)（本章完）", "他转身走了。"),
-        ("官方网站（http://www.example.com/a?b=1）于2005年开通。", "官方网站于2005年开通。"),
-        ("可以参考http://a.example/b，也可以参考 www.example.org 的说明。", "可以参考，也可以参考 的说明。"),
-        ("详细情况（参考http://a.example/b）见附录。", "详细情况（参考）见附录。"),
-        ("See http://a.example/b. Then go on.", "See. Then go on."),
-    ],
-)
-def test_junk_within_a_line(line, expected):
-    assert clean_document(line, dict(repair=True, web_junk=True)) == (expected, None)
-
-
-def test_a_junk_line_is_no_longer_than_120_characters():
-    advert = "喜欢本书的各位请收藏"
-    assert is_junk(advert + "，" * 110) and not is_junk(advert + "，天" * 60)
-
-
 def test_chinese_paragraphs_of_documents_lose_their_indent_and_code_does_not():
     text = "    话说天下大势\n\n    “分久必合”\ndef f():\n    return 1\n\u3000\u3000合久必分"
     expected = "话说天下大势\n\n“分久必合”\ndef f():\n    return 1\n合久必分"
@@ -249,10 +198,13 @@ def test_chinese_paragraphs_of_documents_lose_their_indent_and_code_does_not():
 def test_shares_by_hand():
     assert repeated_line_share("一二三\n四\n一二三\n\n一二三") == pytest.approx(6 / 10)
     assert repeated_line_share("") == 0
+    assert repeated_line_share("一\n二\n" * 5 + "三", free=3) == pytest.approx(4 / 11)
+    assert repeated_line_share("一\n" * 4 + "一", free=3) == pytest.approx(3 / 5)  # twice is enough of one line
     distinct = "".join(map(chr, range(0x4E00, 0x4E00 + 184)))
     assert top_ngram_share("天地玄黄" * 4 + distinct, 4) == pytest.approx(3 * 4 / 200)
     assert top_ngram_share(distinct, 4) == top_ngram_share("天", 4) == top_ngram_share("", 4) == 0
     assert top_ngram_share("天地玄黄" * 3, 4) == pytest.approx(2 * 4 / 100)  # a short text counts as one of 100
+    assert top_ngram_share("天地玄黄" * 30, 4, free=8) == pytest.approx(22 * 4 / 120)
     assert top_ngram_share("天" * 500, 4) == 1
     # two copies of 12 letters: the second one is covered; of 9: no run of ten comes again
     assert repeated_ngram_share(distinct[:50] + distinct[20:32], 10) == pytest.approx(12 / 62)
@@ -309,10 +261,63 @@ def test_mojibake(text, why):
     assert clean_document(text, DEFAULTS) == (None, why)
 
 
-def test_a_few_broken_characters_are_removed():
+def test_a_few_broken_characters_are_removed_and_counted():
     broken = PROSE[:100] + "\ufffd" + PROSE[100:]
     assert clean_document(broken, DEFAULTS) == (PROSE, None)
+    assert clean_document("只有一个\ufffd坏字符的短文", DEFAULTS) == ("只有一个坏字符的短文", None)
     assert clean_text("天\ufffd地", DEFAULTS) == "天地"
+    remark = "lost characters removed"
+    assert clean_record(dict(text=broken), DEFAULTS) == (dict(text=PROSE), remark)
+    assert clean_record(dict(text=PROSE), DEFAULTS) == (dict(text=PROSE), None)
+    assert clean_record(dict(text="\ufffd" * 99), DEFAULTS) == (None, "broken characters")
+    pair = dict(messages=[dict(role="user", content="`\ufffd`？ ")], chosen="好\ud83d", rejected="坏")
+    cleaned = dict(messages=[dict(role="user", content="`\ufffd`？")], chosen="好", rejected="坏")
+    assert clean_record(pair, DEFAULTS) == (cleaned, remark)
+    assert clean_record(cleaned, DEFAULTS) == (cleaned, None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "锟铻是一把古剑的名字，见于列子。",
+        "锛子是木工的工具，锛头是铁的，用锛平木料。",
+        "王锟今年三十岁，王锟的朋友也叫锟。",
+    ]
+    + ["他手持两把锟斤拷，口中疾呼烫烫烫，这是一个关于乱码的笑话。"],
+)
+def test_a_rare_character_drops_no_document(text):
+    assert clean_document(text, DEFAULTS) == (text, None)
+
+
+# Refrains: 诗经, 乐府, 宋词 and a folk song.
+VERSE = """\
+关关雎鸠，在河之洲。窈窕淑女，君子好逑。参差荇菜，左右流之。窈窕淑女，寤寐求之。求之不得，寤寐思服。悠哉悠哉，辗转反侧。参差荇菜，左右采之。窈窕淑女，琴瑟友之。参差荇菜，左右芼之。窈窕淑女，钟鼓乐之。
+蒹葭苍苍，白露为霜。所谓伊人，在水一方。溯洄从之，道阻且长。溯游从之，宛在水中央。蒹葭萋萋，白露未晞。所谓伊人，在水之湄。溯洄从之，道阻且跻。溯游从之，宛在水中坻。
+硕鼠硕鼠，无食我黍！三岁贯女，莫我肯顾。逝将去女，适彼乐土。乐土乐土，爰得我所。硕鼠硕鼠，无食我麦！三岁贯女，莫我肯德。逝将去女，适彼乐国。乐国乐国，爰得我直。
+采采芣苢，薄言采之。采采芣苢，薄言有之。采采芣苢，薄言掇之。采采芣苢，薄言捋之。采采芣苢，薄言袺之。采采芣苢，薄言襭之。
+彼黍离离，彼稷之苗。行迈靡靡，中心摇摇。知我者，谓我心忧；不知我者，谓我何求。悠悠苍天，此何人哉？彼黍离离，彼稷之穗。行迈靡靡，中心如醉。知我者，谓我心忧；不知我者，谓我何求。悠悠苍天，此何人哉？
+江南可采莲，莲叶何田田。鱼戏莲叶间。鱼戏莲叶东，鱼戏莲叶西，鱼戏莲叶南，鱼戏莲叶北。
+红酥手，黄縢酒，满城春色宫墙柳。东风恶，欢情薄。一怀愁绪，几年离索。错、错、错。春如旧，人空瘦，泪痕红浥鲛绡透。桃花落，闲池阁。山盟虽在，锦书难托。莫、莫、莫！
+昨夜雨疏风骤，浓睡不消残酒。试问卷帘人，却道海棠依旧。知否，知否？应是绿肥红瘦。
+箫声咽，秦娥梦断秦楼月。秦楼月，年年柳色，灞陵伤别。乐游原上清秋节，咸阳古道音尘绝。音尘绝，西风残照，汉家陵阙。
+好一朵茉莉花，好一朵茉莉花，满园花草香也香不过它，我有心采一朵戴，看花的人儿要将我骂。好一朵茉莉花，好一朵茉莉花，茉莉花开雪也白不过它，我有心采一朵戴，又怕旁人笑话。""".split(
+    "\n"
+)
+
+
+@pytest.mark.parametrize("poem", VERSE)
+def test_a_refrain_drops_no_poem(poem):
+    clauses = re.sub("[，。、；？！]", "\n", poem).strip()
+    for text in (poem, clauses):
+        assert clean_document(text, DEFAULTS) == (text, None)
+
+
+@pytest.mark.parametrize("times", [10, 20, 50, 300])
+def test_a_text_of_one_phrase_is_dropped(times):
+    for text in ("本店全场五折欢迎选购\n" * times, "加微信领红包" * times):
+        assert clean_document(text, DEFAULTS)[1].startswith("repeated")
+    if times > 10:
+        assert clean_document(PROSE + "\n本店全场五折欢迎选购" * times, DEFAULTS) == (None, "repeated lines")
 
 
 def test_good_text_is_kept_as_it_is():
@@ -350,6 +355,7 @@ def test_cleaning_random_text_twice_is_cleaning_once():
     pieces += (
         "|豈|𠮷|&amp;|&|lt;|&#60;|&#38;|&#0;|&nbsp;|<br>|<p>|</p|<|br|>|`|```|Ａ|９|138|12345678|a@b.cn|@|.|www.|a.cn"
     )
+    pieces += "|\u200d|👩|❤|🏴|\U000e0067|\U000e007f|1|\u20e3|葛|\U000e0100|``|~~~|~~~py\n|\ufdd0|上一回|回目录"
     pieces += "|http://|中|文|。|,|（|）|(|)|11010519491231002X|求月票|（本章完）|下一章|目录|=|---|☆|请收藏本站"
     rng = random.Random(0)
     options = dict(repair=True, mask_personal=True, web_junk=True)
