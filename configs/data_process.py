@@ -18,6 +18,7 @@ config = dict(
     dedup_questions=False,  # also drop a conversation whose question was there before, whatever its answer
     clean=dict(
         repair=True,  # invisible characters, line breaks; in documents HTML, spaces, full-width letters and digits
+        join_lines=False,  # join the lines that a fixed width cut the paragraphs of a document into
         mask_personal=False,  # mobile numbers, e-mail addresses, identity numbers: 【手机号】【邮箱】【身份证号】
         to_simplified=False,  # Traditional to Simplified Chinese; needs the package opencc
         web_junk=True,  # drop adverts, navigation, URLs and rules from documents

@@ -12,6 +12,7 @@ import numpy as np
 
 from corpora.fences import CODE, outside_code
 from corpora.junk import drop_junk
+from corpora.wrapping import join_lines
 
 # Full-width letters and digits become ASCII, so that the year １９９８ shares its tokens with 1998.
 # Full-width punctuation stays: it is how Chinese is typeset.
@@ -160,6 +161,8 @@ def clean_text(text, options, document=False):
 
 
 def _transform(text, options, document):
+    if document and options.get("join_lines"):
+        text = join_lines(text)  # first: an indent tells where a paragraph begins
     if options.get("repair"):
         text = repair(text, document)
         if document:  # spaces before a Chinese paragraph; what is indented and no Chinese may be code
@@ -172,7 +175,7 @@ def _transform(text, options, document):
 
 
 def clean_document(text, options):
-    """(text, None), or (None, why it was dropped): clean_text with web_junk, then the filters."""
+    """(text, None), or (None, why it was dropped): clean_text with join_lines and web_junk, then the filters."""
     if _too_many(text.count("\ufffd"), text, options):
         return None, "broken characters"
     text = clean_text(text, options, document=True)
