@@ -166,7 +166,7 @@ def read_unit(job, tokenizer, outcomes):
                 record, why = None, "no question"
             elif decontaminator.contaminated(text):
                 record, why = None, "in a benchmark"
-            note = why or note
+            note = "; ".join(filter(None, (note, why))) if record else why
         if record is None:
             outcomes.drop(note, text_hash(place), place, "\n".join(texts_of(before)) if before else "")
         else:

@@ -65,11 +65,7 @@ class Turns:
         room = max_len - self.size(start, stop) + len(self.opening(start))
         if room >= len(self.opening(start)):
             return self.opening(start), None
-        if self.system or not self.answers[start]:
-            ids = self.cut(start, room)
-        else:  # nobody types this question: in training it keeps every token that fits
-            ids = self.questions[start][-room:] if room > 0 else []
-        if not ids:
+        if not (ids := self.cut(start, room)):
             return None, "answer too long" if self.answers[start] else "no room for the question"
         return ids, "cut question"
 
