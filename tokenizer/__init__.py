@@ -67,11 +67,6 @@ class Tokenizer:
         return not self._sp.is_unknown(self._sp.piece_to_id(SPACE_MARK))
 
     @property
-    def byte_fallback(self) -> bool:
-        """Whether characters without a piece are written in bytes; else they are lost as id 0."""
-        return bool(self._byte_of)
-
-    @property
     def changes(self) -> list[str]:
         """What its normaliser does to text before encoding it, other than to write spaces as U+2581."""
         from sentencepiece import sentencepiece_model_pb2  # needs protobuf, which training does not
