@@ -75,11 +75,11 @@ def data_options(folder, out, tokenizer_path):
 
 
 def make_data(folder, parts):
-    """Corpora, a tokenizer of 440 pieces and the data of some parts, in `folder`."""
+    """Corpora, a tokenizer of 540 pieces and the data of some parts, in `folder`."""
     write_corpora(folder)
     data = data_options(folder, folder / "data", folder / "tokenizer")
     data_process.main(argv(**data, parts="text"))
-    tokenizer.train.main(argv(input=folder / "data" / "corpus.txt", vocab_size=440, out=folder / "tokenizer"))
+    tokenizer.train.main(argv(input=folder / "data" / "corpus.txt", vocab_size=540, out=folder / "tokenizer"))
     data_process.main(argv(**data, parts=parts))
 
 

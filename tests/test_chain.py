@@ -339,7 +339,7 @@ def test_data_of_another_tokenizer_is_refused_with_both_files_and_values(chain, 
     for stage, source in sources.items():
         options = options_of(chain, stage, tmp_path / "out", dict(data=tmp_path / "data"))
         line = failure(capsys, MAINS[stage].main, options)
-        assert line == f"error: vocab_size is 440 in {source} and 430 in {tmp_path / 'data' / 'meta.json'}"
+        assert line == f"error: vocab_size is 540 in {source} and 430 in {tmp_path / 'data' / 'meta.json'}"
 
 
 def test_an_empty_or_missing_corpus_is_named(chain, tmp_path, capsys):

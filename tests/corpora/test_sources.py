@@ -36,7 +36,7 @@ def test_parse_source():
         ("a/b:txt=x", "a label is made of letters"),
         (":txt=x", "a label is made of letters"),
         ("txt", "a path is needed, as in txt=PATH"),
-        ("cvalues", "a path is needed"),
+        ("moss", "a path is needed"),
         ("wikipedia=", "a path is needed"),
         ("auto", "a path is needed, as in auto=PATH"),
         ("x:jsonl=a", "unknown layout jsonl; any layout is read from jsonl files.*text_rows.*auto"),

@@ -287,13 +287,15 @@ def test_control_pieces_typed_by_a_user_stay_text(tok):
 
 
 def test_long_question_is_cut_on_its_left(tok):
-    question, answer = tok.encode("这本书不好看" * 5), tok.encode("很好")
-    messages = chat("这本书不好看" * 5, "很好")
+    text = "这本书不好看" * 5
+    question, answer = tok.encode(text), tok.encode("很好")
+    messages = chat(text, "很好")
     room = len(answer) + 2  # <bos> and <eos>
-    for kept in (1, 2, len(question) - 1):
-        example, note = encode_example(tok, messages, room + kept)
-        assert note == "cut question"
-        assert example.ids == [*question[-kept:], 1, *answer, 2]
+    for fits in range(1, len(question)):
+        example, note = encode_example(tok, messages, room + fits)
+        kept = len(example.ids) - room
+        assert note == "cut question" and example.ids[kept:] == [1, *answer, 2]
+        assert text.endswith(tok.decode(example.ids[:kept])) and fits - 1 <= kept <= fits
         assert example.loss_mask == [0] * (kept + 1) + [1] * (len(answer) + 1)
     assert encode_example(tok, messages, room + len(question))[1] is None
     assert encode_example(tok, messages, room) == (None, "answer too long")
