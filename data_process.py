@@ -25,7 +25,6 @@ shards with --shard=i/n, and one merges them with --merge.
 import functools
 import importlib.util
 import json
-import os
 import re
 import shlex
 import sys
@@ -41,12 +40,22 @@ from corpora import reviews, sources
 from corpora.clean import text_hash
 from corpora.decontaminate import Decontaminator
 from corpora.dedup import conversation_signature, signature
-from corpora.files import is_clean
+from corpora.encodings import escaped, is_clean
 from corpora.hub import HUBS
 from corpora.merge import by_question, choose, compares, merge
 from corpora.meta import add_part, losses, start_meta, verify, write_report
 from corpora.records import STREAMS, as_bytes, clean_record, columns_of, encode_records, texts_of, turns_of
-from corpora.shards import SHARD_FORMAT, Outcomes, Shard, ShardWriter, content_mark, make_missing, remove_all, unmade
+from corpora.shards import (
+    SHARD_FORMAT,
+    Outcomes,
+    Shard,
+    ShardWriter,
+    content_mark,
+    make_missing,
+    remove_all,
+    unit_mark,
+    unmade,
+)
 from dataset import formats
 from dataset.formats import DataError, token_dtype
 from tokenizer import Tokenizer
@@ -55,7 +64,9 @@ SOURCES = sources.SOURCES | reviews.SOURCES
 STAGES = dict(text="pretrain", pretrain="pretrain", sft="sft", rm="rm", prompts="prompts")  # of each part's sources
 POSITIVE = "rm_length_bin min_characters max_seq_len prompts_max_len prompts_train unit_bytes".split()
 # Settings that no shard depends on: changing them makes none anew. The demo's own sources depend on all others.
-FREE = "out parts sources hub tokenizer workers unit_bytes shard merge keep_work verify list_sources".split()
+FREE = """
+    out parts sources hub tokenizer workers unit_bytes txt_characters shard merge keep_work verify list_sources
+""".split()
 
 
 def check_config(config):
@@ -115,20 +126,13 @@ def list_jobs(part, config, tokenizer):
             settings = {key: value for key, value in config.items() if key not in FREE}
             settings["files"] = [content_mark(reviews.resolve(config[key])) for key in reviews.FILES]
         else:
-            units = sources.list_units(label, layout, path, config["unit_bytes"], config["hub"])
+            sizes = config["unit_bytes"], config["txt_characters"]
+            units = sources.list_units(label, layout, path, sizes[0], config["hub"], sizes[1])
             settings = {key: config[key] for key in ("clean", "decontaminate", "max_seq_len", "prompts_max_len")}
             settings["compared"] = [compares(part, config), by_question(part, config)]
         for number, unit in enumerate(units):
-            mark = [
-                layout,
-                unit.kind,
-                unit.start,
-                unit.stop,
-                unit.encoding,
-                unit.revision,
-                *content_mark(unit.path, unit.start, unit.stop),
-            ]
-            fingerprint = json.loads(json.dumps(settings | dict(tokenizer=sha256, unit=mark, format=SHARD_FORMAT)))
+            mark = dict(tokenizer=sha256, unit=unit_mark(unit), format=SHARD_FORMAT)
+            fingerprint = json.loads(json.dumps(settings | mark))
             folder = Path(config["out"]) / "work" / part / f"{label}-{number:05d}"
             jobs.append(Job(part, unit, folder, config, model_bytes, fingerprint))
     if not jobs:
@@ -290,7 +294,7 @@ def main(argv=None):
     if not config["merge"]:
         for part in parts:
             counted = "bytes" if part == "text" else "tokens"
-            make_missing(jobs[part][i::n], make_shard, config["workers"] or os.cpu_count(), f"{part} units", counted)
+            make_missing(jobs[part][i::n], make_shard, config["workers"], f"{part} units", counted)
         if n > 1:
             print(f"shard {i}/{n} is done; when all are, run the same command with --merge instead of --shard")
             return
@@ -300,7 +304,7 @@ def main(argv=None):
     for name in replaced:  # also of a source that is no longer named
         (out / name).unlink(missing_ok=True)
     formats.save_meta(out, meta)  # a run cut off here leaves no file described wrongly
-    command = shlex.join(["python", "data_process.py", *(sys.argv[1:] if argv is None else argv)])
+    command = escaped(shlex.join(["python", "data_process.py", *(sys.argv[1:] if argv is None else argv)]))
     for part in parts:
         said, outcomes = merge(part, *opened[part], out, tokenizer)
         add_part(out, meta, part, said, command)

@@ -12,8 +12,9 @@ config = dict(
         "review_prompts",
     ],  # NAME, NAME=PATH, ANY:NAME=PATH or ANY:auto=PATH; a path may be hf:OWNER/NAME or ms:OWNER/NAME; --list_sources
     hub="huggingface",  # where sources without a path come from: huggingface, or modelscope (pip install modelscope)
-    workers=0,  # processes; 0 = one a core
-    unit_bytes=67_108_864,  # of a file of lines that a worker reads at a time; other files are read as a whole
+    workers=0,  # processes; 0 = one a core that this process may use
+    unit_bytes=67_108_864,  # of a file of lines that a worker reads at a time, or of small files; others as a whole
+    txt_characters=10_000,  # layout txt: a longer file becomes documents of about so many; 0 = a file is one
     dedup="exact",  # none, exact (same letters and digits, in conversations signs too), near (and MinHash: see docs)
     dedup_questions=False,  # also drop a conversation whose question was there before, whatever its answer
     clean=dict(

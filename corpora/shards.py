@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -22,6 +23,7 @@ import numpy as np
 
 from common.config import UserError
 from common.report import Progress
+from corpora.encodings import escaped, reading
 from dataset.formats import DataError
 
 SAMPLES = 20  # dropped records kept of each reason, to look at
@@ -72,7 +74,7 @@ class Outcomes:
         """Samples are the records of the lowest `rank`, a hash of them: a fair choice that no order changes."""
         found = self.samples.setdefault(why, [])
         if self.wants(why, rank):
-            self.samples[why] = heapq.nsmallest(SAMPLES, [*found, (rank, place, text[:SHOWN])])
+            self.samples[why] = heapq.nsmallest(SAMPLES, [*found, (rank, place, escaped(text[:SHOWN]))])
 
     def wants(self, why, rank):
         """Whether a record of this rank may be one of the samples."""
@@ -219,15 +221,39 @@ def read_done(folder):
 
 def content_mark(path, start=0, stop=0, size=1 << 16):
     """What tells a changed input file: its size, and a hash of the first and last bytes of the range."""
-    path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         return [0, ""]  # a hub data set: its rows are only known once they are read
-    total, digest = path.stat().st_size, hashlib.sha256()
-    with open(path, "rb") as file:
+    with reading(path), open(path, "rb") as file:
+        total, digest = os.fstat(file.fileno()).st_size, hashlib.sha256()
         for position in (start, max(start, (stop or total) - size)):
             file.seek(position)
             digest.update(file.read(size))
     return [total, digest.hexdigest()]
+
+
+def unit_mark(unit):
+    """What tells a changed unit: a hash of what its files are read as and of their content marks."""
+    facts = [
+        [
+            p.layout,
+            p.kind,
+            p.start,
+            p.stop,
+            p.encoding,
+            p.characters,
+            p.revision,
+            *content_mark(p.path, p.start, p.stop),
+        ]
+        for p in unit.parts or [unit]
+    ]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def usable_cpus():
+    """How many CPUs this process may use: fewer than there are in a container or under Slurm."""
+    if hasattr(os, "process_cpu_count"):  # since Python 3.13
+        return os.process_cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def unmade(jobs):
@@ -236,8 +262,11 @@ def unmade(jobs):
 
 
 def make_missing(jobs, make, workers, desc, counted):
-    """Call make(job) for the unmade jobs on `workers` processes; it returns how many tokens (`counted`) it wrote."""
-    missing = unmade(jobs)
+    """Call make(job) for the unmade jobs on `workers` processes, 0 = one a usable CPU; it returns how many tokens
+    (`counted`) it wrote."""
+    missing, workers = unmade(jobs), workers or usable_cpus()
+    if sys.platform == "win32":
+        workers = min(workers, 61)  # what Windows can wait for
     if len(missing) < len(jobs):
         print(f"{desc}: {len(jobs) - len(missing)} of {len(jobs)} are done already")
     progress = Progress(len(missing), desc=desc, counted=counted)

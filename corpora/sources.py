@@ -10,7 +10,8 @@ says of every row that gives none why. Records are
     rm        {"messages": [..., user], "chosen": str, "rejected": str}
     prompts   {"messages": [..., user], "fields": {...}}, the other fields of the row, as JSON can hold them
 
-What a row becomes is in layouts.py and preferences.py, how the files themselves are read in files.py.
+What a row becomes is in layouts.py and preferences.py, how the files themselves are found in files.py and read in
+rows.py.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from corpora import files, hints, hub
+from corpora import files, hints, hub, rows
 from corpora import layouts as of
 from corpora.files import Unit
 from corpora.preferences import pairs, ranked, ranked_texts
@@ -61,7 +62,7 @@ SOURCES = {
     "zhihu": Source("pretrain", of.zhihu, "INSTRUCTION, RESPONSE", _UNKNOWN, "wangrui6/Zhihu-KOL", "data/*.parquet"),
     "pretrain_zh": Source("pretrain", of.text_rows, "title, content", _UNKNOWN, _TIGER, "data/*.parquet"),
     "webnovel": Source("pretrain", of.webnovel, "title, chapter, text", _UNKNOWN, "wdndev/webnovel-chinese", "data/*"),
-    "txt": Source("pretrain", of.text_rows, "a file is a document", _BARE),
+    "txt": Source("pretrain", of.text_rows, "a file is a document, a long one several", _BARE),
     "lines": Source("pretrain", of.text_rows, "a line is a document", _BARE),
     "text_rows": Source("pretrain", of.text_rows, "text | content | completion | body, title", _BARE),
     "chinese_poetry": Source("pretrain", of.chinese_poetry, "title | rhythmic, author, paragraphs | content", _BARE),
@@ -144,11 +145,11 @@ def settled_layout(label, layout, path):
             return layout
         found = "ranked_texts"
     elif layout == "auto":
-        rows = first_rows(path, "text_rows")
-        found = hints.likeliest(rows) if rows else "txt"
+        first = first_rows(path, "text_rows")
+        found = hints.likeliest(first) if first else "txt"
         if found is None:
             names = ", ".join(name for name, source in SOURCES.items() if source.licence == _BARE)
-            raise DataError(f"{path}: no one layout fits rows of {hints.fields_of(rows)}; name one of {names}")
+            raise DataError(f"{path}: no one layout fits rows of {hints.fields_of(first)}; name one of {names}")
     else:
         return layout
     print(f"{label}: layout {found}", file=sys.stderr)
@@ -168,25 +169,27 @@ def first_rows(path, layout):
 
 def objects(units):
     """The objects among the first rows of some units."""
-    rows = (row for unit in units for _, row, _ in rows_of(unit))
-    return [row for row in itertools.islice(rows, hints.SAMPLE) if isinstance(row, dict)]
+    found = (row for unit in units for _, row, _ in rows_of(unit))
+    return [row for row in itertools.islice(found, hints.SAMPLE) if isinstance(row, dict)]
 
 
 def explain(units):
     """What the first rows of a source that gave no record hold, and which layout reads them; None if it has no rows."""
-    rows = objects(units)
-    if not rows:
+    first = objects(units)
+    if not first:
         return None
-    found = hints.likeliest(rows)
+    found = hints.likeliest(first)
     other = found and SOURCES[found].adapter is not SOURCES[units[0].layout].adapter
     better = f": layout {found}" if other else ""
-    return f"{units[0].source}: these rows hold {hints.fields_of(rows)}{better}"
+    return f"{units[0].source}: these rows hold {hints.fields_of(first)}{better}"
 
 
-def list_units(label, layout, path, unit_bytes=64 << 20, default_hub="huggingface"):
+def list_units(label, layout, path, unit_bytes=64 << 20, default_hub="huggingface", characters=0):
     """The units of what path names, always in one order.
 
-    It is a file, a folder, hf:OWNER/NAME or ms:OWNER/NAME, or None for the layout's own dataset on the default hub.
+    It is a file, a folder, a pattern of them, hf:OWNER/NAME or ms:OWNER/NAME, or None for the layout's own dataset on
+    the default hub. Of layout txt, a file longer than `characters` becomes several documents of about that many, if
+    that is not 0.
     """
     source = SOURCES[layout]
     if path is None:
@@ -195,7 +198,7 @@ def list_units(label, layout, path, unit_bytes=64 << 20, default_hub="huggingfac
     if place == "huggingface":
         return hub.hub_units(label, layout, name, source.files)
     path = hub.download(name) if place else path
-    units = files.file_units(label, source.read_as or layout, path, source.files, unit_bytes)
+    units = files.file_units(label, source.read_as or layout, path, source.files, unit_bytes, characters)
     return [replace(unit, layout=layout) for unit in units]
 
 
@@ -204,13 +207,15 @@ def rows_of(unit):
     source = SOURCES[unit.layout]
     if unit.kind == "hub":
         return hub.read_hub(unit, source.files)
-    return files.read_rows(replace(unit, layout=source.read_as or unit.layout))
+    return rows.read_rows(replace(unit, layout=source.read_as or unit.layout))
 
 
 def read_records(unit):
     """(place, record or None, remark or the reason for None); at least one of everything in the unit."""
     source = SOURCES[unit.layout]
     for place, row, remark in rows_of(unit):
+        if isinstance(row, str) and source.stage == "pretrain":  # an array of texts
+            row = {"text": row}
         if row is None and remark:
             yield place, None, remark
         elif not isinstance(row, dict):

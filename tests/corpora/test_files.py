@@ -1,33 +1,17 @@
-"""corpora/files.py, read through corpora/sources.py: every file format, and what real files do to a reader."""
+"""corpora/rows.py and corpora/tables.py, read through corpora/sources.py: every file format, and what real files do to
+a reader."""
 
 import gzip
 import json
-import pickle
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from reading import at, files_read, json_lines, read, write
 
-from corpora import files
-from corpora.sources import Unit, list_units, read_records
+from corpora import rows, tables
+from corpora.files import Unit
+from corpora.sources import list_units, read_records
 from dataset.formats import DataError
-
-
-def read(layout, path, unit_bytes=64 << 20):
-    """[(place without the folder, record, note)] of all units, as worker processes get them."""
-    units = pickle.loads(pickle.dumps(list_units("label", layout, path, unit_bytes)))
-    folder = f"{path if Path(path).is_dir() else Path(path).parent}/"
-    return [(place.removeprefix(folder), record, note) for unit in units for place, record, note in read_records(unit)]
-
-
-def write(path, data):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data if isinstance(data, bytes) else data.encode())
-    return path
-
-
-def json_lines(*rows):
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def texts(record):
@@ -44,10 +28,6 @@ LINE_RESULTS = [
     ("6", None, "text is a list"),
     ("7", {"text": "最后\n一行"}, None),
 ]
-
-
-def at(name, results):
-    return [(f"{name}:{line}", record, note) for line, record, note in results]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "gb18030"])
@@ -102,24 +82,24 @@ def test_a_few_bad_lines(tmp_path, capsys):
 
 def test_bad_bytes_of_gb18030_and_utf16(tmp_path, capsys):
     row = json_lines({"text": "中文字"}).encode("gb18030")
-    path = write(tmp_path / "a.jsonl", row * 20 + b'{"text": "\x81\x20"}\n' + b"\x81\x30")
+    path = write(tmp_path / "a.jsonl", row * 20 + b'{"text": "\x81\x20"}\n' + b"\x81\x30\n")
     assert Counter(note for _, _, note in read("text_rows", path)) == {None: 20, "not GB18030": 2}
     path = write(tmp_path / "a.json", b"[" + b",".join([row] * 20 + [b'"\x81\x20"', row]) + b"]")
     assert [note for _, _, note in read("text_rows", path)] == [None] * 20 + ["not GB18030", None]
-    path = write(tmp_path / "b.jsonl", "\ufeff{}\n".encode("utf-16-le") + b"\x00\xd8\x0a\x00" + b"x")
-    assert [note for _, _, note in read("text_rows", path)] == ["no text", "not UTF-16", "not UTF-16"]
+    path = write(tmp_path / "b.jsonl", "\ufeff{}\n".encode("utf-16-le") + b"\x00\xd8\x0a\x00")
+    assert [note for _, _, note in read("text_rows", path)] == ["no text", "not UTF-16"]
 
 
 def test_neither_encoding(tmp_path):
     path = write(tmp_path / "a.jsonl", b"\xff\xff\n" * 9)
-    with pytest.raises(DataError, match=r"a.jsonl: neither UTF-8 nor GB18030"):
+    with pytest.raises(DataError, match=r"a.jsonl: neither UTF-8 nor GB18030 nor Big5 beyond doubt; convert it"):
         list_units("x", "text_rows", path)
 
 
 @pytest.mark.parametrize("block", [4, 5, 50, 1 << 20])
 def test_json_array_through_a_moving_window(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(files, "BLOCK", block)
-    rows = [
+    monkeypatch.setattr(rows, "BLOCK", block)
+    values = [
         {"text": '引"号]\\'},
         12345,
         None,
@@ -129,10 +109,10 @@ def test_json_array_through_a_moving_window(tmp_path, monkeypatch, block):
         {"text": "😀\n"},
         True,
     ]
-    path = write(tmp_path / "a.json", "\ufeff \n" + json.dumps(rows, indent=1, ensure_ascii=block == 5) + " \n")
+    path = write(tmp_path / "a.json", "\ufeff \n" + json.dumps(values, indent=1, ensure_ascii=block == 5) + " \n")
     results = list(read_records(Unit("x", "text_rows", str(path), "json")))
     assert [place for place, _, _ in results] == [f"{path}:record {i}" for i in range(1, 9)]
-    assert [record for _, record, _ in results if record] == [rows[0], rows[5], rows[6]]
+    assert [record for _, record, _ in results if record] == [values[0], values[5], values[6]]
     assert [note for _, _, note in results[1:5]] == ["not an object", "not an object", "no text", "not an object"]
     assert results[7][2] == "not an object"
 
@@ -153,7 +133,7 @@ def test_arrays_with_mistakes(tmp_path):
     path = write(tmp_path / "b.json", '[{"text": "一"}]\n[{"text": "二"}]')
     with pytest.raises(DataError, match="more data after its JSON array of 1 records"):
         read("text_rows", path)
-    path = write(tmp_path / "c.json", '{\n "train": []\n}')
+    path = write(tmp_path / "c.json", "train")
     with pytest.raises(DataError, match="c.json: neither a JSON array nor JSON Lines"):
         read("text_rows", path)
     path = write(tmp_path / "d.json", b'[{"text": "\xff"},\n{"text": "' + "好".encode() + b'"}]')
@@ -201,7 +181,7 @@ def test_csv(tmp_path):
 
 
 def test_csv_with_an_open_quote_is_not_swallowed(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "CSV_FIELD", 1000)
+    monkeypatch.setattr(tables, "CSV_FIELD", 1000)
     path = write(tmp_path / "a.csv", 'text\n好\n"开\n' + "行\n" * 2000)
     with pytest.raises(DataError, match=r"a.csv:3: field larger than field limit"):
         read("text_rows", path)
@@ -231,18 +211,13 @@ def test_inputs_that_hold_nothing(tmp_path, capsys):
         list_units("x", "txt", tmp_path / "nowhere")
     write(tmp_path / "a.md", "文")
     empty = write(tmp_path / "a.jsonl", "")
-    with pytest.raises(DataError, match=r"no data in it; a alpaca source is \.jsonl \.json"):
+    with pytest.raises(DataError, match=r"no data in it; a alpaca source is \.jsonl \.ndjson"):
         list_units("x", "alpaca", tmp_path)
-    assert capsys.readouterr().err == f"{empty}: empty\n"
+    said = f"{tmp_path / 'a.md'}: not read: notes or metadata\n{empty}: empty\n"
+    assert capsys.readouterr().err == said
 
 
 def test_order_does_not_depend_on_the_file_system(tmp_path):
     for name in ("b.jsonl", "a/z.jsonl", "a.jsonl", "c.csv"):
-        write(tmp_path / name, "text\n")
-    units = list_units("x", "text_rows", tmp_path)
-    assert [Path(unit.path).relative_to(tmp_path).as_posix() for unit in units] == [
-        "a.jsonl",
-        "a/z.jsonl",
-        "b.jsonl",
-        "c.csv",
-    ]
+        write(tmp_path / name, '{"text": "文"}\n')
+    assert files_read("text_rows", tmp_path) == ["a.jsonl", "z.jsonl", "b.jsonl", "c.csv"]

@@ -1,0 +1,174 @@
+"""What a file of a corpus is: by its name when a folder is gone through, then by its first megabyte."""
+
+import json
+import re
+
+from corpora.encodings import BLOCK, detect_encoding, escaped, open_bytes, reading
+from dataset.formats import DataError
+
+TEXT_LAYOUTS = ("txt", "lines")  # whose files are plain text
+TEXT_SUFFIXES = (".txt",)
+ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+METADATA = "dataset_infos.json dataset_info.json dataset_dict.json state.json configuration.json croissant.json".split()
+NOTES = "readme license licence copying notice changelog requirements _success".split()
+ADVICE = {
+    "unpack it": ".zip .tar .tgz .tbz2 .txz .7z .rar",
+    "save it as .csv": ".xlsx .xls",
+    "save it as .txt": ".doc .docx .pdf .epub .mobi .azw3 .rtf .html .htm",
+}
+FOREIGN = (  # first bytes of what is no corpus file
+    (rb"PK\x03\x04", "a zip archive, .xlsx or .docx; unpack it, or save it as .csv or .txt"),
+    (rb"7z\xbc\xaf|Rar!|.{257}ustar", "an archive; unpack it"),
+    (rb"%PDF|\xd0\xcf\x11\xe0|\{\\rtf", "a document of an office program; save it as .csv or .txt"),
+    (rb"\x89PNG|\xff\xd8\xff|GIF8|SQLite format 3|\x89HDF|\x7fELF|\x80[\x02-\x05]|ID3|RIFF", "neither text nor rows"),
+)
+LFS = b"version https://git-lfs.github.com/spec/"
+# Fields of a row: an object with one of them is a row itself, one with none and a list of objects holds rows.
+ROW_FIELDS = frozenset(
+    "text content completion body title paragraphs sections instruction prompt question query problem input output "
+    "response answer target messages conversations conversation dialog dialogue chat turns history context chosen "
+    "rejected".split()
+)
+BLANKS = "\ufeff \t\r\n"
+
+_COMPRESSION = re.compile(r"\.(gz|bz2|xz|zst)$")
+_SUFFIX = re.compile(r"\.(7z|[a-z][a-z0-9]*)$")
+_ARRAY = re.compile(r'\[\s*(?:[\]{\["]|\Z)')
+_KEY = re.compile(r'\s*[{,]\s*("(?:[^"\\]|\\.)*")\s*:\s*')
+_ROWS = re.compile(r"\[\s*\{")
+
+
+def integer(digits):
+    """An int, or where Python refuses one of so many digits, its text."""
+    return int(digits) if len(digits) < 4000 else digits
+
+
+DECODER = json.JSONDecoder(strict=False, parse_int=integer)  # raw line breaks inside strings are common, and harmless
+
+
+class Unread(DataError):
+    """Why a file is not read: in a folder it is named and passed over."""
+
+
+# by name
+
+
+def suffixes(layout):
+    return TEXT_SUFFIXES if layout in TEXT_LAYOUTS else ROW_SUFFIXES
+
+
+def suffix_of(path):
+    """The suffix without the compression's, in lower case; "" if there is none."""
+    name = str(path).replace("\\", "/").rsplit("/", 1)[-1].lower()
+    found = _SUFFIX.search(_COMPRESSION.sub("", name))
+    return found.group() if found else ""
+
+
+def check_name(path, layout):
+    """Unread for a file of a folder that by its name is none of the corpus's; one without a suffix may be any."""
+    name, suffix = str(path).replace("\\", "/").rsplit("/", 1)[-1].lower(), suffix_of(path)
+    if name in METADATA or name.split(".")[0] in NOTES or suffix in (".md", ".rst"):
+        raise Unread("notes or metadata")
+    if not suffix or suffix in suffixes(layout):
+        return
+    if suffix in ROW_SUFFIXES:
+        raise Unread(f"rows, not text, which the layout {layout} reads")
+    if suffix not in TEXT_SUFFIXES:  # those may hold JSON
+        advice = next((f"; {what}" for what, those in ADVICE.items() if suffix in those.split()), "")
+        raise Unread(f"a {suffix} file{advice}")
+
+
+# by content
+
+
+def look(path, layout, likely=None):
+    """(kind, encoding, where the list of rows begins) of a file; `likely` is the encoding of one that is in doubt.
+
+    Unread says why the layout does not read it, DataError what is wrong with it.
+    """
+    with reading(path), open_bytes(path) as stream:
+        head = stream.read(BLOCK)
+        if head.startswith(LFS):
+            raise DataError(f"{escaped(path)}: a Git LFS pointer, the data was not downloaded: git lfs pull")
+        for magic, what in FOREIGN:
+            if re.match(magic, head, re.DOTALL):
+                raise Unread(what)
+        if head.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")):
+            if layout in TEXT_LAYOUTS:
+                raise Unread(f"rows, not text, which the layout {layout} reads")
+            return "parquet" if head.startswith(b"PAR1") else "arrow", "", 0
+        if suffix_of(path) in (".parquet", ".arrow"):
+            raise DataError(f"{escaped(path)}: does not begin as such a file does: damaged or not fully downloaded")
+        encoding = detect_encoding(path, stream, head, likely)
+    text = head.decode(encoding, "tiny_llama2_mark").lstrip(BLANKS)
+    try:
+        kind, start = text_kind(text, len(head) < BLOCK, layout, suffix_of(path))
+    except DataError as error:
+        raise type(error)(str(error) if isinstance(error, Unread) else f"{escaped(path)}: {error}") from None
+    return kind, encoding, start
+
+
+def text_kind(text, whole, layout, suffix):
+    """(kind, where the list of rows begins) of text, which is the whole file or its beginning."""
+    if layout in TEXT_LAYOUTS:
+        if isinstance(decode_first(text.split("\n", 1)[0]), dict):
+            raise Unread(f"JSON, not text, which the layout {layout} reads; a layout such as text_rows reads it")
+        return "text" if layout == "txt" else "lines", 0
+    if not text:
+        raise Unread("blank")
+    if text[0] in "{[" and (found := json_kind(text, whole)):
+        return found
+    if suffix in (".csv", ".tsv"):
+        return "csv", 0
+    if any(isinstance(decode_first(line), dict) for line in text.split("\n")):
+        return "lines", 0
+    if suffix in ROW_SUFFIXES:
+        raise DataError("neither a JSON array nor JSON Lines")
+    raise Unread("plain text, not rows; the layouts txt and lines read it")
+
+
+def decode_first(text):
+    """The JSON value that the text is, None if it is none."""
+    try:
+        return DECODER.decode(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def json_kind(text, whole):
+    """("lines", 0), or ("json", start) of values that are not a line each; None of what only begins like JSON."""
+    if text[0] == "[":
+        return ("json", 0) if _ARRAY.match(text) else None
+    first, _, rest = text.partition("\n")
+    if isinstance(decode_first(first), dict):
+        start = 0 if rest.strip(BLANKS) else find_rows(text)
+        return "json" if start else "lines", start
+    if not whole and "\n" not in text:
+        start = find_rows(text)
+        return "json" if start else "lines", start
+    try:
+        after = text[DECODER.raw_decode(text)[1] :].lstrip(BLANKS)
+    except (ValueError, RecursionError):
+        broken = any(line[:1] == "{" and decode_first(line) for line in rest.split("\n"))  # a line that others follow
+        return ("lines", 0) if broken else ("json", find_rows(text))
+    if after and after[0] not in ",{":
+        return "lines", 0
+    return "json", 0 if after else find_rows(text)
+
+
+def find_rows(text):
+    """Where in the text of an object, or its beginning, the list of objects stands that are the rows; 0 if in none."""
+    found, at = {}, 0
+    while match := _KEY.match(text, at):
+        key, at = decode_first(match[1]), match.end()
+        if str(key).lower() in ROW_FIELDS:
+            return 0
+        if _ROWS.match(text, at):
+            found[key] = at
+        try:
+            at = DECODER.raw_decode(text, at)[1]
+        except (ValueError, RecursionError):
+            break
+    if len(found) > 1:
+        raise DataError(f"holds several lists, {', '.join(map(escaped, found))}; write each to a file of its own")
+    return next(iter(found.values()), 0)

@@ -1,0 +1,169 @@
+"""Rows of files with columns: .csv .tsv .parquet .arrow."""
+
+import csv
+import itertools
+import os
+from contextlib import contextmanager
+
+from corpora.encodings import BLOCK, ENCODINGS, escaped, is_clean, open_text
+from dataset.formats import DataError
+
+CSV_FIELD = 16 << 20  # characters; a quote that is never closed must not fill the memory
+BATCH = 256  # rows of a Parquet file at once: documents can be long
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of Arrow's
+
+
+def read_csv(unit):
+    """A header, then the rows."""
+    wrong, header = f"not {ENCODINGS[unit.encoding]}", None
+    for place, row, remark, ended in csv_records(unit):
+        if row is not None and len(row) < 2 and not "".join(row).strip():
+            yield place, None, "blank"
+        elif not ended and (row is None or len(row) < len(header or ()) or not is_clean("".join(row))):
+            raise DataError(f"{place}: breaks off, as after a partial download")
+        elif row is None:
+            yield place, None, remark
+        elif header is None:
+            header = row
+        elif row == header:
+            yield place, None, "header once more"
+        elif len(row) != len(header):
+            yield place, None, "wrong number of columns"
+        else:
+            clean = is_clean("".join(row))
+            yield place, dict(zip(header, row, strict=True)) if clean else None, remark if clean else wrong
+
+
+def csv_records(unit):
+    """(place, fields or None, remark or the reason for None, whether a line break ends it) of every record.
+
+    The first one tells what separates fields. DataError where a quote is not closed: what follows it would be lost.
+    """
+    csv.field_size_limit(CSV_FIELD)
+    name, taken = escaped(unit.path), []  # the lines of a record
+
+    def lines():
+        for line in file:
+            taken.append(line.removeprefix("\ufeff"))  # of files joined to one, each may have its own
+            yield taken[-1]
+
+    with open_text(unit.path, unit.encoding) as file:
+        first = next(lines(), "\n")
+        separator = max("\t,;|" if ".tsv" in name.lower() else ",\t;|", key=first.count)
+        records = csv.reader(itertools.chain([first], lines()), delimiter=separator, strict=True)
+        columns, number, alone = 0, 1, [0, 0]  # characters and number of the records that take one line
+        while True:
+            place, remark = f"{name}:{number}", None
+            try:
+                if (row := next(records, None)) is None:
+                    return
+            except csv.Error as error:
+                if len(taken) > 1 or "unexpected end" in str(error):
+                    why = "a quote that opens in this row is not closed, or the file breaks off"
+                    raise DataError(f"{place}: {error}: {why}") from None
+                # written without regard to quotes, which belong to the text if the line has the right columns
+                row, remark = taken[0].rstrip("\r\n").split(separator), "quotes that are not CSV's"
+                row = row if len(row) == columns else None
+            columns = columns or len(row or ())
+            if len(taken) == 1:
+                alone = [alone[0] + len(taken[0]), alone[1] + 1]
+            elif swallows_rows(taken[1:-1], separator, columns, len(row) == columns, alone):
+                raise DataError(f"{place}: a quote that opens in this row is closed only after other rows")
+            yield place, row, remark, taken[-1].endswith(("\n", "\r"))
+            number = records.line_num + 1
+            taken.clear()
+
+
+def swallows_rows(inner, separator, columns, fits, alone):
+    """Whether lines within a record are rows themselves, as when a stray quote runs on until another one: most have
+    the right columns, and they are as long as records that take one line. Two columns are less of a proof."""
+    least = 1 if not fits else 2 if columns > 2 else 3
+    full = [line for line in inner if line.count(separator) == columns - 1]
+    if columns < 2 or len(full) < max(0.8 * len(inner), least):
+        return False
+    return 2 * sum(map(len, full)) * alone[1] >= alone[0] * len(full)
+
+
+@contextmanager
+def parquet_file(path):
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(f"{escaped(path)}: reading Parquet needs pyarrow (pip install pyarrow)") from None
+    try:
+        # opened here, as Arrow takes no name that is not UTF-8
+        with (
+            open(path, "rb") as file,
+            pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=BLOCK) as parquet,
+        ):
+            yield parquet
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{escaped(path)}: damaged or not fully downloaded: {error}") from None
+
+
+def cut_row_groups(path, unit_bytes):
+    """Runs (start, stop) of row groups of about unit_bytes."""
+    with parquet_file(path) as parquet:
+        sizes = [parquet.metadata.row_group(i).total_byte_size for i in range(parquet.num_row_groups)]
+    runs, start, total = [], 0, 0
+    for i, size in enumerate(sizes):
+        total += size
+        if total >= unit_bytes or i == len(sizes) - 1:
+            runs.append((start, i + 1))
+            start, total = i + 1, 0
+    return runs
+
+
+def read_parquet(unit):
+    with parquet_file(unit.path) as parquet:
+        first = 1 + sum(parquet.metadata.row_group(i).num_rows for i in range(unit.start))
+        batches = parquet.iter_batches(batch_size=BATCH, row_groups=range(unit.start, unit.stop))
+        yield from number_rows(unit.path, batches, first)
+
+
+def read_arrow(unit):
+    """What `save_to_disk` of `datasets` writes, a stream, or an Arrow file."""
+    try:
+        import pyarrow
+    except ImportError:
+        raise DataError(f"{escaped(unit.path)}: reading Arrow needs pyarrow (pip install pyarrow)") from None
+    try:
+        with open(unit.path, "rb") as file:
+            if file.peek(6).startswith(b"ARROW1"):
+                reader = pyarrow.ipc.open_file(file)
+                batches = map(reader.get_batch, range(reader.num_record_batches))
+            else:
+                file.seek(-len(END_OF_STREAM), os.SEEK_END)
+                if file.read() != END_OF_STREAM:
+                    raise DataError(f"{escaped(unit.path)}: breaks off, as after a partial download")
+                file.seek(0)
+                batches = pyarrow.ipc.open_stream(file)
+            pieces = (batch.slice(i, BATCH) for batch in batches for i in range(0, batch.num_rows, BATCH))
+            yield from number_rows(unit.path, pieces, 1)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{escaped(unit.path)}: damaged or not fully downloaded: {error}") from None
+
+
+def number_rows(path, batches, number):
+    name = escaped(path)
+    for batch in batches:
+        names, columns = batch.schema.names, map(to_python, batch.columns)
+        for values in zip(*columns, strict=True):
+            yield f"{name}:record {number}", dict(zip(names, values, strict=True)), None
+            number += 1
+
+
+def to_python(column):
+    """The values of a column; None for those that Python cannot hold, as a date before the year 1."""
+    try:
+        return column.to_pylist()
+    except (ArithmeticError, ValueError, LookupError):
+        return [value_of(scalar) for scalar in column]
+
+
+def value_of(scalar):
+    try:
+        return scalar.as_py()
+    except (ArithmeticError, ValueError, LookupError):
+        return None
