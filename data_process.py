@@ -46,7 +46,6 @@ from corpora.merge import by_question, choose, compares, merge
 from corpora.meta import add_part, losses, start_meta, verify, write_report
 from corpora.records import STREAMS, as_bytes, clean_record, columns_of, encode_records, texts_of, turns_of
 from corpora.shards import (
-    SHARD_FORMAT,
     Outcomes,
     Shard,
     ShardWriter,
@@ -131,8 +130,7 @@ def list_jobs(part, config, tokenizer):
             settings = {key: config[key] for key in ("clean", "decontaminate", "max_seq_len", "prompts_max_len")}
             settings["compared"] = [compares(part, config), by_question(part, config)]
         for number, unit in enumerate(units):
-            mark = dict(tokenizer=sha256, unit=unit_mark(unit), format=SHARD_FORMAT)
-            fingerprint = json.loads(json.dumps(settings | mark))
+            fingerprint = json.loads(json.dumps(settings | dict(tokenizer=sha256, unit=unit_mark(unit))))
             folder = Path(config["out"]) / "work" / part / f"{label}-{number:05d}"
             jobs.append(Job(part, unit, folder, config, model_bytes, fingerprint))
     if not jobs:

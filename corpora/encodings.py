@@ -138,8 +138,8 @@ def sample_lines(stream, head):
         size = os.fstat(stream.fileno()).st_size
         for i in range(1, PLACES + 1):
             stream.seek(len(head) + (size - len(head)) * i // (PLACES + 1))
-            stream.readline(BLOCK)  # it began somewhere in a line
-            lines += foreign(stream.read(BLOCK // PLACES))
+            if stream.readline(BLOCK).endswith(b"\n"):  # it began somewhere in a line
+                lines += foreign(stream.read(BLOCK // PLACES))
         stream.seek(len(head))
     while not lines and (block := stream.read(BLOCK)):
         lines = foreign(block + stream.readline(BLOCK))

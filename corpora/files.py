@@ -1,7 +1,8 @@
 """Paths -> units: the files that a source names are found, told what they are, and cut into units of work.
 
-`file_units` cuts an input into units that worker processes read on their own; how a unit is read is in rows.py. Every path below a source becomes part of a unit or is named on stderr with the reason; what cannot be read,
-or not told what it is, is a DataError.
+`file_units` cuts an input into units that worker processes read on their own; how a unit is read is in rows.py. Every
+path below a source becomes part of a unit or is named on stderr with the reason; what cannot be read, or not told what
+it is, is a DataError.
 """
 
 import errno
@@ -11,7 +12,6 @@ import os
 import stat
 import sys
 from collections import Counter, defaultdict
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import PurePath, PurePosixPath
 

@@ -20,7 +20,7 @@ NAMED = 5  # bad lines named per unit: enough to see what is wrong with a file
 _GAP = re.compile(r"[\s\ufeff]*,?[\s\ufeff]*")  # between the elements of a JSON array
 # Where a long text may be cut, the best places first: before the heading of a chapter, after a line, after a sentence.
 _CUTS = (
-    re.compile(r"\n(?=[ \t\u3000]*第[\d零〇一二两三四五六七八九十百千]{1,9}[章回节節卷][^\n]{0,40}\n)"),
+    re.compile(r"\n(?=[ \t\u3000]*第[\d零〇一二两三四五六七八九十百千]{1,9}[章回节節卷][^\n。！？：“”]{0,40}\n)"),
     re.compile(r"\n"),
     re.compile(r"[。！？!?…]+[”’」』）]*"),
 )

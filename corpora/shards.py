@@ -232,7 +232,7 @@ def content_mark(path, start=0, stop=0, size=1 << 16):
 
 
 def unit_mark(unit):
-    """What tells a changed unit: a hash of what its files are read as and of their content marks."""
+    """What tells a changed unit: a hash of what its files are read as, of their content marks and of the shard's format."""
     facts = [
         [
             p.layout,
@@ -246,7 +246,7 @@ def unit_mark(unit):
         ]
         for p in unit.parts or [unit]
     ]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([SHARD_FORMAT, facts]).encode()).hexdigest()
 
 
 def usable_cpus():

@@ -1,209 +1,31 @@
-"""corpora/rows.py and corpora/tables.py, read through corpora/sources.py: every file format, and what real files do to
-a reader."""
+"""corpora/files.py and corpora/kinds.py: every path below a source is read, or named with the reason."""
 
+import bz2
 import gzip
 import json
-from collections import Counter
+import lzma
+import os
+import tempfile
+from pathlib import Path
 
 import pytest
-from reading import at, files_read, json_lines, read, write
+from reading import files_read, json_lines, read, write
 
-from corpora import rows, tables
-from corpora.files import Unit
 from corpora.sources import list_units, read_records
 from dataset.formats import DataError
 
-
-def texts(record):
-    return [message["content"] for message in record["messages"]]
+ROW = json_lines({"text": "一行"})
 
 
-LINES = '{"text": "一"}\r\n\n[1]\nnot json\n{"text": "带\t制表"}\n{"text": []}\n{"text": "最后\\n一行"}'
-LINE_RESULTS = [
-    ("1", {"text": "一"}, None),
-    ("2", None, "blank"),
-    ("3", None, "not an object"),
-    ("4", None, "not JSON"),
-    ("5", {"text": "带\t制表"}, None),
-    ("6", None, "text is a list"),
-    ("7", {"text": "最后\n一行"}, None),
-]
+def zstd(data):
+    pyarrow = pytest.importorskip("pyarrow", reason="reads .zst")
+    out = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(out, "zstd") as file:
+        file.write(data)
+    return out.getvalue().to_pybytes()
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "gb18030"])
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz"])
-def test_json_lines_in_every_encoding(tmp_path, capsys, name, encoding):
-    data = LINES.encode(encoding)
-    path = write(tmp_path / name, gzip.compress(data) if name.endswith("gz") else data)
-    assert read("text_rows", path) == at(name, LINE_RESULTS)
-    said = capsys.readouterr().err
-    assert said == (f"{path}: read as GB18030\n" if encoding == "gb18030" else "")
-
-
-@pytest.mark.parametrize("size", [1, 2, 7, 13, 100, 10**9])
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "gb18030"])
-def test_units_of_any_size_read_each_line_once(tmp_path, size, encoding):
-    path = write(tmp_path / "a.jsonl", LINES.encode(encoding))
-    assert read("text_rows", path, size) == at("a.jsonl", LINE_RESULTS)
-    whole = LINES.encode(encoding)
-    assert len(list_units("x", "text_rows", path, size)) == -(-len(whole) // size)
-
-
-def test_lines_and_txt(tmp_path):
-    write(tmp_path / "b" / "二.txt", "甲\r\n\r\n 乙 \r\n")
-    write(tmp_path / "a.txt.gz", gzip.compress("丙".encode()))
-    write(tmp_path / ".cache" / "no.txt", "隐藏")
-    write(tmp_path / "rows.jsonl", json_lines({"text": "不是文本"}))
-    assert read("txt", tmp_path) == [
-        ("a.txt.gz:1", {"text": "丙"}, None),
-        ("b/二.txt:1", {"text": "甲\n\n 乙 \n"}, None),
-    ]
-    assert read("lines", tmp_path)[1:] == at(
-        "b/二.txt", [("1", {"text": "甲"}, None), ("2", None, "blank"), ("3", {"text": " 乙 "}, None)]
-    )
-    assert [record for _, record, _ in read("text_rows", tmp_path)] == [{"text": "不是文本"}]
-
-
-def test_a_few_bad_lines(tmp_path, capsys):
-    good = json_lines({"text": "好" * 9}).encode()
-    path = write(tmp_path / "a.jsonl", (good + b'{"text": "\xff\xfe"}\n') * 7 + good)
-    results = read("text_rows", path)
-    assert Counter(note for _, _, note in results) == {None: 8, "not UTF-8": 7}
-    assert results[1] == ("a.jsonl:2", None, "not UTF-8")
-    said = capsys.readouterr().err.splitlines()
-    assert said[0] == f"{path}:2: not UTF-8: invalid start byte, byte 10"
-    assert [line.split(":")[1] for line in said] == ["2", "4", "6", "8", "10"]
-
-    path = write(tmp_path / "a.txt", "书".encode() * 9 + b"\xff\n" + "�".encode())
-    assert read("txt", path) == [("a.txt:1", {"text": "书" * 9 + "�\n�"}, "bytes that are not UTF-8 replaced")]
-    path = write(tmp_path / "b.txt", "有�".encode())
-    assert read("txt", path) == [("b.txt:1", {"text": "有�"}, None)]
-
-
-def test_bad_bytes_of_gb18030_and_utf16(tmp_path, capsys):
-    row = json_lines({"text": "中文字"}).encode("gb18030")
-    path = write(tmp_path / "a.jsonl", row * 20 + b'{"text": "\x81\x20"}\n' + b"\x81\x30\n")
-    assert Counter(note for _, _, note in read("text_rows", path)) == {None: 20, "not GB18030": 2}
-    path = write(tmp_path / "a.json", b"[" + b",".join([row] * 20 + [b'"\x81\x20"', row]) + b"]")
-    assert [note for _, _, note in read("text_rows", path)] == [None] * 20 + ["not GB18030", None]
-    path = write(tmp_path / "b.jsonl", "\ufeff{}\n".encode("utf-16-le") + b"\x00\xd8\x0a\x00")
-    assert [note for _, _, note in read("text_rows", path)] == ["no text", "not UTF-16"]
-
-
-def test_neither_encoding(tmp_path):
-    path = write(tmp_path / "a.jsonl", b"\xff\xff\n" * 9)
-    with pytest.raises(DataError, match=r"a.jsonl: neither UTF-8 nor GB18030 nor Big5 beyond doubt; convert it"):
-        list_units("x", "text_rows", path)
-
-
-@pytest.mark.parametrize("block", [4, 5, 50, 1 << 20])
-def test_json_array_through_a_moving_window(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(rows, "BLOCK", block)
-    values = [
-        {"text": '引"号]\\'},
-        12345,
-        None,
-        {"text": float("nan")},
-        [1],
-        {"text": "长" * 3000},
-        {"text": "😀\n"},
-        True,
-    ]
-    path = write(tmp_path / "a.json", "\ufeff \n" + json.dumps(values, indent=1, ensure_ascii=block == 5) + " \n")
-    results = list(read_records(Unit("x", "text_rows", str(path), "json")))
-    assert [place for place, _, _ in results] == [f"{path}:record {i}" for i in range(1, 9)]
-    assert [record for _, record, _ in results if record] == [values[0], values[5], values[6]]
-    assert [note for _, _, note in results[1:5]] == ["not an object", "not an object", "no text", "not an object"]
-    assert results[7][2] == "not an object"
-
-
-@pytest.mark.parametrize("cut", [1, 5, 30, 50, 51, 52, 53, 54, 100])
-def test_array_that_breaks_off(tmp_path, cut):
-    text = json.dumps([{"text": "一" * 30, "n": i} for i in range(9)], ensure_ascii=False)[:cut]
-    path, whole, got = write(tmp_path / "a.json", text), text.count("}"), []
-    with pytest.raises(DataError, match=f"a.json: record {whole + 1} breaks off, as after a partial download"):
-        got.extend(read_records(Unit("x", "text_rows", str(path), "json")))
-    assert len(got) == whole
-
-
-def test_arrays_with_mistakes(tmp_path):
-    path = write(tmp_path / "a.json", '[{"text": "一"}, {"text" "二"}, ' + '{"text": "三"},' * 99999 + "]")
-    with pytest.raises(DataError, match="a.json: record 2 is not JSON: Expecting ':' delimiter"):
-        read("text_rows", path)
-    path = write(tmp_path / "b.json", '[{"text": "一"}]\n[{"text": "二"}]')
-    with pytest.raises(DataError, match="more data after its JSON array of 1 records"):
-        read("text_rows", path)
-    path = write(tmp_path / "c.json", "train")
-    with pytest.raises(DataError, match="c.json: neither a JSON array nor JSON Lines"):
-        read("text_rows", path)
-    path = write(tmp_path / "d.json", b'[{"text": "\xff"},\n{"text": "' + "好".encode() + b'"}]')
-    assert [note for _, _, note in read("text_rows", path)] == ["not UTF-8", None]
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
-def test_long_lines(tmp_path, name):
-    rows = [{"text": "长" * 700_000}, {"text": "短"}]  # 2.1 MB: longer than what encoding is told from
-    path = write(tmp_path / name, json_lines(*rows))
-    units = list_units("x", "text_rows", path, 300_000)
-    assert len(units) == 8 and sum(bool(list(read_records(unit))) for unit in units) == 2
-    assert read("text_rows", path, 300_000) == [(f"{name}:{i + 1}", row, None) for i, row in enumerate(rows)]
-
-
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.txt.gz"])
-def test_gz_that_breaks_off(tmp_path, name):
-    rows = [{"text": f"{i * 7919 % 10007}一"} for i in range(9000)]
-    text = json.dumps(rows) if name == "a.json.gz" else json_lines(*rows)
-    path = write(tmp_path / name, gzip.compress(text.encode())[:-1000])
-    layout = "txt" if name == "a.txt.gz" else "text_rows"
-    with pytest.raises(DataError, match=rf"{name}: damaged or not fully downloaded"):
-        read(layout, path)
-
-
-def test_csv(tmp_path):
-    text = "﻿instruction,input,output\r\n"
-    text += '问一,,"第一行\r\n第二行，带""引号"""\r\n\r\n问二,多,余,列\r\n问三,,答\r\n'
-    path = write(tmp_path / "a.csv", text + f"问四,,{'长' * 200_000}\n")
-    results = read("alpaca", path)
-    assert [(place, note) for place, _, note in results] == [
-        ("a.csv:2", None),
-        ("a.csv:4", "blank"),
-        ("a.csv:5", "wrong number of columns"),
-        ("a.csv:6", None),
-        ("a.csv:7", None),
-    ]
-    assert texts(results[0][1]) == ["问一", '第一行\r\n第二行，带"引号"']
-    assert texts(results[4][1])[1] == "长" * 200_000
-    path = write(tmp_path / "b.tsv", "prompt\tchosen\trejected\n问\t好,\t坏\n问\t好\n")
-    assert [(r and r["chosen"], note) for _, r, note in read("pairs", path)] == [
-        ("好,", None),
-        (None, "wrong number of columns"),
-    ]
-
-
-def test_csv_with_an_open_quote_is_not_swallowed(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "CSV_FIELD", 1000)
-    path = write(tmp_path / "a.csv", 'text\n好\n"开\n' + "行\n" * 2000)
-    with pytest.raises(DataError, match=r"a.csv:3: field larger than field limit"):
-        read("text_rows", path)
-
-
-def test_parquet_by_row_groups(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow", reason="reads Parquet files")
-    import pyarrow.parquet as parquet
-
-    rows = [{"INSTRUCTION": f"问{i}", "RESPONSE": "答" * i * 20} for i in range(1, 11)]
-    rows[0]["INSTRUCTION"], rows[3]["RESPONSE"] = None, ""
-    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=3)
-    whole = read("zhihu", tmp_path)
-    assert whole[0] == ("a.parquet:record 1", {"text": "答" * 20}, None)
-    assert whole[3] == ("a.parquet:record 4", None, "empty text")
-    assert [place for place, _, _ in whole] == [f"a.parquet:record {i}" for i in range(1, 11)]
-    assert len(list_units("x", "zhihu", tmp_path)) == 1
-    assert len(list_units("x", "zhihu", tmp_path, 1)) == 4
-    assert read("zhihu", tmp_path, 1) == whole
-    damaged = write(tmp_path / "b.parquet", (tmp_path / "a.parquet").read_bytes()[:-20])
-    with pytest.raises(DataError, match="b.parquet: "):
-        list_units("x", "zhihu", damaged)
+COMPRESS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstd}
 
 
 def test_inputs_that_hold_nothing(tmp_path, capsys):
@@ -221,3 +43,216 @@ def test_order_does_not_depend_on_the_file_system(tmp_path):
     for name in ("b.jsonl", "a/z.jsonl", "a.jsonl", "c.csv"):
         write(tmp_path / name, '{"text": "文"}\n')
     assert files_read("text_rows", tmp_path) == ["a.jsonl", "z.jsonl", "b.jsonl", "c.csv"]
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_every_compression(tmp_path, suffix):
+    rows = [{"text": f"{i * 7919 % 10007}一"} for i in range(9000)]
+    data = COMPRESS[suffix](json_lines(*rows).encode())
+    write(tmp_path / f"a.jsonl.{suffix}", data)
+    write(tmp_path / f"B.NDJSON.{suffix.upper()}", data + data)  # some tools write several streams in a row
+    write(tmp_path / f"c.csv.{suffix}", COMPRESS[suffix]("title,text\n题,文\n".encode()))
+    write(tmp_path / f"d.tsv.{suffix}", COMPRESS[suffix]("title\ttext\n题\t文\n".encode()))
+    records = [record for _, record, _ in read("text_rows", tmp_path)]
+    assert records == rows * 3 + [{"text": "题\n文"}] * 2
+    path = write(tmp_path / "cut" / f"a.jsonl.{suffix}", data[:-100])
+    with pytest.raises(DataError, match=rf"a.jsonl.{suffix}: damaged or not fully downloaded"):
+        read("text_rows", path)
+
+
+def test_a_file_is_what_it_holds(tmp_path):
+    write(tmp_path / "1.jsonl", gzip.compress(ROW.encode()))
+    write(tmp_path / "2.json", ROW + ROW)
+    write(tmp_path / "3.jsonl", json.dumps([{"text": "一行"}] * 2, indent=1))
+    write(tmp_path / "4.csv", ROW)
+    write(tmp_path / "5.txt", ROW)
+    write(tmp_path / "part-00006", ROW)
+    write(tmp_path / "7.jsonl.gz", ROW)  # decompressed by what downloaded it
+    assert [record for _, record, _ in read("text_rows", tmp_path)] == [{"text": "一行"}] * 9
+    write(tmp_path / "小说.第1卷", "正文")
+    write(tmp_path / "wiki_00", "文")
+    assert files_read("txt", tmp_path) == ["wiki_00", "小说.第1卷"]
+
+
+def test_what_is_not_read_is_named(tmp_path, capsys):
+    for name in ("README.md", "LICENSE", "dataset_infos.json", "readme.txt"):
+        write(tmp_path / name, "{}")
+    for i in range(9):
+        write(tmp_path / "pictures" / f"{i}.png", b"\x89PNG")
+    write(tmp_path / "a.xlsx", b"PK\x03\x04")
+    write(tmp_path / "archive", b"PK\x03\x04")
+    write(tmp_path / "b.zip", b"PK\x03\x04")
+    write(tmp_path / "c.txt", "文字")
+    write(tmp_path / "data" / ".hidden.jsonl", ROW)
+    write(tmp_path / "data" / "d.jsonl", ROW)
+    assert files_read("text_rows", tmp_path) == ["d.jsonl"]
+    said = capsys.readouterr().err.replace(f"{tmp_path}/", "").replace(f"{tmp_path}", "")
+    assert sorted(said.splitlines()) == [
+        ": 4 files not read: notes or metadata: LICENSE, README.md, dataset_infos.json, ...",
+        ": 9 files not read: a .png file: pictures/0.png, pictures/1.png, pictures/2.png, ...",
+        "a.xlsx: not read: a .xlsx file; save it as .csv",
+        "archive: not read: a zip archive, .xlsx or .docx; unpack it, or save it as .csv or .txt",
+        "b.zip: not read: a .zip file; unpack it",
+        "c.txt: not read: plain text, not rows; the layouts txt and lines read it",
+    ]
+    assert files_read("webnovel", tmp_path) == ["d.jsonl"]  # the layout reads data/*
+    write(tmp_path / "e.jsonl", ROW)
+    capsys.readouterr()
+    assert files_read("webnovel", tmp_path) == ["d.jsonl"]
+    assert "3 files not read: not among data/*: archive, c.txt, e.jsonl" in capsys.readouterr().err
+    assert files_read("txt", tmp_path) == ["c.txt"]
+    assert "d.jsonl, e.jsonl" in (said := capsys.readouterr().err)
+    assert "2 files not read: rows, not text, which the layout txt reads" in said
+
+
+@pytest.mark.parametrize(
+    "layout, name, data, message",
+    [
+        ("text_rows", "a.zip", b"PK\x03\x04", "a.zip: a zip archive, .xlsx or .docx; unpack it"),
+        ("text_rows", "a.tar.gz", gzip.compress(b"x" * 257 + b"ustar" + b"x" * 300), "a.tar.gz: an archive; unpack it"),
+        ("txt", "a.pdf", b"%PDF-1.7", "a.pdf: a document of an office program"),
+        ("alpaca", "a.txt", "文字".encode(), "a.txt: plain text, not rows; the layouts txt and lines read it"),
+        ("lines", "a.txt", ROW.encode(), "a.txt: JSON, not text, .* a layout such as text_rows reads it"),
+        ("txt", "a", b"PAR1", "a: rows, not text"),
+        ("text_rows", "a.parquet", b"<html>404</html>", "a.parquet: does not begin as such a file does"),
+        ("text_rows", "a.json", b"'text'", "a.json: neither a JSON array nor JSON Lines"),
+    ],
+)
+def test_a_file_given_by_name_that_cannot_be_read_is_an_error(tmp_path, layout, name, data, message):
+    with pytest.raises(DataError, match=message):
+        list_units("x", layout, write(tmp_path / name, data))
+
+
+@pytest.mark.parametrize("name", ["b.jsonl", "b.json", "b.parquet", "b.txt"])
+def test_git_lfs_pointers(tmp_path, name):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 99\n"
+    path, layout = write(tmp_path / name, pointer), "txt" if name == "b.txt" else "text_rows"
+    write(tmp_path / "a.jsonl", ROW)
+    for source in (path, tmp_path):
+        with pytest.raises(DataError, match=f"{name}: a Git LFS pointer, the data was not downloaded: git lfs pull"):
+            list_units("x", layout, source)
+
+
+def test_links(tmp_path, capsys):
+    write(tmp_path / "elsewhere" / "a.jsonl", ROW)
+    folder = tmp_path / "in"
+    write(folder / "b" / "b.jsonl", ROW)
+    (folder / "a").symlink_to(tmp_path / "elsewhere")
+    (folder / "b" / "loop").symlink_to(folder)
+    (folder / "again").symlink_to(folder / "b")
+    (folder / "gone").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(folder / "pipe")
+    assert files_read("text_rows", folder) == ["a.jsonl", "b.jsonl"]
+    assert sorted(capsys.readouterr().err.replace(f"{folder}", "in").splitlines()) == [
+        "in/gone: not read: a broken link",
+        "in/pipe: not read: neither a file nor a folder",
+        "in: 2 files not read: a link to a folder that is read already: b/loop, again",
+    ]
+    for name, message in (("gone", "neither a file nor a folder"), ("pipe", "neither a file nor a folder")):
+        with pytest.raises(DataError, match=message):
+            list_units("x", "text_rows", folder / name)
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="needs users")
+@pytest.mark.parametrize("closed", ["closed", "closed/b.jsonl"])
+def test_what_may_not_be_read_is_an_error(closed):
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to others
+        write(Path(folder) / "a.jsonl", ROW)
+        write(Path(folder) / "closed" / "b.jsonl", ROW)
+        os.chmod(folder, 0o755)
+        os.chmod(Path(folder) / closed, 0)
+        user = os.geteuid()
+        try:
+            os.seteuid(user or 65534)  # root may read anything
+            with pytest.raises(DataError, match=rf"{closed}: cannot be read: Permission denied"):
+                list_units("x", "text_rows", folder)
+        finally:
+            os.seteuid(user)
+            os.chmod(Path(folder) / closed, 0o755)
+
+
+def test_patterns_and_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("x/a1.jsonl", "x/a2.jsonl", "y/a3.jsonl", "y/.a4.jsonl", "y/b.png", "z/sub/a5.jsonl", "a[1].jsonl"):
+        write(tmp_path / name, ROW)
+    assert files_read("text_rows", "~/x/a1.jsonl") == ["a1.jsonl"]
+    assert files_read("text_rows", "~/[xy]/a?.jsonl") == ["a1.jsonl", "a2.jsonl", "a3.jsonl"]
+    assert files_read("text_rows", f"{tmp_path}/?/*.jsonl") == ["a1.jsonl", "a2.jsonl", "a3.jsonl"]
+    assert files_read("text_rows", tmp_path / "z*") == ["a5.jsonl"]
+    assert files_read("text_rows", tmp_path / "a[1].jsonl") == ["a[1].jsonl"]  # a path wins over a pattern
+    monkeypatch.chdir(tmp_path)
+    assert files_read("text_rows", "x/*2*") == files_read("text_rows", "*/a2.jsonl") == ["a2.jsonl"]
+    with pytest.raises(DataError, match=r"w\*: no file matches"):
+        list_units("x", "text_rows", "w*")
+    with pytest.raises(DataError, match=r"name the folder, whose subfolders are read too"):
+        list_units("x", "text_rows", "**/a*")
+
+
+def test_names_that_are_not_utf8(tmp_path, capsys):
+    name = os.fsdecode("三国.txt".encode("gbk"))
+    write(tmp_path / name, "正文")
+    write(tmp_path / os.fsdecode("画.png".encode("gbk")), "")
+    escaped = r"\udcc8\udcfd\udcb9\udcfa.txt"
+    assert read("txt", tmp_path) == [(f"{escaped}:1", {"text": "正文"}, None)]
+    assert r"\udcbb\udcad.png: not read" in capsys.readouterr().err
+    pyarrow = pytest.importorskip("pyarrow", reason="reads Parquet files")
+    from pyarrow import parquet
+
+    with open(tmp_path / name, "wb") as file:
+        parquet.write_table(pyarrow.table({"text": ["文"]}), file)
+    assert read("text_rows", tmp_path) == [(f"{escaped}:record 1", {"text": "文"}, None)]
+
+
+def test_small_files_share_a_unit(tmp_path):
+    for i in range(40):
+        write(tmp_path / "small" / f"{i:02d}.txt", f"第{i}篇" * 10)  # 70 or 80 bytes: less than a sixteenth of a unit
+    write(tmp_path / "small" / "20-large.txt", "长" * 1000)
+    whole = read("txt", tmp_path / "small", 1)
+    assert [len(unit.parts) for unit in list_units("x", "txt", tmp_path / "small", 1)] == [0] * 41
+    units = list_units("x", "txt", tmp_path / "small", 1300)
+    assert [len(unit.parts) for unit in units] == [17, 3, 0, 16, 4]
+    assert read("txt", tmp_path / "small", 1300) == whole
+    write(tmp_path / "rows" / "a.jsonl", ROW)
+    write(tmp_path / "rows" / "b.jsonl", ROW + "{")
+    (unit,) = list_units("x", "text_rows", tmp_path / "rows")
+    with pytest.raises(DataError, match="b.jsonl:2: not JSON and ends without a line break: it breaks off"):
+        list(read_records(unit))
+
+
+@pytest.mark.parametrize("size", [20, 1000])
+def test_a_file_that_changes_after_it_was_listed(tmp_path, size):
+    path = write(tmp_path / "a.jsonl", ROW * 9)
+    units = list_units("x", "text_rows", path, size)
+    write(path, ROW * 8)
+    with pytest.raises(DataError, match="a.jsonl: its size changed while it was read"):
+        for unit in units:
+            list(read_records(unit))
+    path.unlink()
+    with pytest.raises(DataError, match="a.jsonl: cannot be read: No such file"):
+        list(read_records(units[0]))
+
+
+def test_hub_directory_by_shards(tmp_path, monkeypatch):
+    pytest.importorskip("datasets", reason="reads hub datasets")
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # it may have been imported before
+    for i in range(3):
+        rows = [{"title": "书", "chapter": f"第{i}章", "text": f"正文{i}{j}"} for j in range(2)]
+        write(tmp_path / "copy" / "data" / f"part-{i}.jsonl", json_lines(*rows))
+    write(tmp_path / "copy" / "example.jsonl", json_lines({"text": "例"}))
+    units = hub_units("novels", "webnovel", str(tmp_path / "copy"))
+    assert [(unit.source, unit.kind, unit.start, unit.stop) for unit in units] == [
+        ("novels", "hub", i, 3) for i in range(3)
+    ]
+    results = [item for unit in units for item in read_records(unit)]
+    assert [record["text"] for _, record, _ in results] == [
+        f"书\n第{i}章\n正文{i}{j}" for i in range(3) for j in (0, 1)
+    ]
+    assert results[3][0] == f"{tmp_path / 'copy'}:shard 1 record 2"
+    assert len(read("webnovel", tmp_path / "copy")) == 6  # as plain files, example.jsonl left out too
+    with pytest.raises(DataError, match="absent: "):
+        hub_units("x", "belle", str(tmp_path / "absent"))
