@@ -19,6 +19,7 @@ from configs.data_process import config
 from configs.tokenizer import config as tokenizer_defaults
 from corpora import sources
 from corpora.clean import clean_document, content_key, is_validation
+from corpora.shards import usable_cpus
 from data_process import main
 from dataset.batches import Examples
 from dataset.corpus import Corpus
@@ -364,6 +365,69 @@ def test_samples_of_what_was_dropped_are_limited(tmp_path, build):
     assert len({row["place"] for row in samples}) == 40
     report = (tmp_path / "data" / "report.md").read_text(encoding="utf-8")
     assert all(f"{why} {n}" for why, n in dropped.items()) and "| a | 140 | 60 |" in report
+
+
+def test_small_files_are_what_they_are_in_one(tmp_path, build):
+    """A file a document, in few shards: the same bytes as from one file, for any number of processes."""
+    texts = texts_of(300, 1)
+    write_jsonl(tmp_path / "one.jsonl", [dict(text=text) for text in texts])
+    for i, text in enumerate(texts):
+        (tmp_path / "in" / f"{i % 7}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / f"{i % 7}" / f"{i:03d}.txt").write_text(text, encoding="utf-8")
+    options = (f"--sources=a:txt={tmp_path / 'in'}", "--parts=pretrain")
+    small = build("small", *options, "--keep_work")
+    folder = tmp_path / "small" / "work" / "pretrain"
+    assert [path.name for path in folder.iterdir()] == ["a-00000"]
+    assert build("two", *options, "--unit_bytes=20000", "--workers=2") == small
+    write_jsonl(tmp_path / "one.jsonl", [dict(text=text) for i in range(7) for text in texts[i::7]])
+    one = build("one", f"--sources=a:text_rows={tmp_path / 'one.jsonl'}", "--parts=pretrain")
+    assert [one[f"{split}.a.bin"] == small[f"{split}.a.bin"] for split in ("train", "val")] == [True, True]
+    (tmp_path / "in" / "3" / "003.txt").write_text(texts[3].replace("第3篇", "第9篇"), encoding="utf-8")
+    after = build("small", *options)
+    assert after == build("fresh", *options) and after != small
+
+
+def test_a_novel_becomes_documents(tmp_path, build, tokenizer_path):
+    novel = "".join(f"第{i}章 起\n" + "\n".join(texts_of(20, i)) + "\n" for i in range(20))
+    (tmp_path / "novel.txt").write_text(novel, encoding="utf-8")
+    options = (f"--sources=a:txt={tmp_path / 'novel.txt'}", "--parts=pretrain", "--dedup=none")
+    build("data", *options, "--txt_characters=2000", "--keep_work")
+    read = load_meta(tmp_path / "data")["tally"]["pretrain"]["a"]["read"]
+    assert len(novel) / 3000 <= read <= len(novel) / 1000
+    build("data", *options, "--txt_characters=4000", "--keep_work")  # makes the shard anew
+    assert len(novel) / 6000 <= load_meta(tmp_path / "data")["tally"]["pretrain"]["a"]["read"] <= len(novel) / 2000
+
+
+def test_names_and_texts_that_cannot_be_written_are_escaped(tmp_path, build):
+    folder = os.fsencode(tmp_path / "in")
+    os.makedirs(folder)
+    for i, text in enumerate([*texts_of(20, 1), "短"]):
+        with open(os.path.join(folder, f"三国{i}.txt".encode("gbk")), "wb") as file:
+            file.write(text.encode())
+    write_jsonl(tmp_path / "a.jsonl", [dict(text=text) for text in texts_of(20, 2)])
+    with open(tmp_path / "a.jsonl", "a") as file:
+        file.write('{"text": "half a pair \\ud800, all of it"}\n')
+    build("data", f"--sources=a:txt={os.fsdecode(folder)},b:text_rows={tmp_path / 'a.jsonl'}", "--parts=pretrain")
+    tally = load_meta(tmp_path / "data")["tally"]["pretrain"]
+    assert tally["a"]["dropped"] == {"too short": 1} and tally["b"]["dropped"] == {"not Chinese enough": 1}
+    samples = (tmp_path / "data" / "dropped.jsonl").read_text(encoding="utf-8")
+    places, texts = zip(*((row["place"], row["text"]) for row in map(json.loads, samples.splitlines())), strict=True)
+    assert places[0].endswith(r"\udcc8\udcfd\udcb9\udcfa20.txt:1")
+    assert texts == ("短", r"half a pair \ud800, all of it")
+    name = os.fsdecode(os.path.join(folder, "三国1.txt".encode("gbk")))
+    build("one", f"--sources=a:lines={name},b:text_rows={tmp_path / 'a.jsonl'}", "--parts=pretrain")
+    assert r"\udcc8" in load_meta(tmp_path / "one")["command"]["pretrain"]
+
+
+def test_workers_are_the_cpus_that_may_be_used():
+    if hasattr(os, "sched_getaffinity"):
+        allowed = os.sched_getaffinity(0)
+        try:
+            os.sched_setaffinity(0, [min(allowed)])
+            assert usable_cpus() == 1
+        finally:
+            os.sched_setaffinity(0, allowed)
+    assert 1 <= usable_cpus() <= os.cpu_count()
 
 
 def test_mistakes_are_one_clear_error_and_leave_nothing(tmp_path, build, tokenizer_path):
