@@ -45,20 +45,15 @@ class Unit:
 def file_units(label, layout, path, globs="", unit_bytes=64 << 20, characters=0):
     """Units of a file, of the files in a folder that match one of the globs, or if none does of every known one; or of
     all files and folders that a pattern with * ? [ ] matches, unless there is a path of that name."""
-    path, notes = (
-        str(PurePath(os.path.expanduser(path))),
-        defaultdict(list),
-    )  # {what is to be said: files that it holds for}
-    units = []
+    path, units = str(PurePath(os.path.expanduser(path))), []
+    notes = defaultdict(list)  # {what is to be said: files that it holds for}
     with reading(path):
         found = [file for root in expand(path) for file in list_files(root, layout, globs, notes)]
         for file, (kind, encoding, start) in look_at_all(found, layout, notes, alone=found == [path]).items():
             if encoding in LEGACY or encoding.startswith("utf-16-"):
                 notes[f"read as {ENCODINGS[encoding]}"].append(file)
-            size = os.path.getsize(file)
-            units += cut_file(
-                Unit(label, layout, file, kind, start, 0, encoding, size=size, characters=characters), unit_bytes
-            )
+            whole = Unit(label, layout, file, kind, start, 0, encoding, 1, os.path.getsize(file), characters)
+            units += cut_file(whole, unit_bytes)
     say(path, notes)
     if not units:
         known = " ".join(suffixes(layout))
@@ -73,11 +68,8 @@ def say(path, notes):
     for what, files in notes.items():
         names = [escaped(file).removeprefix(f"{escaped(path)}/") for file in files[:NAMED]]
         more = ", ..." if len(files) > NAMED else ""
-        one = f"{escaped(files[0])}: {what}"
-        print(
-            one if len(files) == 1 else f"{escaped(path)}: {len(files):,} files {what}: {', '.join(names)}{more}",
-            file=sys.stderr,
-        )
+        several = f"{escaped(path)}: {len(files):,} files {what}: {', '.join(names)}{more}"
+        print(several if len(files) > 1 else f"{escaped(files[0])}: {what}", file=sys.stderr)
 
 
 # paths -> files
@@ -132,7 +124,7 @@ def walk(folder, notes, seen):
     """Every file below a folder, links followed, without hidden ones (download tools leave notes there)."""
     facts = os.stat(folder)
     if (facts.st_dev, facts.st_ino) in seen:
-        notes["not read: a link to a folder that is read already"].append(folder)
+        notes["not read: the same folder as one that is read, by a link"].append(folder)
         return
     seen.add((facts.st_dev, facts.st_ino))
     with os.scandir(folder) as entries:
@@ -191,12 +183,9 @@ def cut_file(whole, unit_bytes):
     """The units of one file."""
     if whole.kind == "parquet":
         return [replace(whole, start=start, stop=stop) for start, stop in cut_row_groups(whole.path, unit_bytes)]
-    by_line = whole.kind == "lines" and whole.encoding not in WIDE
-    return (
-        cut_lines(whole, unit_bytes)
-        if by_line and whole.size > unit_bytes and not is_compressed(whole.path)
-        else [whole]
-    )
+    if whole.kind != "lines" or whole.size <= unit_bytes or whole.encoding in WIDE or is_compressed(whole.path):
+        return [whole]
+    return cut_lines(whole, unit_bytes)
 
 
 def cut_lines(whole, unit_bytes):

@@ -12,15 +12,17 @@ ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arro
 METADATA = "dataset_infos.json dataset_info.json dataset_dict.json state.json configuration.json croissant.json".split()
 NOTES = "readme license licence copying notice changelog requirements _success".split()
 ADVICE = {
-    "unpack it": ".zip .tar .tgz .tbz2 .txz .7z .rar",
+    "unpack it": ".zip .tar .tgz .tbz2 .txz .7z .rar .lz4 .lzma .br",
+    "finish its download": ".part .crdownload .aria2 .incomplete .download",
     "save it as .csv": ".xlsx .xls",
     "save it as .txt": ".doc .docx .pdf .epub .mobi .azw3 .rtf .html .htm",
 }
 FOREIGN = (  # first bytes of what is no corpus file
     (rb"PK\x03\x04", "a zip archive, .xlsx or .docx; unpack it, or save it as .csv or .txt"),
-    (rb"7z\xbc\xaf|Rar!|.{257}ustar", "an archive; unpack it"),
-    (rb"%PDF|\xd0\xcf\x11\xe0|\{\\rtf", "a document of an office program; save it as .csv or .txt"),
-    (rb"\x89PNG|\xff\xd8\xff|GIF8|SQLite format 3|\x89HDF|\x7fELF|\x80[\x02-\x05]|ID3|RIFF", "neither text nor rows"),
+    (rb"7z\xbc\xaf|Rar!\x1a|.{257}ustar[\0 ]", "an archive; unpack it"),
+    (rb"%PDF-\d|\xd0\xcf\x11\xe0|\{\\rtf", "a document of an office program; save it as .csv or .txt"),
+    (rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|ID3[\2-\4]|RIFF.{4}(WAVE|AVI |WEBP)", "a picture, sound or film"),
+    (rb"SQLite format 3\0|\x89HDF|\x7fELF|\x80[\2-\5]", "neither text nor rows"),
 )
 LFS = b"version https://git-lfs.github.com/spec/"
 # Fields of a row: an object with one of them is a row itself, one with none and a list of objects holds rows.
@@ -31,7 +33,7 @@ ROW_FIELDS = frozenset(
 )
 BLANKS = "\ufeff \t\r\n"
 
-_COMPRESSION = re.compile(r"\.(gz|bz2|xz|zst)$")
+_COMPRESSION = re.compile(r"\.(gz|gzip|bz2|xz|zst|zstd)$")
 _SUFFIX = re.compile(r"\.(7z|[a-z][a-z0-9]*)$")
 _ARRAY = re.compile(r'\[\s*(?:[\]{\["]|\Z)')
 _KEY = re.compile(r'\s*[{,]\s*("(?:[^"\\]|\\.)*")\s*:\s*')
@@ -103,15 +105,17 @@ def look(path, layout, likely=None):
     text = head.decode(encoding, "tiny_llama2_mark").lstrip(BLANKS)
     try:
         kind, start = text_kind(text, len(head) < BLOCK, layout, suffix_of(path))
+    except Unread:
+        raise
     except DataError as error:
-        raise type(error)(str(error) if isinstance(error, Unread) else f"{escaped(path)}: {error}") from None
+        raise DataError(f"{escaped(path)}: {error}") from None
     return kind, encoding, start
 
 
 def text_kind(text, whole, layout, suffix):
     """(kind, where the list of rows begins) of text, which is the whole file or its beginning."""
     if layout in TEXT_LAYOUTS:
-        if isinstance(decode_first(text.split("\n", 1)[0]), dict):
+        if isinstance(decode_json(text.split("\n", 1)[0]), dict):
             raise Unread(f"JSON, not text, which the layout {layout} reads; a layout such as text_rows reads it")
         return "text" if layout == "txt" else "lines", 0
     if not text:
@@ -120,14 +124,15 @@ def text_kind(text, whole, layout, suffix):
         return found
     if suffix in (".csv", ".tsv"):
         return "csv", 0
-    if any(isinstance(decode_first(line), dict) for line in text.split("\n")):
+    kinds = (dict, str) if suffix in ROW_SUFFIXES else dict
+    if any(isinstance(decode_json(line), kinds) for line in text.split("\n")):
         return "lines", 0
     if suffix in ROW_SUFFIXES:
         raise DataError("neither a JSON array nor JSON Lines")
     raise Unread("plain text, not rows; the layouts txt and lines read it")
 
 
-def decode_first(text):
+def decode_json(text):
     """The JSON value that the text is, None if it is none."""
     try:
         return DECODER.decode(text)
@@ -140,7 +145,7 @@ def json_kind(text, whole):
     if text[0] == "[":
         return ("json", 0) if _ARRAY.match(text) else None
     first, _, rest = text.partition("\n")
-    if isinstance(decode_first(first), dict):
+    if isinstance(decode_json(first), dict):
         start = 0 if rest.strip(BLANKS) else find_rows(text)
         return "json" if start else "lines", start
     if not whole and "\n" not in text:
@@ -149,7 +154,7 @@ def json_kind(text, whole):
     try:
         after = text[DECODER.raw_decode(text)[1] :].lstrip(BLANKS)
     except (ValueError, RecursionError):
-        broken = any(line[:1] == "{" and decode_first(line) for line in rest.split("\n"))  # a line that others follow
+        broken = any(line[:1] == "{" and decode_json(line) for line in rest.split("\n"))  # a line that others follow
         return ("lines", 0) if broken else ("json", find_rows(text))
     if after and after[0] not in ",{":
         return "lines", 0
@@ -160,7 +165,7 @@ def find_rows(text):
     """Where in the text of an object, or its beginning, the list of objects stands that are the rows; 0 if in none."""
     found, at = {}, 0
     while match := _KEY.match(text, at):
-        key, at = decode_first(match[1]), match.end()
+        key, at = decode_json(match[1]), match.end()
         if str(key).lower() in ROW_FIELDS:
             return 0
         if _ROWS.match(text, at):

@@ -6,6 +6,7 @@ import os
 from contextlib import contextmanager
 
 from corpora.encodings import BLOCK, ENCODINGS, escaped, is_clean, open_text
+from corpora.kinds import suffix_of
 from dataset.formats import DataError
 
 CSV_FIELD = 16 << 20  # characters; a quote that is never closed must not fill the memory
@@ -49,7 +50,7 @@ def csv_records(unit):
 
     with open_text(unit.path, unit.encoding) as file:
         first = next(lines(), "\n")
-        separator = max("\t,;|" if ".tsv" in name.lower() else ",\t;|", key=first.count)
+        separator = max("\t,;|" if suffix_of(unit.path) == ".tsv" else ",\t;|", key=first.count)
         records = csv.reader(itertools.chain([first], lines()), delimiter=separator, strict=True)
         columns, number, alone = 0, 1, [0, 0]  # characters and number of the records that take one line
         while True:

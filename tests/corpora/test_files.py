@@ -109,7 +109,7 @@ def test_what_is_not_read_is_named(tmp_path, capsys):
     "layout, name, data, message",
     [
         ("text_rows", "a.zip", b"PK\x03\x04", "a.zip: a zip archive, .xlsx or .docx; unpack it"),
-        ("text_rows", "a.tar.gz", gzip.compress(b"x" * 257 + b"ustar" + b"x" * 300), "a.tar.gz: an archive; unpack it"),
+        ("text_rows", "a.tar.gz", gzip.compress(b"x" * 257 + b"ustar\0" + b"x" * 300), "a.tar.gz: an archive; unpack it"),
         ("txt", "a.pdf", b"%PDF-1.7", "a.pdf: a document of an office program"),
         ("alpaca", "a.txt", "文字".encode(), "a.txt: plain text, not rows; the layouts txt and lines read it"),
         ("lines", "a.txt", ROW.encode(), "a.txt: JSON, not text, .* a layout such as text_rows reads it"),
@@ -146,7 +146,7 @@ def test_links(tmp_path, capsys):
     assert sorted(capsys.readouterr().err.replace(f"{folder}", "in").splitlines()) == [
         "in/gone: not read: a broken link",
         "in/pipe: not read: neither a file nor a folder",
-        "in: 2 files not read: a link to a folder that is read already: b/loop, again",
+        "in: 2 files not read: the same folder as one that is read, by a link: b/loop, again",
     ]
     for name, message in (("gone", "neither a file nor a folder"), ("pipe", "neither a file nor a folder")):
         with pytest.raises(DataError, match=message):

@@ -181,6 +181,12 @@ def test_shapes_of_json(tmp_path, monkeypatch, name, text, block):
     assert results == [(f"{name}:record {i}", row, None) for i, row in enumerate(ROWS, 1)]
 
 
+def test_a_text_a_line(tmp_path):
+    path = write(tmp_path / "a.jsonl", '"第一行"\n"第二行"\n')
+    assert read("text_rows", path) == at("a.jsonl", [(1, {"text": "第一行"}, None), (2, {"text": "第二行"}, None)])
+    assert [note for _, _, note in read("alpaca", path)] == ["not an object"] * 2
+
+
 def test_one_object_a_file(tmp_path):
     for i, row in enumerate(ROWS):
         write(tmp_path / f"{i}.json", json.dumps(row | {"comments": [{"by": "甲"}]}, indent=2 if i % 2 else None))
