@@ -3,6 +3,7 @@
 import csv
 import itertools
 import os
+import re
 from contextlib import contextmanager
 
 from corpora.encodings import BLOCK, ENCODINGS, escaped, is_clean, open_text
@@ -52,7 +53,7 @@ def csv_records(unit):
         first = next(lines(), "\n")
         separator = max("\t,;|" if suffix_of(unit.path) == ".tsv" else ",\t;|", key=first.count)
         records = csv.reader(itertools.chain([first], lines()), delimiter=separator, strict=True)
-        columns, number, alone = 0, 1, [0, 0]  # characters and number of the records that take one line
+        columns, number, habits = 0, 1, Habits(separator)
         while True:
             place, remark = f"{name}:{number}", None
             try:
@@ -65,24 +66,55 @@ def csv_records(unit):
                 # written without regard to quotes, which belong to the text if the line has the right columns
                 row, remark = taken[0].rstrip("\r\n").split(separator), "quotes that are not CSV's"
                 row = row if len(row) == columns else None
-            columns = columns or len(row or ())
-            if len(taken) == 1:
-                alone = [alone[0] + len(taken[0]), alone[1] + 1]
-            elif swallows_rows(taken[1:-1], separator, columns, len(row) == columns, alone):
+            if len(taken) > 1 and habits.rows_within(taken[1:-1], len(row) == columns):
                 raise DataError(f"{place}: a quote that opens in this row is closed only after other rows")
+            if row and len(row) == columns:
+                habits.learn(row, taken)
+            columns = columns or len(row or ())
             yield place, row, remark, taken[-1].endswith(("\n", "\r"))
             number = records.line_num + 1
             taken.clear()
 
 
-def swallows_rows(inner, separator, columns, fits, alone):
-    """Whether lines within a record are rows themselves, as when a stray quote runs on until another one: most have
-    the right columns, and they are as long as records that take one line. Two columns are less of a proof."""
-    least = 1 if not fits else 2 if columns > 2 else 3
-    full = [line for line in inner if line.count(separator) == columns - 1]
-    if columns < 2 or len(full) < max(0.8 * len(inner), least):
-        return False
-    return 2 * sum(map(len, full)) * alone[1] >= alone[0] * len(full)
+class Habits:
+    """What the rows of a file look like, to find those that a stray quote swallowed on the way to another quote."""
+
+    def __init__(self, separator):
+        self.separator = separator
+        self.least, self.most = [], []  # characters of each column
+        self.styles = set()  # what stands around separators
+        self.rows = self.characters = 0  # of the rows that take one line
+        self.quoted = 0  # rows that need their quotes: who writes these hardly leaves stray ones
+
+    def learn(self, row, lines):
+        if len(lines) > 1 or lines[0].count(self.separator) >= len(row):
+            self.quoted += 1
+            return
+        sizes = list(map(len, row))
+        self.least = list(map(min, self.least or sizes, sizes))
+        self.most = list(map(max, self.most or sizes, sizes))
+        self.styles.add(style(row))
+        self.rows, self.characters = self.rows + 1, self.characters + sum(sizes)
+
+    def is_row(self, cells):
+        """Whether they have the columns of the rows before, and ends like theirs; if some were quoted, as long ones."""
+        if len(cells) != len(self.most) or style(cells) not in self.styles:
+            return False
+        sizes = zip(self.least, map(len, cells), self.most, strict=True)
+        return not self.quoted or all(least <= 2 * size <= 4 * most for least, size, most in sizes)
+
+    def rows_within(self, lines, fits):
+        """Whether most lines within a record are rows, not shorter by half than those before; `fits` tells if the
+        record itself has the right columns."""
+        rows = sum(self.is_row(line.rstrip("\r\n").split(self.separator)) for line in lines)
+        enough = 1 if not fits else 3 if self.quoted else 2
+        long = 2 * self.rows * sum(map(len, lines)) >= len(lines) * self.characters
+        return len(self.most) > 1 and rows >= max(0.8 * len(lines), enough) and long
+
+
+def style(cells):
+    """First and last character of each cell, as far as it matters: a digit, a blank or another."""
+    return tuple(re.sub(r"\d", "0", re.sub(r"[^\d\s]", "x", cell[:1] + cell[-1:])) for cell in cells)
 
 
 @contextmanager

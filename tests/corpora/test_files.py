@@ -109,7 +109,12 @@ def test_what_is_not_read_is_named(tmp_path, capsys):
     "layout, name, data, message",
     [
         ("text_rows", "a.zip", b"PK\x03\x04", "a.zip: a zip archive, .xlsx or .docx; unpack it"),
-        ("text_rows", "a.tar.gz", gzip.compress(b"x" * 257 + b"ustar\0" + b"x" * 300), "a.tar.gz: an archive; unpack it"),
+        (
+            "text_rows",
+            "a.tar.gz",
+            gzip.compress(b"x" * 257 + b"ustar\0" + b"x" * 300),
+            "a.tar.gz: an archive; unpack it",
+        ),
         ("txt", "a.pdf", b"%PDF-1.7", "a.pdf: a document of an office program"),
         ("alpaca", "a.txt", "文字".encode(), "a.txt: plain text, not rows; the layouts txt and lines read it"),
         ("lines", "a.txt", ROW.encode(), "a.txt: JSON, not text, .* a layout such as text_rows reads it"),

@@ -57,6 +57,16 @@ def test_a_quote_that_is_never_closed(tmp_path):
             read("text_rows", path)
 
 
+def test_a_stray_quote_among_rows_with_quotes(tmp_path):
+    rows = [f'题目{i},"第一行, {i}\n\n第三行"' if i % 4 == 0 else f"题目{i},这是第{i}行文字" for i in range(60)]
+    path = write(tmp_path / "a.csv", "title,text\n" + "\n".join(rows) + "\n")
+    assert [note for _, _, note in read("text_rows", path)] == [None] * 60
+    rows[21:24] = ['题目,"这是一行', *[f"题目{i},这是第{i}行文字" for i in range(9)], '题目,这是一行文字"']
+    write(path, "title,text\n" + "\n".join(rows) + "\n")
+    with pytest.raises(DataError, match=r"a.csv:35: a quote that opens in this row is closed only after other rows"):
+        read("text_rows", path)
+
+
 def test_quotes_that_are_not_csv(tmp_path):
     path = write(tmp_path / "a.csv", 'title,text\n一,"你好"他说\n二,他说"你好"\n三,"你,好"他说\n四,完\n')
     assert read("text_rows", path) == at(
