@@ -232,21 +232,12 @@ def content_mark(path, start=0, stop=0, size=1 << 16):
 
 
 def unit_mark(unit):
-    """What tells a changed unit: a hash of what its files are read as, of their content marks and of the shard's format."""
-    facts = [
-        [
-            p.layout,
-            p.kind,
-            p.start,
-            p.stop,
-            p.encoding,
-            p.characters,
-            p.revision,
-            *content_mark(p.path, p.start, p.stop),
-        ]
-        for p in unit.parts or [unit]
-    ]
-    return hashlib.sha256(json.dumps([SHARD_FORMAT, facts]).encode()).hexdigest()
+    """What tells a changed unit: a hash of the shard's format, of how its files are read and of their content marks."""
+    facts = [SHARD_FORMAT]
+    for part in unit.parts or [unit]:
+        read_as = [part.layout, part.kind, part.start, part.stop, part.encoding, part.characters, part.revision]
+        facts.append(read_as + content_mark(part.path, part.start, part.stop))
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def usable_cpus():

@@ -235,29 +235,3 @@ def test_a_file_that_changes_after_it_was_listed(tmp_path, size):
     path.unlink()
     with pytest.raises(DataError, match="a.jsonl: cannot be read: No such file"):
         list(read_records(units[0]))
-
-
-def test_hub_directory_by_shards(tmp_path, monkeypatch):
-    pytest.importorskip("datasets", reason="reads hub datasets")
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
-        monkeypatch.setenv(name, "1")
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # it may have been imported before
-    for i in range(3):
-        rows = [{"title": "书", "chapter": f"第{i}章", "text": f"正文{i}{j}"} for j in range(2)]
-        write(tmp_path / "copy" / "data" / f"part-{i}.jsonl", json_lines(*rows))
-    write(tmp_path / "copy" / "example.jsonl", json_lines({"text": "例"}))
-    units = hub_units("novels", "webnovel", str(tmp_path / "copy"))
-    assert [(unit.source, unit.kind, unit.start, unit.stop) for unit in units] == [
-        ("novels", "hub", i, 3) for i in range(3)
-    ]
-    results = [item for unit in units for item in read_records(unit)]
-    assert [record["text"] for _, record, _ in results] == [
-        f"书\n第{i}章\n正文{i}{j}" for i in range(3) for j in (0, 1)
-    ]
-    assert results[3][0] == f"{tmp_path / 'copy'}:shard 1 record 2"
-    assert len(read("webnovel", tmp_path / "copy")) == 6  # as plain files, example.jsonl left out too
-    with pytest.raises(DataError, match="absent: "):
-        hub_units("x", "belle", str(tmp_path / "absent"))
