@@ -52,7 +52,8 @@ def file_units(label, layout, path, globs="", unit_bytes=64 << 20, characters=0)
         for file, (kind, encoding, start) in look_at_all(found, layout, notes, alone=found == [path]).items():
             if encoding in LEGACY or encoding.startswith("utf-16-"):
                 notes[f"read as {ENCODINGS[encoding]}"].append(file)
-            whole = Unit(label, layout, file, kind, start, 0, encoding, 1, os.path.getsize(file), characters)
+            size = os.path.getsize(file)
+            whole = Unit(label, layout, file, kind, start, encoding=encoding, size=size, characters=characters)
             units += cut_file(whole, unit_bytes)
     say(path, notes)
     if not units:

@@ -4,6 +4,7 @@ import json
 import re
 
 from corpora.encodings import BLOCK, detect_encoding, escaped, open_bytes, reading
+from corpora.layouts import INPUTS, INSTRUCTIONS, QUESTIONS, TEXTS, TURNS
 from dataset.formats import DataError
 
 TEXT_LAYOUTS = ("txt", "lines")  # whose files are plain text
@@ -26,10 +27,8 @@ FOREIGN = (  # first bytes of what is no corpus file
 )
 LFS = b"version https://git-lfs.github.com/spec/"
 # Fields of a row: an object with one of them is a row itself, one with none and a list of objects holds rows.
-ROW_FIELDS = frozenset(
-    "text content completion body title paragraphs sections instruction prompt question query problem input output "
-    "response answer target messages conversations conversation dialog dialogue chat turns history context chosen "
-    "rejected".split()
+ROW_FIELDS = {name.lower() for name in (*TEXTS, *INSTRUCTIONS, *QUESTIONS, *INPUTS, *TURNS) if name != "data"} | set(
+    "title paragraphs sections output response answer target history chosen rejected".split()
 )
 BLANKS = "\ufeff \t\r\n"
 

@@ -10,7 +10,6 @@ import re
 import sys
 
 from corpora.encodings import BLOCK, ENCODINGS, WIDE, escaped, is_clean, open_bytes, open_text, reading
-from corpora.files import read_hub
 from corpora.kinds import BLANKS, DECODER, ROW_FIELDS
 from corpora.tables import read_arrow, read_csv, read_parquet
 from dataset.formats import DataError
@@ -26,11 +25,8 @@ _CUTS = (
 )
 
 
-def read_rows(unit, globs=""):
+def read_rows(unit):
     """(file and line or record, row or None, remark or the reason for None) of everything in a unit."""
-    if unit.kind == "hub":
-        yield from read_hub(unit, globs)
-        return
     readers = dict(
         lines=read_lines, json=read_json, csv=read_csv, parquet=read_parquet, arrow=read_arrow, text=read_text
     )

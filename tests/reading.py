@@ -9,7 +9,7 @@ from corpora.sources import list_units, read_records
 
 def read(layout, path, unit_bytes=64 << 20, characters=0):
     """[(place without the folder, record, note)] of all units, as worker processes get them."""
-    units = pickle.loads(pickle.dumps(list_units("label", layout, path, unit_bytes, characters)))
+    units = pickle.loads(pickle.dumps(list_units("label", layout, path, unit_bytes, characters=characters)))
     folder = f"{path if Path(path).is_dir() else Path(path).parent}/"
     return [(place.removeprefix(folder), record, note) for unit in units for place, record, note in read_records(unit)]
 

@@ -14,14 +14,14 @@ from corpora.files import Unit
 from corpora.sources import list_units, read_records
 from dataset.formats import DataError
 
-LINES = '{"text": "一"}\r\n\n[1]\nnot json\n{"text": "带\t制表"}\n{"text": 5}\n{"text": "最后\\n一行"}'
+LINES = '{"text": "一"}\r\n\n[1]\nnot json\n{"text": "带\t制表"}\n{"text": []}\n{"text": "最后\\n一行"}'
 LINE_RESULTS = [
     ("1", {"text": "一"}, None),
     ("2", None, "blank"),
     ("3", None, "not an object"),
     ("4", None, "not JSON"),
     ("5", {"text": "带\t制表"}, None),
-    ("6", None, "no text"),
+    ("6", None, "text is a list"),
     ("7", {"text": "最后\n一行"}, None),
 ]
 

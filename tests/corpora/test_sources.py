@@ -10,6 +10,7 @@ from chains import ROOT
 from rows import chat, human_gpt
 
 import data_process
+from corpora.encodings import escaped
 from corpora.shards import Outcomes
 from corpora.sources import SOURCES, list_sources, list_units, parse_source, parse_sources, read_records
 from dataset.formats import DataError, load_meta
@@ -153,7 +154,7 @@ def test_lone_surrogates_and_odd_names_are_told_of(tmp_path):
         [f"--sources=x:text_rows={path}", "--parts=text", f"--out={out}", "--workers=1", "--val_share=0.2"]
     )
     [sample] = [json.loads(line) for line in (out / "dropped.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert (sample["reason"], sample["text"], sample["place"]) == ("too short", "短\ud83d", f"{path}:41")
+    assert (sample["reason"], sample["text"], sample["place"]) == ("too short", "短\\ud83d", escaped(f"{path}:41"))
     assert load_meta(out)["tally"]["text"]["x"]["kept"] == 40
 
 
