@@ -43,7 +43,7 @@ from corpora.dedup import conversation_signature, signature
 from corpora.encodings import escaped, is_clean
 from corpora.hub import HUBS
 from corpora.merge import by_question, choose, compares, merge
-from corpora.meta import add_part, losses, start_meta, verify, write_report
+from corpora.meta import add_part, losses, refuse_own, start_meta, verify, write_report
 from corpora.records import STREAMS, as_bytes, clean_record, columns_of, encode_records, texts_of, turns_of
 from corpora.shards import (
     Outcomes,
@@ -288,6 +288,7 @@ def main(argv=None):
         print(f"{config['tokenizer']} changes text: {'; '.join(tokenizer.changes)}", file=sys.stderr)
     meta, replaced = start_meta(out, parts, config["val_share"], tokenizer)
     jobs = {part: list_jobs(part, config, tokenizer) for part in parts}
+    refuse_own(out, [job for part in parts for job in jobs[part]])
     load_decontaminator(*config["decontaminate"])  # its mistakes should show before any work is done
     if not config["merge"]:
         for part in parts:

@@ -10,6 +10,7 @@ import numpy as np
 from common.files import file_sha256, read_json, write_file
 from common.plots import new_figure, png
 from common.report import markdown_table
+from corpora.encodings import escaped
 from corpora.records import STREAMS
 from dataset import formats
 from dataset.batches import Examples
@@ -29,6 +30,10 @@ def start_meta(out, parts, val_share, tokenizer):
     another part's training data, or the parts' ids could mean different things.
     """
     path = Path(out) / "meta.json"
+    if not path.exists():
+        for other in sorted(Path(out).glob("*")):  # a run that was killed wrote its meta.json first
+            if is_written(other.name):
+                raise DataError(f"{other} is there, but no meta.json: it was not written here; choose another --out")
     meta = formats.load_meta(out) if path.exists() and not outdated(path) else {}
     said = dict(sources={} if "pretrain" in parts else meta.get("sources", {}))
     for key in ("tally", "lengths", "command"):
@@ -50,6 +55,20 @@ def start_meta(out, parts, val_share, tokenizer):
     facts = {key: meta[key] for key in FACTS if key in meta} | facts
     meta = dict(format_version=formats.FORMAT_VERSION, files=files) | facts | {key: v for key, v in said.items() if v}
     return meta, replaced  # its keys in an order that does not depend on where an earlier run was killed
+
+
+def is_written(name):
+    """Whether data_process.py writes a file of this name into `out`."""
+    return bool(formats.OWN.fullmatch(name)) or name in ("meta.json", "report.md", "lengths.png", "dropped.jsonl")
+
+
+def refuse_own(out, jobs):
+    """DataError if a file is to be read that this run writes, or may remove."""
+    out = Path(out).resolve()
+    for path in dict.fromkeys(part.path for job in jobs for part in job.unit.parts or [job.unit]):
+        file = Path(path).resolve()
+        if out / "work" in file.parents or out == file.parent and is_written(file.name):
+            raise DataError(f"{escaped(path)}: a source that this run would overwrite: choose another --out")
 
 
 def outdated(path):

@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -113,10 +114,19 @@ def discard(folder):
 
 
 def remove_all(folder):
-    """Remove a folder of shards, what calls them complete first: a kill in between leaves none that only says so."""
-    for done in Path(folder).glob("*/done.json"):
-        done.unlink()
-    shutil.rmtree(folder)
+    """Remove the shards in a folder and no other file; what calls them complete first, so that after a kill in between
+    none is left that only says so."""
+    folder = Path(folder)
+    shards = [path.parent for path in folder.glob("*/index.npz")] + list(folder.glob("*-[0-9][0-9][0-9][0-9][0-9].tmp"))
+    for shard in shards:
+        (shard / "done.json").unlink(missing_ok=True)
+    for shard in shards:
+        for path in [*shard.glob("*.bin"), shard / "index.npz"]:
+            path.unlink(missing_ok=True)
+        with suppress(OSError):  # something else is in it
+            shard.rmdir()
+    with suppress(OSError):
+        folder.rmdir()
 
 
 class ShardWriter:
@@ -269,10 +279,19 @@ def make_missing(jobs, make, workers, desc, counted):
     progress.close()
 
 
+def follow_parent():
+    """Leave Ctrl-C to the parent, which stops its workers, and end when it does, even if it is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def end():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
+
+
 def make_in_parallel(jobs, make, workers, progress):
-    # Ctrl-C is the parent's to handle: it stops the workers, whose half-made folders the next run replaces.
-    quiet = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
-    with ProcessPoolExecutor(min(workers, len(jobs)), **quiet) as pool:
+    with ProcessPoolExecutor(min(workers, len(jobs)), initializer=follow_parent) as pool:
         try:
             for done, future in enumerate(as_completed([pool.submit(make, job) for job in jobs]), 1):
                 progress.update(done, future.result())

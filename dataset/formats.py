@@ -10,12 +10,14 @@ import hashlib
 import json
 import os
 import pickle
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 FORMAT_VERSION = 2
+OWN = re.compile(r"corpus\.txt|(?:train|val)\.[\w.-]+\.bin|(?:sft|rm|prompts)\.pkl")  # what data_process.py writes
 
 
 class DataError(Exception):
@@ -75,6 +77,12 @@ def load_meta(directory):
     if not isinstance(meta, dict) or meta.get("format_version") != FORMAT_VERSION:
         found = meta.get("format_version") if isinstance(meta, dict) else None
         raise DataError(f"{path}: format version {found}, this code reads {FORMAT_VERSION}: run data_process.py again")
+    files = meta.get("files", {})
+    if not isinstance(files, dict):
+        raise DataError(f"{path}: files is no object")
+    for name in files:
+        if not OWN.fullmatch(name):
+            raise DataError(f"{path}: files names {name!a}, which data_process.py does not write: it is from elsewhere")
     return meta
 
 

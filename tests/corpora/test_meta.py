@@ -1,0 +1,111 @@
+"""corpora/meta.py and corpora/shards.py: nobody's file is overwritten or removed, and no worker outlives its parent."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from chains import ROOT
+
+from data_process import main
+from dataset.formats import DataError
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run(*options): plain text from raw.txt into tmp_path/out."""
+    words = zip("山川河流城市乡村", "老师学生清晨夜晚", strict=True)
+    lines = [f"第{i}行写着{a}和{b}的故事，很长的一行。" for i, (a, b) in enumerate(words)]
+    (tmp_path / "raw.txt").write_text("\n".join(lines), encoding="utf-8")
+
+    def prepare(*options, source="raw.txt", out="out"):
+        main([f"--sources=x:lines={tmp_path / source}", "--parts=text", f"--out={tmp_path / out}", *options])
+
+    return prepare
+
+
+@pytest.mark.parametrize("name", ["../thesis.txt", "/etc/hostname", "thesis.txt", "train.x.bin/../thesis", "ckpt.pt"])
+def test_a_meta_from_elsewhere_removes_nothing(tmp_path, run, name):
+    run()
+    (tmp_path / "thesis.txt").write_text("mine")
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text(encoding="utf-8"))
+    meta["files"][name] = dict(meta["files"]["corpus.txt"])
+    (tmp_path / "out" / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(DataError, match="meta.json: files names .*, which data_process.py does not write"):
+        run()
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["report.md", "corpus.txt", "train.wiki.bin", "sft.pkl"])
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path, run, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("mine")
+    with pytest.raises(DataError, match=f"{name} is there, but no meta.json: it was not written here"):
+        run()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+    assert (tmp_path / "out" / name).read_text() == "mine"
+
+
+def test_no_source_is_overwritten(tmp_path, run):
+    (tmp_path / "zh").mkdir()
+    shutil.copy(tmp_path / "raw.txt", tmp_path / "zh" / "raw.txt")
+    run(source="zh", out="zh")  # beside what is written is fine
+    before = (tmp_path / "zh" / "corpus.txt").read_bytes()
+    for source in ("zh", "zh/corpus.txt"):
+        with pytest.raises(DataError, match="zh/corpus.txt: a source that this run would overwrite"):
+            run(source=source, out="zh")
+    assert (tmp_path / "zh" / "corpus.txt").read_bytes() == before
+
+
+def test_only_shards_are_removed_from_work(tmp_path, run):
+    mine = [tmp_path / "out" / "work" / name for name in ("notes.md", "text/notes.md", "text/photos-00001/one.jpg")]
+    for path in mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    run()
+    assert sorted(path for path in (tmp_path / "out" / "work").rglob("*") if path.is_file()) == sorted(mine)
+
+
+SLEEPERS = """
+import os, sys, time
+from corpora.shards import make_in_parallel
+
+class Silent:
+    def update(self, *_): pass
+
+def sleep(job):
+    open(os.path.join(sys.argv[1], str(os.getpid())), "w").close()
+    time.sleep(60)
+
+make_in_parallel([0, 1], sleep, 2, Silent())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+def test_workers_end_with_their_parent(tmp_path, number):
+    parent = subprocess.Popen([sys.executable, "-c", SLEEPERS, str(tmp_path)], cwd=ROOT)
+    while len(workers := [int(path.name) for path in tmp_path.iterdir()]) < 2:
+        assert parent.poll() is None
+        time.sleep(0.05)
+    parent.send_signal(number)
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while alive := [pid for pid in workers if is_running(pid)]:
+        assert time.monotonic() < deadline, f"{alive} outlive their parent"
+        time.sleep(0.05)
+
+
+def is_running(pid):
+    """Whether a process is there and no zombie, which nobody may be left to bury."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+        return file.read().rpartition(")")[2].split()[0] != "Z"
