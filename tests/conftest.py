@@ -3,6 +3,12 @@
 import pytest
 import torch
 from chains import MAINS, ROOT, make_data, make_model, train
+from preparing import files_of, texts_of
+
+import data_process
+from configs.tokenizer import config as tokenizer_defaults
+from tokenizer.train import Corpus as TrainingText
+from tokenizer.train import train_bpe
 
 torch.set_num_threads(min(2, torch.get_num_threads()))  # the models here are too small for more
 
@@ -62,3 +68,23 @@ def own_rewards(tmp_path, monkeypatch):
         "def takes_label(prompts, replies, label):\n    return odd(prompts, replies)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "text.txt").write_text("\n".join(texts_of(200, 0)), encoding="utf-8")
+    sample = TrainingText([str(folder / "text.txt")], 16384)
+    (folder / "tokenizer.model").write_bytes(train_bpe(sample, tokenizer_defaults | dict(vocab_size=460)))
+    return folder / "tokenizer.model"
+
+
+@pytest.fixture
+def build(tmp_path, tokenizer_path):
+    """build(out, *options): run the stage into tmp_path/out; returns {file name: bytes} of what it wrote."""
+
+    def run(out, *options):
+        data_process.main([f"--out={tmp_path / out}", f"--tokenizer={tokenizer_path}", "--val_share=0.2", *options])
+        return files_of(tmp_path / out)
+
+    return run

@@ -4,20 +4,16 @@ whatever the number of processes, machines or crashes, and everything that was r
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece
 from chains import ROOT
+from preparing import WORDS, documents, texts_of, two_sources, write_jsonl
 
-from common.config import ConfigError, UserError
+from common.config import ConfigError
 from configs.data_process import config
-from configs.tokenizer import config as tokenizer_defaults
 from corpora import sources
 from corpora.clean import clean_document, content_key, is_validation
 from corpora.shards import usable_cpus
@@ -26,72 +22,8 @@ from dataset.batches import Examples
 from dataset.corpus import Corpus
 from dataset.formats import DataError, load_meta, load_pkl
 from tokenizer import Tokenizer
-from tokenizer.train import Corpus as TrainingText
-from tokenizer.train import train_bpe
 
 SAMPLES = ROOT.parent / "shared" / "data"
-WORDS = (
-    "山川河流城市乡村老师学生清晨夜晚春天秋雨读书写字唱歌跳舞高兴安静美丽明亮温暖寒冷走过看见想起遇到一座一条一本一位"
-)
-
-
-def sentence(rng):
-    words = [WORDS[i : i + 2] for i in range(0, len(WORDS), 2)]
-    return "".join(rng.choice(words) for _ in range(rng.randint(8, 20))) + "。"
-
-
-def texts_of(n, seed, sentences=4):
-    rng = random.Random(seed)
-    return [f"第{i}篇：" + "".join(sentence(rng) for _ in range(sentences)) for i in range(n)]
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
-def tokenizer_path(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "text.txt").write_text("\n".join(texts_of(200, 0)), encoding="utf-8")
-    sample = TrainingText([str(folder / "text.txt")], 16384)
-    (folder / "tokenizer.model").write_bytes(train_bpe(sample, tokenizer_defaults | dict(vocab_size=460)))
-    return folder / "tokenizer.model"
-
-
-@pytest.fixture
-def build(tmp_path, tokenizer_path):
-    """build(out, *options): run the stage into tmp_path/out; returns {file name: bytes} of what it wrote."""
-
-    def run(out, *options):
-        main([f"--out={tmp_path / out}", f"--tokenizer={tokenizer_path}", "--val_share=0.2", *options])
-        return files_of(tmp_path / out)
-
-    return run
-
-
-def files_of(folder):
-    """{name: bytes}, meta.json without the command that made it."""
-    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    files["meta.json"] = {k: v for k, v in json.loads(files["meta.json"]).items() if k != "command"}
-    files["report.md"] = files["report.md"].replace(str(folder).encode(), b"")
-    return files
-
-
-def documents(folder, split, tokenizer_path):
-    corpus, tokenizer = Corpus(folder, split), Tokenizer.load(tokenizer_path)
-    ids = corpus.read(0, len(corpus))
-    parts = np.split(ids, np.flatnonzero(ids == tokenizer.eos_id) + 1)
-    return [tokenizer.decode(part) for part in parts if len(part)]
-
-
-def two_sources(tmp_path, n=300):
-    """--sources of two files, one of them with lines that cannot be used."""
-    write_jsonl(tmp_path / "a.jsonl", [dict(text=text) for text in texts_of(n, 1)])
-    write_jsonl(tmp_path / "b.jsonl", [dict(text=text) for text in texts_of(n, 2)])
-    with open(tmp_path / "b.jsonl", "ab") as file:
-        file.write('{"text": null}\n[1]\n{"text": "截断\n\n'.encode() + b"\xff\xfe\n")
-    return f"--sources=a:text_rows={tmp_path / 'a.jsonl'},b:text_rows={tmp_path / 'b.jsonl'}"
 
 
 def test_the_result_does_not_depend_on_processes_or_units(tmp_path, build, tokenizer_path):
@@ -112,124 +44,6 @@ def test_the_result_does_not_depend_on_processes_or_units(tmp_path, build, token
     assert tally["b"]["read"] == 305 and tally["b"]["kept"] == 300
     assert sum(tally["b"]["dropped"].values()) == 5
     assert not (tmp_path / "one" / "work").exists()
-
-
-def test_machines_make_shards_and_one_merges_them(tmp_path, build, tokenizer_path):
-    options = (two_sources(tmp_path), "--parts=pretrain", "--unit_bytes=10000")
-    whole = build("whole", *options)
-
-    def make(shard):
-        main([f"--out={tmp_path / 'apart'}", f"--tokenizer={tokenizer_path}", *options, f"--shard={shard}"])
-        assert [path.name for path in (tmp_path / "apart").iterdir()] == ["work"]
-
-    make("2/3")
-    make("0/3")
-    with pytest.raises(UserError, match=r"pretrain: \d+ of \d+ shards are missing .*a-00001: run the --shard"):
-        build("apart", *options, "--merge")
-    make("1/3")
-    assert build("apart", *options, "--merge") == whole
-    for shard in ("3/3", "1", "-1/2", "0/0"):
-        with pytest.raises(ConfigError, match="shard = .*: write i/n"):
-            make(shard)
-
-
-@pytest.mark.slow
-def test_killed_runs_go_on_to_the_same_bytes(tmp_path, build, tokenizer_path):
-    """kill -9 at moments spread over a run, until one gets through."""
-    options = [two_sources(tmp_path, 6000), "--parts=pretrain", "--unit_bytes=40000", "--workers=2", "--val_share=0.2"]
-    whole = build("whole", *options)
-    command = [sys.executable, "data_process.py", *options, f"--out={tmp_path / 'killed'}"]
-    command.append(f"--tokenizer={tokenizer_path}")
-    rng, kills = random.Random(0), 0
-    while True:
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        try:
-            # The first seconds are imports: after them shards come one by one, so that every run gets further.
-            process.wait(rng.uniform(3.0, 5.0) + kills)
-            break
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            kills += 1
-    assert process.returncode == 0
-    assert files_of(tmp_path / "killed") == whole
-    assert not list((tmp_path / "killed").rglob("*tmp*"))
-
-
-DIES = """
-import os, signal, sys
-from dataset import formats
-import data_process
-
-save, written = formats.{writer}, []
-
-def save_or_die(self, *args):
-    written.append(1)
-    if len(written) == {times}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return save(self, *args)
-
-formats.{writer} = save_or_die
-data_process.main(sys.argv[1:])
-"""
-
-
-@pytest.mark.parametrize("death", [("BinWriter.write", 2, 2), ("save_pkl", 1, 0)], ids=["pretrain", "sft"])
-def test_a_kill_in_the_merge_costs_no_shard_and_leaves_nothing(tmp_path, build, tokenizer_path, capsys, death):
-    writer, times, left = death
-    sources, killed = two_sources(tmp_path), tmp_path / "killed"
-    write_jsonl(tmp_path / "sft.jsonl", [dict(instruction=t, output=t) for t in texts_of(50, 3)])
-    options = [f"{sources},chat:alpaca={tmp_path / 'sft.jsonl'}", "--parts=text,pretrain,sft", "--val_share=0.2"]
-    for out in ("whole", "killed"):  # over the data of an earlier run, of which c goes
-        build(out, sources.replace("b:", "c:"), "--parts=pretrain")
-    whole = build("whole", *options)
-    command = [sys.executable, "-c", DIES.format(writer=writer, times=times), *options, f"--out={killed}"]
-    process = subprocess.run([*command, f"--tokenizer={tokenizer_path}"], cwd=ROOT, capture_output=True)
-    assert process.returncode == -signal.SIGKILL
-    assert len(list(killed.glob("*.tmp*"))) == left  # of train.a.bin and val.a.bin
-    capsys.readouterr()
-    assert build("killed", *options) == whole
-    said = capsys.readouterr().out
-    assert all(f"{part} units: {n} of {n} are done" in said for part, n in dict(text=2, pretrain=2, sft=1).items())
-    assert not list(killed.rglob("*tmp*")) and not (killed / "work").exists()
-    metas = [(tmp_path / out / "meta.json").read_text(encoding="utf-8") for out in ("whole", "killed")]
-    assert metas[0].replace(str(tmp_path / "whole"), str(killed)) == metas[1]  # in the same order, too
-
-
-def test_a_kill_while_the_shards_are_removed_leaves_none_that_looks_complete(tmp_path, build, monkeypatch):
-    options = [two_sources(tmp_path), "--parts=pretrain"]
-    whole = build("whole", *options)
-
-    remove = Path.unlink
-
-    def die(path, missing_ok=False):
-        remove(path, missing_ok)
-        if path.suffix == ".bin" and "work" in path.parts:  # the first file that a shard cannot do without
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Path, "unlink", die)
-        build("killed", *options)
-    assert (tmp_path / "killed" / "work").exists()
-    assert build("killed", *options) == whole
-    assert not (tmp_path / "killed" / "work").exists()
-
-
-def test_a_shard_made_from_something_else_is_made_again(tmp_path, build):
-    sources = two_sources(tmp_path)
-    before = build("kept", sources, "--parts=pretrain", "--keep_work")
-    folder = tmp_path / "kept" / "work" / "pretrain"
-    made = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert build("kept", sources, "--parts=pretrain", "--keep_work") == before
-    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == made  # nothing was made again
-    rows = [dict(text=text) for text in texts_of(300, 1)]
-    write_jsonl(tmp_path / "a.jsonl", [*rows[:-1], dict(text=rows[-1]["text"].replace("第299篇", "第992篇"))])
-    after = build("kept", sources, "--parts=pretrain", "--keep_work")
-    again = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert [name for name in made if again[name] != made[name]] == ["a-00000"]
-    assert after == build("fresh", sources, "--parts=pretrain")
 
 
 def test_equal_documents_are_dropped_within_and_across_sources(tmp_path, build, tokenizer_path):
