@@ -44,7 +44,7 @@ from corpora.encodings import escaped, is_clean
 from corpora.hub import HUBS
 from corpora.merge import by_question, choose, compares, merge
 from corpora.meta import add_part, losses, refuse_own, start_meta, verify, write_report
-from corpora.records import STREAMS, as_bytes, clean_record, columns_of, encode_records, texts_of, turns_of
+from corpora.records import STREAMS, as_bytes, clean_record, columns_of, compared_turns, encode_records, texts_of
 from corpora.shards import (
     Outcomes,
     Shard,
@@ -220,7 +220,7 @@ def for_merge(job, place, record):
         return streams
     if "text" in record:
         return streams | dict(signature=signature(record["text"]))
-    turns = turns_of(record, by_question(job.part, job.config))
+    turns = compared_turns(record, by_question(job.part, job.config))
     return streams | dict(signature=conversation_signature("\n".join(turns)), turns=as_bytes(json.dumps(turns)))
 
 

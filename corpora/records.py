@@ -29,7 +29,7 @@ def texts_of(record):
     return [texts[first], *texts[:first], *texts[first + 1 :], *answers]
 
 
-def turns_of(record, questions_only=False):
+def compared_turns(record, questions_only=False):
     """What near-duplicates of a conversation are known by: question and answer in turn, or the questions alone."""
     turns = [message["content"] for message in record["messages"] if message["role"] != "system"]
     return ["\n".join(turns[::2])] if questions_only else turns
@@ -105,7 +105,7 @@ def columns_of(records, questions_only=False):
         if "text" in record:
             content_hash = key_hash if key is texts[0] else text_hash(content_key(texts[0]), "split")
         else:
-            compared = turns_of(record, True) if questions_only else texts
+            compared = compared_turns(record, True) if questions_only else texts
             content_hash = text_hash("\n".join(" ".join(text.split()) for text in compared))
         numbers = sum(map(len, texts)), record.get("label", -1), *record.get("answers", (0, 0))
         rows.append((content_hash, key_hash, *numbers))

@@ -25,7 +25,7 @@ from corpora.dedup import (
     near_duplicates,
     signature,
 )
-from corpora.records import turns_of
+from corpora.records import compared_turns
 from corpora.sources import list_units, read_records
 
 WIDTH = BANDS * ROWS
@@ -298,7 +298,7 @@ def test_edited_copies_of_real_conversations_are_found_and_the_conversations_sta
     for name, suffix in names.items():
         layout = "sharegpt" if suffix == "jsonl" else "alpaca"
         units = list_units("x", layout, str(shared_data / "sft" / f"{name}.{suffix}"))
-        read = [turns_of(record) for unit in units for _, record, _ in read_records(unit) if record]
+        read = [compared_turns(record) for unit in units for _, record, _ in read_records(unit) if record]
         conversations = list({" ".join("".join(turns).split()): turns for turns in read}.values())  # each once
         alphabet = [c for c in "".join(map("".join, conversations[:100])) if c.isalpha()]
         copies = [[edited(text, 0.1, rng, alphabet) if text else "" for text in turns] for turns in conversations]
