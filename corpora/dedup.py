@@ -6,13 +6,14 @@ agree in a whole band. Only the signatures are kept, on disk if they are many. A
 that stays: not for a chain of others between them.
 
 A conversation can share most of its text with others and yet be one of its own: a long instruction, a list of options,
-a stock answer. So two are copies only if question and answer both are, by `is_copy`, which looks at where they differ.
+a stock answer. Whether two are copies is told by where they differ, in `is_copied_conversation`.
 """
 
 import itertools
 import operator
 import re
 import zlib
+from collections import Counter
 from difflib import SequenceMatcher
 
 import numpy as np
@@ -30,7 +31,7 @@ BANDS, ROWS = 48, 4
 # Share of equal values. It errs by 0.03 with 192 values, so that hardly a copy edited by 10 % falls below, and fewer
 # than 1 in 1,000 of the pairs that share half their shingles (s = 0.33) reach it.
 THRESHOLD = 0.45
-# Of conversations, by pairs of characters: a copy has 0.70 +- 0.1, as they are short; is_copy sees to the rest.
+# Of conversations, by pairs of characters: a copy has 0.70 +- 0.1, as they are short; where they differ tells the rest.
 CONVERSATION_THRESHOLD = 0.3
 
 # rensa errs less than as many independent hash functions (0.029 against 0.036 at s = 0.58) and takes 8 us a document
@@ -153,44 +154,65 @@ def _candidates(keys):
 
 # conversations
 
-
-COPY = 0.8  # share of equal characters of a copy: one with 10 % edited has 0.88 or more
-PHRASE = 6  # characters that differ in one place are another phrase; five edits in a row of 10 % are one in 100,000
-STOCK = 10  # characters: a shorter answer is like many others and says nothing of its question
-SHORT = 25  # characters of a whole conversation, of which a few make another
-_COMPARED = 1000  # characters of either text that are looked at closely; the signatures compare the rest
-_PUNCTUATION = re.compile(r"[\s，。、；：？！“”‘’（）…—《》【】,;:?]+")
-
-
-def is_copy(a, b, longest=None):
-    """Whether a text is an edited copy of another: of much the same characters, with no edit of `longest` or more.
-
-    Texts that differ in digits, operators, emoji alone (3<5, 3>5) are two, those that differ in punctuation one.
-    """
-    a, b = without_punctuation(a), without_punctuation(b)
-    if a == b:
-        return True
-    cut = max(len(a), len(b)) > _COMPARED  # what one has more of at its end, the other may have after it
-    matcher = SequenceMatcher(None, a[:_COMPARED], b[:_COMPARED], autojunk=False)
-    if matcher.real_quick_ratio() < COPY or matcher.quick_ratio() < COPY or matcher.ratio() < COPY:
-        return False
-    edits = [(a[i:j], b[k:m]) for how, i, j, k, m in matcher.get_opcodes()[: -1 if cut else None] if how != "equal"]
-    if longest and any(max(map(len, edit)) >= longest for edit in edits):
-        return False
-    return not edits or any(c.isalpha() for edit in edits for side in edit for c in side)
-
-
-def without_punctuation(text):
-    return _PUNCTUATION.sub("", text).lower()
+COPY = 0.5  # share of common pairs of characters: of copies with 10 % edited 0.8 +- 0.1
+PHRASE = 8  # units that differ in one place are another phrase: so many edits in a row do not happen to a copy
+STOCK = 10  # units: a shorter answer is like many others
+EDITS = 3  # of their own: fewer are what a template leaves open, a name or a number
+_COMPARED = 1000  # units of either text that are looked at closely; the signatures compare the rest
+_UNIT = re.compile(
+    r"[0-9A-Za-z\u00c0-\u1fff]+|[^\s，。、；：？！“”‘’（）…—《》【】,:;?]"
+)  # a word, a number, a character
 
 
 def is_copied_conversation(a, b):
-    """Whether the texts of a conversation, question and answer in turn, repeat those of another.
+    """Whether the texts of a conversation, question and answer in turn, are an edited copy of another's.
 
-    All questions together, all answers, and the last answer must each be copies; short ones must be equal but for
-    punctuation, and so must those under a stock answer. Of one text, a question, that one.
+    Records of a template (name the capital of ...; an instruction, and a line to judge) differ in little as well: in a
+    word or two, or in the same words in question and answer. A copy was edited in several places, and in each in
+    another way; or it is another wording of the answer to the same question. Short answers must be equal, and so must
+    the last one if it is short.
     """
-    questions, answers = (["\n".join(texts[side::2]) for texts in (a, b)] for side in (0, 1))
-    if 0 < min(map(len, answers)) < STOCK or min(len("".join(texts)) for texts in (a, b)) < SHORT:
-        return all(without_punctuation(x) == without_punctuation(y) for x, y in (questions, answers))
-    return is_copy(*questions, PHRASE) and is_copy(*answers) and is_copy(a[-1], b[-1])
+    if len(a) != len(b):
+        return False
+    a, b = ([_UNIT.findall(text) for text in texts] for texts in (a, b))
+    answers = [(sum(texts[1::2], []), texts[-1]) for texts in (a, b)]
+    if any(min(len(one), len(other)) < STOCK and one != other for one, other in zip(*answers, strict=True)):
+        return False
+    edits = [edits_of(one, other) for one, other in zip(a, b, strict=True)]
+    if None in edits or any(max(map(len, edit)) >= PHRASE for turn in edits[::2] for edit in turn):
+        return False
+    edited = [edit for turn in edits for edit in turn]
+    return own_edits(edited) >= (EDITS if any(edits[::2]) else 1) or not edited
+
+
+def edits_of(a, b):
+    """[(units of a, what b has for them), ...] if they are of much the same characters, else None."""
+    cut = max(len(a), len(b)) > _COMPARED  # what one has more of at its end, the other may have after it
+    a, b = a[:_COMPARED], b[:_COMPARED]
+    pairs = [Counter(map(str.__add__, text, text[1:])) for text in map("".join, (a, b))]
+    if 2 * (pairs[0] & pairs[1]).total() < COPY * (pairs[0] + pairs[1]).total():
+        return None
+    places = []  # [from, to in a, from, to in b]; one equal character inside a word that was changed is chance
+    for how, *place in SequenceMatcher(None, a, b, autojunk=False).get_opcodes()[: -1 if cut else None]:
+        if how == "equal":
+            continue
+        joined = places and [places[-1][0], place[1], places[-1][2], place[3]]
+        if (
+            joined
+            and place[0] - places[-1][1] < 2
+            and has_letters(a[joined[0] : joined[1]], b[joined[2] : joined[3]], all)
+        ):
+            places[-1] = joined
+        else:
+            places.append(place)
+    return [(tuple(a[i:j]), tuple(b[k:m])) for i, j, k, m in places]
+
+
+def has_letters(units, others, which=any):
+    return which(map(str.isalpha, [*units, *others]))
+
+
+def own_edits(edits):
+    """How many edits change letters, not just digits and signs, and are not made a second time."""
+    times = Counter(edits)
+    return sum(n == 1 and has_letters(*edit) for edit, n in times.items())

@@ -21,7 +21,6 @@ from corpora.dedup import (
     _candidates,
     conversation_signature,
     is_copied_conversation,
-    is_copy,
     near_duplicates,
     signature,
 )
@@ -238,50 +237,38 @@ def test_edited_copies_of_a_novel_are_found_and_its_pages_stay(shared_data):
 
 # conversations
 
-BOIL = "先烧开水，再下面条，煮三分钟，捞出来加一点盐和葱花。"
-STORY = ["你好呀，请讲一个故事", "从前有座山，山上有座庙。"]
+BOIL = "先烧开水，再下面条，煮三分钟，捞出来加一点盐和葱花，趁热端上桌。"
+STORY = ["你好呀，请讲一个故事", "从前有座山，山上有座庙，庙里有个老和尚。"]
+TASK = "请读下面的句子，判断它说的是哪一类事情，只回答类别的名字，不要解释理由："
+CITY = "{0}的省会是哪个城市？请用一句完整的话回答。", "{0}的省会是{1}，它是全省的政治、经济和文化中心。"
 
 
 @pytest.mark.parametrize(
     "a, b, same",
     [
-        ("今天天气很好，我们去公园吧。", "今天天气很好 我们去公园吧", True),  # punctuation
-        ("今天天气很好，我们去公园吧。", "今天天汽很好，我们去公园吧。", True),
-        ("今天天气很好，我们去公园吧。", "明天天气不好，他们不去了。", False),
-        ("3<5", "3>5", False),
-        ("判断对错：3<5 这个式子成立", "判断对错：3>5 这个式子成立", False),
-        ("小明有12个苹果，吃了3个，还剩几个？", "小明有15个苹果，吃了3个，还剩几个？", False),
-        ("这是我今天收到的礼物，好开心😀", "这是我今天收到的礼物，好开心😭", False),
-        ("", "", True),
-        ("好", "", False),
-    ],
-)
-def test_what_is_a_copy(a, b, same):
-    assert is_copy(a, b) is is_copy(b, a) is same
-
-
-def test_another_phrase_in_a_long_template_is_no_copy():
-    template = (
-        "请阅读下面的句子，判断它说的是哪一类事情，只回答类别的名字，不要解释理由：{}。类别有：故事，航海，种植，手艺。"
-    )
-    a, b = (template.format(text) for text in ("老渔夫在桥上修木箱", "母亲教她织一条围巾"))
-    assert is_copy(a, b) and not is_copy(a, b, longest=6)
-    assert is_copy("一" * 990 + a, "二" + "一" * 990 + b)  # beyond what is looked at
-
-
-@pytest.mark.parametrize(
-    "a, b, same",
-    [
-        (["怎样煮一碗面？", BOIL], ["怎样煮一碗面", BOIL.replace("面条", "面")], True),
-        (["怎样煮一碗面？", BOIL], ["怎样煮一碗粥？", "先烧开水，再下米，小火煮半小时。"], False),
-        (["怎样煮一碗面？", BOIL], ["怎样煮一碗面？", "面条要用冷水和，揉好了再切。"], False),  # another answer
-        (["这条评价说了什么：房间很干净", "好评"], ["这条评价说了什么：房间很安静", "好评"], False),  # a stock answer
-        (["这条评价说了什么：房间很干净", "好评"], ["这条评价说了什么：房间很干净。", "好评"], True),
+        (["怎样煮一碗面？", BOIL], ["怎样煮一碗面", BOIL.replace("，", " ")], True),  # punctuation
+        (["怎样煮一碗面？", BOIL], ["怎么煮一碗面", BOIL.replace("面条", "面").replace("一点", "点儿")], True),
+        (["怎样煮一碗面？", BOIL], ["怎样煮一碗面？", BOIL.replace("趁热", "马上")], True),  # the same question
+        (["怎样煮一碗面？", BOIL], ["怎样煮一碗粥？", BOIL], False),  # another question, the answer of both
+        (["怎样煮一碗面？", BOIL], ["怎样煮一碗面？", "面条要用冷水和，揉好了再切，最后下锅。"], False),
+        ([f"{TASK}房间很干净", "好评"], [f"{TASK}房间很安静", "好评"], False),  # a stock answer
+        ([f"{TASK}房间很干净", "好评"], [f"{TASK}房间很干净。", "好评"], True),
+        ([f"{TASK}房间很干净", "这句话说的是好评。"], [f"{TASK}房间不干净", "这句话说的是差评。"], False),
+        ([t.format("广东省", "广州市") for t in CITY], [t.format("湖南省", "长沙市") for t in CITY], False),
+        ([t.format("江苏省", "南京市") for t in CITY], [t.format("浙江省", "杭州市") for t in CITY], False),
+        (["What is the capital of France?", "The capital of France is Paris, on the river Seine."],
+         ["What is the capital of Spain?", "The capital of Spain is Madrid, on the river Seine."], False),
+        (["小明有12个苹果，吃了3个，还剩几个？", "小明还剩12-3=9个苹果，所以答案是9个。"],
+         ["小红有15个橘子，吃了4个，还剩几个？", "小红还剩15-4=11个橘子，所以答案是11个。"], False),
+        ([f"{TASK}3<5", "这个式子要看上下文才能判断对错。"], [f"{TASK}3>5", "这个式子要看上下文才能判断对错。"], False),
+        ([f"{TASK}1:2", "这个式子要看上下文才能判断对错。"], [f"{TASK}12", "这个式子要看上下文才能判断对错。"], False),
         ([*STORY, "谢谢", "不客气，再见。"], [*STORY, "谢谢", "还想听别的故事吗？"], False),  # another last answer
-        (["请写一首关于秋天的诗"], ["请写一首关于秋天的诗。"], True),  # prompts
-        (["请写一首关于秋天的诗"], ["请写一首关于夏夜的词"], False),
+        ([*STORY, "谢谢", "不客气，再见。"], [*STORY, "谢谢！", "不客气，再见"], True),
+        ([*STORY, "谢谢", "不客气，再见。"], STORY, False),
+        (["请写一首关于秋天的诗"], ["请写一首关于秋天的诗。"], True),  # questions alone
+        (["请写一首关于秋天的诗"], ["请写一首关于夏夜的诗"], False),
     ],
-)
+)  # fmt: skip
 def test_what_is_a_copied_conversation(a, b, same):
     assert is_copied_conversation(a, b) is is_copied_conversation(b, a) is same
 
@@ -292,7 +279,29 @@ def near_duplicates_of(conversations):
     return near_duplicates(signatures, confirm=pair, threshold=CONVERSATION_THRESHOLD) >= 0
 
 
+FRUIT = "苹果 香蕉 橘子 葡萄 西瓜 桃子 草莓 樱桃 荔枝 芒果 柠檬 石榴 菠萝 山楂 枇杷".split()
+
+
+@pytest.mark.parametrize(
+    "question, answer",
+    [
+        (f"{TASK}我爱吃{{}}", "这件事说的是饮食，没有别的意思。"),
+        ("用“{}”造一个句子，要通顺，不超过二十个字。", "今天我在市场上买了三斤{}，又新鲜又便宜。"),
+        ("请把英文单词翻译成中文并造句：{}", "好的，请问您想要简体中文还是繁体中文的翻译呢？"),
+        ("你和{}是什么关系，是同一家公司开发的吗？", "我是小羊驼，由一个小团队训练的中文助手，很高兴认识您。"),
+        (
+            "写一个函数，统计列表里有几个{}，并举例说明怎么用。",
+            "def count(items):\n    return items.count('{}')  # 逐个比较",
+        ),
+    ],
+)
+def test_records_of_one_template_stay(question, answer):
+    conversations = [[question.format(fruit), answer.format(fruit)] for fruit in FRUIT]
+    assert not near_duplicates_of(conversations).any()
+
+
 def test_edited_copies_of_real_conversations_are_found_and_the_conversations_stay(shared_data):
+    """Of those of 40 characters and more: in a shorter one a word makes another."""
     names = dict(llamafactory_alpaca_zh_demo="json", oaast_sft_zh="json", sharegpt_zh_200="jsonl")
     rng, dropped, found, planted = random.Random(0), 0, 0, 0
     for name, suffix in names.items():
@@ -301,10 +310,11 @@ def test_edited_copies_of_real_conversations_are_found_and_the_conversations_sta
         read = [compared_turns(record) for unit in units for _, record, _ in read_records(unit) if record]
         conversations = list({" ".join("".join(turns).split()): turns for turns in read}.values())  # each once
         alphabet = [c for c in "".join(map("".join, conversations[:100])) if c.isalpha()]
-        copies = [[edited(text, 0.1, rng, alphabet) if text else "" for text in turns] for turns in conversations]
+        longer = [turns for turns in conversations if len("".join(turns)) >= 40]
+        copies = [[edited(text, 0.1, rng, alphabet) if text else "" for text in turns] for turns in longer]
         gone = near_duplicates_of(conversations + copies)
         dropped += gone[: len(conversations)].sum()
         found += gone[len(conversations) :].sum()
         planted += len(copies)
-    assert planted > 1800 and found / planted >= 0.95
-    assert dropped / planted <= 0.005  # and these are copies: the same question with much the same answer
+    assert planted > 1700 and found / planted >= 0.95
+    assert dropped / planted <= 0.01  # and these are copies: the same question with much the same answer

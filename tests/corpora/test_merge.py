@@ -66,7 +66,8 @@ def test_a_repeated_question_goes_if_asked(tally):
     assert tally(rows)[0]["kept"] == 5 + 16
     assert tally(rows, "--dedup_questions=True")[0]["dropped"] == {"duplicate": 2}
     near = [row("请给我讲一个关于大海和渔夫的故事，不要太长，最好一百字以内，结尾要让人意想不到。", "从前有一个渔夫。")]
-    near += [row(near[0]["instruction"].replace("不要太长", "不能太长"), "大海很大，渔夫很小。"), *rows]
+    other = near[0]["instruction"].replace("请给", "请你给").replace("不要", "不能").replace("最好", "尽量")
+    near += [row(other, "大海很大，渔夫很小。"), *rows]
     assert tally(near, "--dedup=near")[0]["kept"] == 7 + 16
     counts, _, _ = tally(near, "--dedup=near", "--dedup_questions=True")
     assert counts["dropped"] == {"duplicate": 2, "near-duplicate": 1}
