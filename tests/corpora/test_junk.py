@@ -27,7 +27,7 @@ JUNK = split(
 《诛仙》txt下载  全本小说TXT下载，尽在本站  更多精校小说尽在知轩藏书下载：http://www.zxcs8.com/  《全职高手》全文阅读
 本电子书由网友上传，仅供试读，请于24小时内删除  声明：本站所有小说均由网友上传，如有侵权请联系我们  www.4020.cn
 欢迎广大书友光临阅读，最新、最快、最火的连载作品尽在起点原创！  http://www.qidian.com/book/12345.html  ==========
-官方网站：https://www.example.com/index  ----------------  ☆☆☆☆☆  ————————  * * * * *  上一篇：春天的故事
+官方网站：https://www.example.com/index  ----------------  ☆☆☆☆☆  ————————  * * * * *  上一篇：没有了
 下一篇：没有了  您的位置：首页 > 文学 > 散文  当前位置：首页 > 新闻中心  Copyright © 2019 All Rights Reserved
 版权所有，未经许可不得转载  京ICP备05012345号  分享到：微信 新浪微博 QQ空间  责任编辑：王小明  点击查看更多  ◆◆◆◆
 扫描二维码下载客户端  长按二维码，关注我们  欢迎关注我们的微信公众号：zhishi  打印本页 关闭窗口  免费小说txt全集下载
@@ -89,6 +89,36 @@ INNOCENT += split(
 """.rstrip()
 )
 
+# Prose about such things, and lines that may be either.
+JUNK += split(
+    """\
+喜欢凡人修仙传请大家收藏：(www.31xs.com)凡人修仙传更新最快  喜欢这本书请收藏本站  责任编辑：王小明 李四
+本书由网友上传，请支持正版  所有小说均由网友上传，请在24小时内删除  当前位置：文学 > 散文 > 朱自清
+本章结束，请点击下一页  下一章：没有了  powered by discuz! X2  首发地址：http://www.example.com/1.html  录入：王小明
+本文首发于起点中文网  欢迎访问www.example.com  相关链接：http://www.example.com/a  网址：www.example.com。
+""".rstrip()
+)
+INNOCENT += split(
+    """\
+输入: 121  输入：三个整数  输入：abc  录入：三个整数  录入: 121  校对：检查原稿  扫描：黑白双面  排版：居中对齐
+排版：LaTeX
+喜欢吃苹果的请收藏这个食谱  如果喜欢花，请大家收藏一些种子吧  大家喜欢他，请记得收藏他的画作
+喜欢《红楼梦》的请收藏这套邮票
+当前位置：东经116度，北纬39度。  您的位置：三排五座  上一章：我们讲了函数的定义。  下一章：我们将讨论极限  上一篇：春望
+下一篇：登高  上一回：武松打虎  下一章：第三个定理  本章结束，下一章讲积分。  本节完，请同学们做习题。
+责任编辑：这个职位很辛苦
+本文编辑：用到的工具  所有小说都有24小时内删除的风险  本书的版权归属一直有争议。  本书由网友上传到论坛，引起轰动。
+powered by electricity  powered by steam engines  欢迎光临北京站  欢迎光临滕王阁  欢迎光临我们的酒吧  欢迎访问清华大学
+本文首发于《人民文学》  本文首发于《人民文学》，后收入文集。  首发地址：北京王府井书店  首发网站：尚未公布
+OCR：文字识别
+请访问 http://www.abc.com 获取更多信息。  详情见 http://www.abc.com。  他说：http://www.abc.com 是个好网站。
+可以参考http://a.example/b，也可以参考 www.example.org 的说明。  详细情况（参考http://a.example/b）见附录。
+See http://a.example/b. Then go on.  手机用户请访问官网 www.example.com 下载驱动。  请记住我们的地址，明年再来。
+最新内容请关注新华社的公告。  欢迎广大书友参加周六的读书会。  更多小说请到图书馆借阅。  手机用户请到阅览室阅读。
+我常去这个网站，地址是：http://www.abc.com  首页/登录页  首页 - 设计稿
+""".rstrip()
+)
+
 
 def test_junk_lines_go():
     kept = [line for line in [*JUNK, "=" * 150] if drop_junk(f"前文。\n{line}\n后文。") != "前文。\n后文。"]
@@ -106,9 +136,8 @@ def test_innocent_lines_stay():
         ("他转身走了。（未完待续）", "他转身走了。"),
         ("他转身走了。(求推荐票，求收藏)（本章完）", "他转身走了。"),
         ("官方网站（http://www.example.com/a?b=1）于2005年开通。", "官方网站于2005年开通。"),
-        ("可以参考http://a.example/b，也可以参考 www.example.org 的说明。", "可以参考，也可以参考 的说明。"),
-        ("详细情况（参考http://a.example/b）见附录。", "详细情况（参考）见附录。"),
-        ("See http://a.example/b. Then go on.", "See. Then go on."),
+        ("他于2005年去世。来源：http://a.example/b", "他于2005年去世。"),
+        ("他于2005年去世。 http://a.example/b http://a.example/c", "他于2005年去世。"),
     ],
 )
 def test_junk_within_a_line(line, expected):
