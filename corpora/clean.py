@@ -71,6 +71,12 @@ _SHAPING = (  # where such characters choose what a sign looks like, they are pa
     "|(?<=[\u0600-\u109f\u1780-\u18af])[\u200c\u200d]|(?<=[\u1800-\u18af])[\u180b-\u180e]"  # Arabic, Indic, Mongolian
     "|(?<=[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])[\ufe00-\ufe02\U000e0100-\U000e01ef]"  # variants of 葛
 )
+_SPOKEN_OF = "(?<!\ufffd)\ufffd(?!\ufffd)"  # in a conversation; what a wrong encoding left comes in runs
+_ANSI = r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b\n]{,200}(?:\x07|\x1b\\)"  # ECMA-48: colours, titles
+# Letters of other scripts with their marks. NFC would make other characters of U+FA19 or the sign for ohm.
+_MARKED = re.compile(
+    "[^\\W\uf900-\ufaff\U0002f800-\U0002fa1f][\u0300-\u036f\u0591-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\u3099\u309a]+"
+)
 _LINE_BREAKS = "\r\v\f\x85\u2028\u2029"
 _ODD_SPACES = "\xa0\u1680\u2000-\u200a\u202f\u205f"
 _FULL_WIDTH = "０-９Ａ-Ｚａ-ｚ"
@@ -82,10 +88,11 @@ _HTML = re.compile(
 
 
 def repair(text, document=True):
-    """Prose as it was typed: without invisible characters, odd spaces and what ends a line; in NFC.
+    """Prose as it was typed: without invisible characters, odd spaces and what ends a line; accents in NFC.
 
     A document was scraped or typeset, so there HTML leftovers, full-width letters and digits, runs of spaces and
-    blank lines go as well. In a conversation they may be what it is about. Chinese punctuation and indents stay.
+    blank lines go as well, and all is in NFC. In a conversation they may be what it is about, as may a single U+FFFD;
+    two spaces at a line's end are Markdown's line break. Chinese punctuation and indents stay.
     """
     padded = f"\n\n{text}\n\n"  # a line break at either end is one of three
     if not (_SUSPECT.search(text) or any(run in padded for run in ("  ", " \n", "\n\n\n"))):
@@ -95,16 +102,27 @@ def repair(text, document=True):
     if document and ("<" in text or "&" in text):
         text = _HTML.sub(_plain, text)
     if re.search(f"[{_INVISIBLE}]", text):
-        text = re.sub(f"({_SHAPING})|[{_INVISIBLE}]", r"\1", text)
-    text = unicodedata.normalize("NFC", text)
+        kept = _SHAPING if document else f"{_SHAPING}|{_SPOKEN_OF}"
+        text = re.sub(f"({kept})|{_ANSI}|[{_INVISIBLE}]", r"\1", text)
+    text = unicodedata.normalize("NFC", text) if document else _MARKED.sub(_composed, text)
     text = re.sub(f"[{_ODD_SPACES}]", " ", text)
     if document:
         text = re.sub(f"[{_FULL_WIDTH}]+", lambda run: run[0].translate(_HALF_WIDTH), text)
         if "\u3000" in text:  # the indent of a Chinese paragraph
             text = re.sub(r"(?m)^[^\S\n]*\u3000[^\S\n]*", "", text).replace("\u3000", " ")
         text = re.sub(r" (?<=\S )[ \t]+|\t(?<=\S\t)[ \t]*", " ", text)  # not what indents a line
-    text = "\n".join(line.rstrip(" \t\u3000") for line in text.split("\n"))
-    return (re.sub(r"\n{3,}", "\n\n", text) if document else text).strip("\n")
+    text = "\n".join(_without_end(line, document) for line in text.split("\n"))
+    return (re.sub(r"\n{3,}", "\n\n", text) if document else text).strip("\n").rstrip(" ")
+
+
+def _without_end(line, document):
+    """The line without spaces at its end, but for Markdown's line break in a conversation."""
+    rest = line.rstrip(" \t\u3000")
+    return line if rest and not document and line == rest + "  " else rest
+
+
+def _composed(match):
+    return unicodedata.normalize("NFC", match[0])
 
 
 def _plain(match):

@@ -71,7 +71,7 @@ _BESIDE = re.compile(
 _SIGN = r"[=\-_*~—–－＝＊☆★◆◇●○□■▲△※#+＃～]"
 _RULE = re.compile(rf"{_SIGN}\s*{_SIGN}\s*(?:{_SIGN}\s*)+")
 _URL = r"(?:(?:https?|ftp)://|www[.．])[\w\-.．~:/?#@!$&'*+,;=%|]*"
-_AFTER = "(?:^|(?<=[。！？!?…”]))"
+_AFTER = r"(?:^[\s*•·\-]*|(?<=[。！？!?…”]))"
 # One that a sentence goes on behind is part of it; in brackets, or alone or with a label at the end, none is.
 _URL = re.compile(
     rf"(?ai)[ \t]*[（(【\[<]{_URL}[)）】\]>]|{_AFTER}\s*(?:{_URL}\s*)+$"

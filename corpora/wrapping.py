@@ -2,18 +2,23 @@
 
 import re
 import unicodedata
+from collections import Counter
 
 from corpora.fences import CODE
 
-NARROWEST = 40  # columns, two a Chinese character: below it stand verse and couplets, which no width has cut
+NARROWEST = 30  # columns, two a Chinese character: below it stand verse and couplets, which no width has cut
 SLACK = 10  # columns: an indent of four, two signs that hang over or take a character along to the next line
 LEAST = 5  # full lines that show a width
+# Share of the breaks that lie within a phrase. In prose 0.9 to 0.5: less where phrases are short and signs hang over.
+WITHIN = 0.45
 # List items, headings, table rows, columns, code: their line breaks are meant.
 _NO_PROSE = re.compile(
     r"\s*(?:[|•●]|[-*+#>·]\s|[\d一二三四五六七八九十]+[.、．)）](?!\d)|第\S{1,7}[章回节卷](?:\s|$))"
     rf"|.*(?:\S[|\t]|\S(?:  |\u3000)\s*\S|{CODE})"
 )
-_END = re.compile(r"[。！？!?…；;：:”’」』）)》—.]\s*$")
+_PHRASE_ENDS = re.compile(r"[^\w“‘「『（(《]\s*$")
+_BEGINS_ANEW = re.compile(r"[“‘「『\"—]|[^，。！？]{1,8}[：:]")  # speech, a speaker, a label
+_SENTENCE_ENDS = re.compile(r"[。！？!?；;…]”?[^\W\d]|\.\s")
 
 
 def columns(line):
@@ -27,10 +32,24 @@ def _is_prose(line):
     return bool(stripped) and not drawing and not _NO_PROSE.match(line)
 
 
+def _are_cut(lines, breaks):
+    """Whether a width has cut these lines: the breaks fall anywhere in the sentences, which go on in the next line."""
+    within = sum(not _PHRASE_ENDS.search(lines[i]) and not _BEGINS_ANEW.match(lines[i + 1]) for i in breaks)
+    sentences = sum(bool(_SENTENCE_ENDS.search(lines[i])) for i in breaks)
+    signs = Counter(tuple(m.start() for m in re.finditer(r"\W", lines[i].strip())) for i in breaks)
+    starts = Counter(lines[i + 1][:2] for i in breaks)
+    return (
+        within >= WITHIN * len(breaks)
+        and sentences >= len(breaks) / 6  # verse and directories may have no signs
+        and signs.most_common(1)[0][1] <= len(breaks) / 2  # verse and tables have theirs in the same places
+        and sum(n for _, n in starts.most_common(2)) <= len(breaks) / 2  # speakers in turn
+    )
+
+
 def join_lines(text):
     """The text with its paragraphs in a line each, where one width has cut them; as it is, where none clearly has.
 
-    A third of the lines must be of that width, hardly any longer, and most of these must stop within a sentence. A
+    A third of the lines must be of that width, hardly any longer, and most of these must stop within a phrase. A
     paragraph ends at a shorter line, and before a blank or indented one, a list item, a heading or a row of a table.
     """
     lines = text.split("\n")
@@ -39,12 +58,14 @@ def join_lines(text):
     shown = sorted(width for width, is_prose in zip(widths, prose, strict=True) if is_prose)
     width = shown[len(shown) * 99 // 100] if shown else 0  # a heading may be longer
     full = [is_prose and width - SLACK <= w <= width for w, is_prose in zip(widths, prose, strict=True)]
-    within = sum(is_full and not _END.search(line) for is_full, line in zip(full, lines, strict=True))
-    if width < NARROWEST or sum(full) < max(LEAST, len(shown) / 3) or within < sum(full) / 2:
+    breaks = [i for i in range(len(lines) - 1) if full[i] and prose[i + 1] and not lines[i + 1][:1].isspace()]
+    clear = width >= NARROWEST and sum(full) >= max(LEAST, len(shown) / 3) and breaks
+    if not clear or not _are_cut(lines, breaks):
         return text
+    joins = set(breaks)
     joined = lines[:1]
-    for before, line, is_prose in zip(full, lines[1:], prose[1:], strict=False):
-        if before and is_prose and not line[:1].isspace():
+    for i, line in enumerate(lines[1:]):
+        if i in joins:
             space = " " if (joined[-1].rstrip()[-1:] + line[:1]).isascii() else ""
             joined[-1] = joined[-1].rstrip() + space + line
         else:

@@ -97,8 +97,15 @@ def test_repair_leaves_chinese_punctuation_and_indents():
         ("全角的ＡＢＣ１２３\u3000怎么打？", None),
         ("姓名    年龄\n张三    30\n\n\n\n完\n\t缩进", None),
         ("\u3000\u3000第一段。\n    第二段。", None),
-        ("\n\n好  \r\n的\t\n\u3000\n是\r吗\x00\u200b\ufeff\xa0？ \n", "好\n的\n\n是\n吗 ？"),
-        ("cafe\u0301\ufffd\ud83d", "caf\xe9"),
+        ("\n\n好  \r\n的\t\n\u3000\n是\r吗\x00\u200b\ufeff\xa0？ \n", "好  \n的\n\n是\n吗 ？"),
+        ("cafe\u0301\ufffd\ufffd\ud83d", "caf\xe9"),
+        ("其中符号\ufffd表示无法解码的字符", None),
+        ("\ufffd和\ufffd", None),
+        ("一行  \n二行   \n三行 \n  \n四行  ", "一行  \n二行\n三行\n\n四行"),
+        ("\ufa19社，\uf900、50\u2126、\U0002f800", None),
+        ("\ufa19か\u3099e\u0301 \u1112\u1161\u11ab", "\ufa19がé 한"),
+        ("\x1b[31m红\x1b[0m色\x1b[1;38;5;9m字\x1b[K\x9b2J\x1b]0;标题\x07", "红色字"),
+        ("[31m\x1b红", "[31m红"),
     ],
 )
 def test_a_conversation_is_what_people_typed(text, expected):
@@ -265,7 +272,9 @@ def test_a_few_broken_characters_are_removed_and_counted():
     broken = PROSE[:100] + "\ufffd" + PROSE[100:]
     assert clean_document(broken, DEFAULTS) == (PROSE, None)
     assert clean_document("只有一个\ufffd坏字符的短文", DEFAULTS) == ("只有一个坏字符的短文", None)
-    assert clean_text("天\ufffd地", DEFAULTS) == "天地"
+    assert clean_text("天\ufffd\ufffd地", DEFAULTS) == "天地"
+    assert clean_text("天\ufffd地", DEFAULTS) == "天\ufffd地"
+    assert clean_text("天\ufffd地\x1b[31m", DEFAULTS, document=True) == "天地"
     remark = "lost characters removed"
     assert clean_record(dict(text=broken), DEFAULTS) == (dict(text=PROSE), remark)
     assert clean_record(dict(text=PROSE), DEFAULTS) == (dict(text=PROSE), None)

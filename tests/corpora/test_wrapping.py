@@ -60,6 +60,17 @@ def test_lists_tables_and_code_among_wrapped_lines_stay():
         "春江潮水连海平，海上明月共潮生。滟滟随波千万里，何处春江无月明。\n江流宛转绕芳甸，月照花林皆似霰。空里流霜不觉飞，汀上白沙看不见。\n"
         * 4,  # of one width, but every line ends with its sentence
         "“你去哪里？”\n“回家。”\n“这么早？”\n“天快黑了，路上又不好走，我想早一点动身，免得家里人惦记。”\n" * 5,
+        # phrases with single spaces between them; couplets that end with a comma
+        "春眠不觉晓 处处闻啼鸟 夜来风雨声 花落知多少\n白日依山尽 黄河入海流 欲穷千里目 更上一层楼\n" * 3,
+        "汉皇重色思倾国，御宇多年求不得，\n杨家有女初长成，养在深闺人未识，\n" * 4,
+        "汉皇重色思倾国，御宇多年求不得，杨家有女初长成\n养在深闺人未识，天生丽质难自弃，一朝选在君王侧\n" * 4,
+        "张三：今天的天气真不错，我们一起到公园里去走一走吧\n李四：好的。你等我一会儿，我把手头的这些事情先做完了\n"
+        * 5,
+        "“今天的天气真不错。我们一起到公园里去走一走吧，好\n“你等我一会儿，我把手头的这些事情先做完。然后再走\n" * 5,
+        "北京大学图书馆 海淀区颐和园路五号 周一至周日开放\n清华大学图书馆 海淀区清华园一号楼 周一至周五开放\n"
+        "首都博物馆 西城区复兴门外大街十六号 周二至周日开\n中国美术馆 东城区五四大街一号 周二至周日九点到五点\n"
+        "国家大剧院 西城区西长安街二号 周二至周日全天可以\n北京动物园 西城区西直门外大街一百三十七号 每天开\n",
+        "答卷的时候请不要说话。交卷以后请马上离开考场，谢谢\n答卷以前请写好姓名，并检查试题的页数。缺页请举手说\n" * 4,
         "姓名　　籍贯　　出生年月　　现任职务　　联系地址　　备注说明\n" * 8,
         "░░▀███░░░░▀██░░░░██▀░░░░██░░░░▀███░░░░▀██░░░░██▀\n" * 8,
         "",
@@ -77,5 +88,18 @@ def test_real_texts_are_not_hard_wrapped(shared_data):
 
 def test_words_of_letters_keep_their_space():
     assert columns("中文ab") == 6
-    lines = ["这一行有三十五个汉字那么宽可是没有写完它还要继续写下去直到这里为止 the end"] * 6
-    assert join_lines("\n".join(lines[:5] + ["of it"])).endswith("the end of it")
+    text = wrapped(PARAGRAPHS, 25, "", [""], False)
+    line = "这一行。有二十五个汉字那么宽，还没有写完 the end"
+    assert join_lines(f"{text}\n{line}\nof it").endswith("the end of it")
+
+
+@pytest.mark.parametrize("width", [19, 20, 30, 35, 38, 40, 76])
+@pytest.mark.parametrize("hang", [False, True])
+def test_a_novel_is_joined_at_every_width(shared_data, width, hang):
+    novel = (shared_data / "pretrain" / "三国演义.txt").read_text(encoding="utf-8")
+    paragraphs = [
+        line.strip() for line in novel.split("\n")[:300] if line.strip() and not line.strip().startswith("第")
+    ]
+    assert join_lines(wrapped(paragraphs, width, "\u3000\u3000", [], hang)) == "\n".join(
+        "\u3000\u3000" + paragraph for paragraph in paragraphs
+    )
