@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataset.formats import DataError
 
 LEGACY = {"gb18030": "GB18030", "big5hkscs": "Big5"}
-WIDE = {"utf-16": "UTF-16", "utf-16-le": "UTF-16", "utf-16-be": "UTF-16", "utf-32": "UTF-32"}  # no byte ends a line
+WIDE = {f"utf-{n}{end}": f"UTF-{n}" for n in (16, 32) for end in ("", "-le", "-be")}  # no byte ends a line
 ENCODINGS = {"utf-8": "UTF-8"} | LEGACY | WIDE
 BLOCK = 1 << 20  # what is read at once: bytes, or characters of a JSON array
 PLACES = 16  # pieces of a large file that its encoding is told from, besides its first megabyte
@@ -28,6 +28,8 @@ COMMON = frozenset(
     "，。、：；！？“”《》（）「」…—　"
 )
 
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
 
 class Doubtful(DataError):
     """The encoding of a file cannot be told from what it holds."""
@@ -37,7 +39,7 @@ def open_zstd(path, mode="rb"):
     try:
         import pyarrow
     except ImportError:
-        raise DataError(f"{path}: reading .zst files needs pyarrow (pip install pyarrow)") from None
+        raise DataError(f"{escaped(path)}: reading .zst files needs pyarrow (pip install pyarrow)") from None
     return io.BufferedReader(pyarrow.input_stream(open(path, mode), compression="zstd"))
 
 
@@ -83,9 +85,14 @@ def is_clean(text):
     return True
 
 
-def escaped(text):
-    """Text that can be written and hashed: file names that are not UTF-8 and lone surrogates as backslashes."""
+def writable(text):
+    """Text that can be written and hashed: what is not UTF-8 in file names, and lone surrogates, as backslashes."""
     return os.fspath(text).encode(errors="backslashreplace").decode()
+
+
+def escaped(name):
+    """A name as it can stand in a line of a message: line breaks and what else steers a terminal as backslashes too."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), writable(name))
 
 
 @contextmanager
@@ -110,6 +117,9 @@ def detect_encoding(path, stream, head, likely=None):
         return "utf-32"
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
+    for name in ("utf-32-le", "utf-32-be"):  # of other bytes hardly four are a character
+        if b"\0" in head and can_decode(head, name) and wide_score(head, name) > 0.1:
+            return name
     if b"\0" in head and (wide := clearly_best({name: wide_score(head, name) for name in ("utf-16-le", "utf-16-be")})):
         return wide
     lines = sample_lines(stream, head)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import PurePath, PurePosixPath
 
 from corpora.encodings import BLOCK, ENCODINGS, LEGACY, WIDE, Doubtful, escaped, is_compressed, reading
-from corpora.kinds import Unread, check_name, look, suffixes
+from corpora.kinds import ROW_SUFFIXES, Unread, check_name, look, suffix_of, suffixes
 from corpora.tables import cut_row_groups
 from dataset.formats import DataError
 
@@ -50,7 +50,7 @@ def file_units(label, layout, path, globs="", unit_bytes=64 << 20, characters=0)
     with reading(path):
         found = [file for root in expand(path) for file in list_files(root, layout, globs, notes)]
         for file, (kind, encoding, start) in look_at_all(found, layout, notes, alone=found == [path]).items():
-            if encoding in LEGACY or encoding.startswith("utf-16-"):
+            if encoding in LEGACY or encoding.endswith(("-le", "-be")):
                 notes[f"read as {ENCODINGS[encoding]}"].append(file)
             size = os.path.getsize(file)
             whole = Unit(label, layout, file, kind, start, encoding=encoding, size=size, characters=characters)
@@ -58,17 +58,18 @@ def file_units(label, layout, path, globs="", unit_bytes=64 << 20, characters=0)
     say(path, notes)
     if not units:
         known = " ".join(suffixes(layout))
-        raise DataError(
+        raise Unread(
             f"{escaped(path)}: no data in it; a {layout} source is {known} files, as such or .gz .bz2 .xz .zst"
         )
     return bundle(units, unit_bytes)
 
 
 def say(path, notes):
-    """Name files on stderr, a line for each thing to be said of them."""
+    """Name files on stderr, a line for each thing to be said of them; all that would be data and are not read."""
     for what, files in notes.items():
-        names = [escaped(file).removeprefix(f"{escaped(path)}/") for file in files[:NAMED]]
-        more = ", ..." if len(files) > NAMED else ""
+        lost = [file for file in files[NAMED:] if what.startswith("not read") and suffix_of(file) in ROW_SUFFIXES]
+        names = [escaped(file).removeprefix(f"{escaped(path)}/") for file in files[:NAMED] + lost]
+        more = ", ..." if len(files) > len(names) else ""
         several = f"{escaped(path)}: {len(files):,} files {what}: {', '.join(names)}{more}"
         print(several if len(files) > 1 else f"{escaped(files[0])}: {what}", file=sys.stderr)
 
@@ -109,7 +110,7 @@ def list_files(root, layout, globs, notes):
             raise DataError(f"{escaped(root)}: neither a file nor a folder")
         return [root]
     names = []
-    for name in sorted(walk(root, notes, set()), key=lambda file: PurePath(file).as_posix()):
+    for name in sorted(walk(root, notes), key=lambda file: PurePath(file).as_posix()):
         try:
             check_name(name, layout)
             names.append(name)
@@ -121,31 +122,29 @@ def list_files(root, layout, globs, notes):
     return [name for name in names if name in wanted or not wanted]
 
 
-def walk(folder, notes, seen):
+def walk(root, notes):
     """Every file below a folder, links followed, without hidden ones (download tools leave notes there)."""
-    facts = os.stat(folder)
-    if (facts.st_dev, facts.st_ino) in seen:
-        notes["not read: the same folder as one that is read, by a link"].append(folder)
-        return
-    seen.add((facts.st_dev, facts.st_ino))
-    with os.scandir(folder) as entries:
-        entries = sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))  # a folder before links to it
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
+    seen, waiting = set(), [root]
+    while waiting:
+        path = waiting.pop()
         try:
-            mode = os.stat(entry.path).st_mode
+            facts = os.stat(path)
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ELOOP):
                 raise
-            notes["not read: a broken link"].append(entry.path)
+            notes["not read: a broken link"].append(path)
             continue
-        if stat.S_ISDIR(mode):
-            yield from walk(entry.path, notes, seen)
-        elif stat.S_ISREG(mode):
-            yield entry.path
+        if stat.S_ISREG(facts.st_mode):
+            yield path
+        elif not stat.S_ISDIR(facts.st_mode):
+            notes["not read: neither a file nor a folder"].append(path)
+        elif (facts.st_dev, facts.st_ino) in seen:
+            notes["not read: the same folder as one that is read, by a link"].append(path)
         else:
-            notes["not read: neither a file nor a folder"].append(entry.path)
+            seen.add((facts.st_dev, facts.st_ino))
+            with os.scandir(path) as entries:  # the last is taken first: links after the folders that they may lead to
+                found = sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name), reverse=True)
+            waiting += [entry.path for entry in found if not entry.name.startswith(".")]
 
 
 def look_at_all(found, layout, notes, alone):
@@ -163,7 +162,7 @@ def look_at_all(found, layout, notes, alone):
                 notes["empty"].append(file)
         except Unread as reason:
             if alone:
-                raise DataError(f"{escaped(file)}: {reason}") from None
+                raise Unread(f"{escaped(file)}: {reason}") from None
             notes[f"not read: {reason}"].append(file)
 
     for file in found:

@@ -3,7 +3,7 @@
 import json
 import re
 
-from corpora.encodings import BLOCK, detect_encoding, escaped, open_bytes, reading
+from corpora.encodings import BLOCK, COMPRESSED, detect_encoding, escaped, open_bytes, reading
 from corpora.layouts import INPUTS, INSTRUCTIONS, QUESTIONS, TEXTS, TURNS
 from dataset.formats import DataError
 
@@ -11,16 +11,19 @@ TEXT_LAYOUTS = ("txt", "lines")  # whose files are plain text
 TEXT_SUFFIXES = (".txt",)
 ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 METADATA = "dataset_infos.json dataset_info.json dataset_dict.json state.json configuration.json croissant.json".split()
+PROSE = (".md", ".rst", ".markdown")  # text as such, notes beside rows
 NOTES = "readme license licence copying notice changelog requirements _success".split()
 ADVICE = {
     "unpack it": ".zip .tar .tgz .tbz2 .txz .7z .rar .lz4 .lzma .br",
     "finish its download": ".part .crdownload .aria2 .incomplete .download",
     "save it as .csv": ".xlsx .xls",
+    "rename it to .txt": ".md .rst .markdown",
     "save it as .txt": ".doc .docx .pdf .epub .mobi .azw3 .rtf .html .htm",
 }
 FOREIGN = (  # first bytes of what is no corpus file
     (rb"PK\x03\x04", "a zip archive, .xlsx or .docx; unpack it, or save it as .csv or .txt"),
     (rb"7z\xbc\xaf|Rar!\x1a|.{257}ustar[\0 ]", "an archive; unpack it"),
+    (b"|".join(magic.pattern for magic, _ in COMPRESSED), "compressed twice; decompress it once"),
     (rb"%PDF-\d|\xd0\xcf\x11\xe0|\{\\rtf", "a document of an office program; save it as .csv or .txt"),
     (rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|ID3[\2-\4]|RIFF.{4}(WAVE|AVI |WEBP)", "a picture, sound or film"),
     (rb"SQLite format 3\0|\x89HDF|\x7fELF|\x80[\2-\5]", "neither text nor rows"),
@@ -68,7 +71,10 @@ def suffix_of(path):
 def check_name(path, layout):
     """Unread for a file of a folder that by its name is none of the corpus's; one without a suffix may be any."""
     name, suffix = str(path).replace("\\", "/").rsplit("/", 1)[-1].lower(), suffix_of(path)
-    if name in METADATA or name.split(".")[0] in NOTES or suffix in (".md", ".rst"):
+    if name.endswith("~") or name.startswith("~$") or re.fullmatch("#.*#", name, re.DOTALL):
+        raise Unread("a backup of an editor")
+    notes = name.split(".")[0] in NOTES and suffix in ("", ".txt", *PROSE)
+    if name in METADATA or notes or suffix in PROSE and layout not in TEXT_LAYOUTS:
         raise Unread("notes or metadata")
     if not suffix or suffix in suffixes(layout):
         return

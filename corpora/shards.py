@@ -24,7 +24,7 @@ import numpy as np
 
 from common.config import UserError
 from common.report import Progress
-from corpora.encodings import escaped, reading
+from corpora.encodings import reading, writable
 from dataset.formats import DataError
 
 SAMPLES = 20  # dropped records kept of each reason, to look at
@@ -75,7 +75,7 @@ class Outcomes:
         """Samples are the records of the lowest `rank`, a hash of them: a fair choice that no order changes."""
         found = self.samples.setdefault(why, [])
         if self.wants(why, rank):
-            self.samples[why] = heapq.nsmallest(SAMPLES, [*found, (rank, place, escaped(text[:SHOWN]))])
+            self.samples[why] = heapq.nsmallest(SAMPLES, [*found, (rank, place, writable(text[:SHOWN]))])
 
     def wants(self, why, rank):
         """Whether a record of this rank may be one of the samples."""

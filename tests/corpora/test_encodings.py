@@ -30,6 +30,8 @@ def test_neither_encoding(tmp_path):
         (SIMPLIFIED, "utf-16-be", "UTF-16"),
         (SIMPLIFIED, "utf-16", None),
         (SIMPLIFIED, "utf-32", None),
+        (SIMPLIFIED, "utf-32-le", "UTF-32"),
+        (SIMPLIFIED, "utf-32-be", "UTF-32"),
         (SIMPLIFIED, "utf-8-sig", None),
     ],
 )

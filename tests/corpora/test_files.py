@@ -235,3 +235,58 @@ def test_a_file_that_changes_after_it_was_listed(tmp_path, size):
     path.unlink()
     with pytest.raises(DataError, match="a.jsonl: cannot be read: No such file"):
         list(read_records(units[0]))
+
+
+def test_only_notes_are_passed_over_by_their_stem(tmp_path, capsys):
+    for stem in ("readme", "license", "notice", "changelog", "requirements"):
+        write(tmp_path / f"{stem}.jsonl", ROW)
+        write(tmp_path / f"{stem}.txt", "说明")
+    assert files_read("text_rows", tmp_path) == [
+        f"{stem}.jsonl" for stem in ("changelog", "license", "notice", "readme", "requirements")
+    ]
+    assert "5 files not read: notes or metadata" in capsys.readouterr().err
+    with pytest.raises(DataError, match="no data in it"):
+        files_read("txt", tmp_path)
+    names = ", ".join(f"{stem}.jsonl" for stem in ("changelog", "license", "notice", "readme", "requirements"))
+    assert f"5 files not read: rows, not text, which the layout txt reads: {names}\n" in capsys.readouterr().err
+
+
+def test_backups_of_editors_and_other_prose(tmp_path, capsys):
+    for name in ("a.jsonl~", "#a.jsonl#", "~$a.jsonl"):
+        write(tmp_path / name, ROW)
+    write(tmp_path / "a.jsonl", ROW)
+    assert files_read("text_rows", tmp_path) == ["a.jsonl"]
+    assert "3 files not read: a backup of an editor: #a.jsonl#, a.jsonl~, ~$a.jsonl" in capsys.readouterr().err
+    write(tmp_path / "b" / "第一回.md", "正文")
+    with pytest.raises(DataError, match="no data in it"):
+        files_read("txt", tmp_path / "b")
+    assert capsys.readouterr().err == f"{tmp_path}/b/第一回.md: not read: a .md file; rename it to .txt\n"
+
+
+def test_a_folder_of_a_thousand_levels(tmp_path):
+    folder, here = tmp_path, os.getcwd()
+    try:
+        for _ in range(1100):
+            (folder := folder / "d").mkdir()
+        os.chdir(folder)
+        Path("a.jsonl").write_text(ROW, encoding="utf-8")
+        assert files_read("text_rows", tmp_path) == ["a.jsonl"]
+        os.unlink("a.jsonl")
+    finally:
+        os.chdir(here)
+        while folder != tmp_path:  # what removes pytest's folders recurses
+            folder.rmdir()
+            folder = folder.parent
+
+
+def test_what_is_compressed_twice(tmp_path):
+    path = write(tmp_path / "a.jsonl.gz", gzip.compress(gzip.compress(ROW.encode())))
+    with pytest.raises(DataError, match="a.jsonl.gz: compressed twice; decompress it once"):
+        list_units("x", "text_rows", path)
+
+
+def test_names_that_would_steer_a_terminal(tmp_path, capsys):
+    write(tmp_path / "a\n\x1b[31m.jsonl", ROW)
+    write(tmp_path / "b\n.png", "")
+    assert [place for place, _, _ in read("text_rows", tmp_path)] == [r"a\n\x1b[31m.jsonl:1"]
+    assert capsys.readouterr().err == f"{tmp_path}/b\\n.png: not read: a .png file\n"
