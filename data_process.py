@@ -256,7 +256,8 @@ def open_shards(part, jobs, config, tokenizer):
     if why.all():
         dropped = sum((shard.outcomes.dropped for shard in shards), Counter())
         dropped = ", ".join(f"{n} {why}" for why, n in dropped.items())
-        raise DataError("; ".join([f"{part}: no record is left; dropped: {dropped}", *hints]))
+        left = [f"{part}: no record is left", *([f"dropped: {dropped}"] if dropped else []), *hints]
+        raise DataError("; ".join(left))
     for hint in hints:
         print(f"{part}: no record of {hint}", file=sys.stderr)
     return shards, why, repeats, is_val

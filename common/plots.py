@@ -2,9 +2,22 @@
 
 import io
 import math
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
+
+CHINESE_FONTS = (  # of Linux, Windows and macOS, for the characters that matplotlib's own font lacks
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Source Han Sans SC",
+    "WenQuanYi Micro Hei",
+    "WenQuanYi Zen Hei",
+    "Microsoft YaHei",
+    "SimHei",
+    "PingFang SC",
+    "Heiti SC",
+)
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
@@ -28,9 +41,12 @@ class Line:
 
 def new_figure(width: float, height: float):
     """An empty matplotlib Figure of that many inches, drawn by Agg, which needs no display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only needed here
+    import matplotlib  # slow to import, and only needed here
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.font_manager import get_font_names
 
+    matplotlib.rcParams["font.family"] = ["sans-serif", *filter(set(get_font_names()).__contains__, CHINESE_FONTS)]
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -38,7 +54,9 @@ def new_figure(width: float, height: float):
 
 def png(figure) -> bytes:
     file = io.BytesIO()
-    figure.savefig(file, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # where no font has them, boxes say as much
+        figure.savefig(file, format="png")
     return file.getvalue()
 
 

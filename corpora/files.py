@@ -31,7 +31,7 @@ class Unit:
     source: str  # the user's label
     layout: str  # key in corpora.sources.SOURCES
     path: str  # a file; of kind "hub" a dataset id or a local directory
-    kind: str  # "lines", "json", "csv", "parquet", "arrow", "text", "hub", or "files": several, which are in `parts`
+    kind: str  # a key of rows.READERS, "hub", or "files": several, which are in `parts`
     start: int = 0  # lines: those that start in bytes [start, stop), or all if stop is 0; json: where its list begins;
     stop: int = 0  # parquet: row groups [start, stop); hub: shard `start` of `stop`
     encoding: str = "utf-8"
@@ -54,7 +54,10 @@ def file_units(label, layout, path, globs="", unit_bytes=64 << 20, characters=0)
                 notes[f"read as {ENCODINGS[encoding]}"].append(file)
             size = os.path.getsize(file)
             whole = Unit(label, layout, file, kind, start, encoding=encoding, size=size, characters=characters)
-            units += cut_file(whole, unit_bytes)
+            pieces = cut_file(whole, unit_bytes)
+            units += pieces
+            if not pieces:
+                notes["no rows in it"].append(file)
     say(path, notes)
     if not units:
         known = " ".join(suffixes(layout))
@@ -173,7 +176,12 @@ def look_at_all(found, layout, notes, alone):
     legacy = Counter(entry[1] for entry in looked.values() if entry and entry[1] in LEGACY).most_common(1)
     for file in doubtful:
         look_at(file, legacy[0][0] if legacy else None)
-    return {file: entry for file, entry in looked.items() if entry}
+    looked = {file: entry for file, entry in looked.items() if entry}
+    plain = [file for file, entry in looked.items() if entry[0] == "plain"]
+    if 0 < len(plain) < len(looked):  # notes, most likely
+        notes["not read: plain text beside rows; give it as a source of its own"] += plain
+        looked = {file: entry for file, entry in looked.items() if entry[0] != "plain"}
+    return looked
 
 
 # files -> units
@@ -183,7 +191,12 @@ def cut_file(whole, unit_bytes):
     """The units of one file."""
     if whole.kind == "parquet":
         return [replace(whole, start=start, stop=stop) for start, stop in cut_row_groups(whole.path, unit_bytes)]
-    if whole.kind != "lines" or whole.size <= unit_bytes or whole.encoding in WIDE or is_compressed(whole.path):
+    if (
+        whole.kind not in ("lines", "plain")
+        or whole.size <= unit_bytes
+        or whole.encoding in WIDE
+        or is_compressed(whole.path)
+    ):
         return [whole]
     return cut_lines(whole, unit_bytes)
 

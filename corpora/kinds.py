@@ -5,6 +5,7 @@ import re
 
 from corpora.encodings import BLOCK, COMPRESSED, detect_encoding, escaped, open_bytes, reading
 from corpora.layouts import INPUTS, INSTRUCTIONS, QUESTIONS, TEXTS, TURNS
+from corpora.turns import role_of
 from dataset.formats import DataError
 
 TEXT_LAYOUTS = ("txt", "lines")  # whose files are plain text
@@ -134,7 +135,11 @@ def text_kind(text, whole, layout, suffix):
         return "lines", 0
     if suffix in ROW_SUFFIXES:
         raise DataError("neither a JSON array nor JSON Lines")
-    raise Unread("plain text, not rows; the layouts txt and lines read it")
+    if layout != "prompts":
+        raise Unread("plain text, not rows; the layouts txt and lines read it")
+    if suffix not in TEXT_SUFFIXES:
+        raise Unread("plain text, not rows; prompts, one a line, are read from .txt")
+    return "plain", 0
 
 
 def decode_json(text):
@@ -145,11 +150,30 @@ def decode_json(text):
         return None
 
 
+def is_conversation(value):
+    """Whether a row is the list of the messages itself."""
+    return isinstance(value, list) and bool(value) and all(map(is_message, value))
+
+
+def is_message(value):
+    if not isinstance(value, dict) or not {"content", "value", "text"} & value.keys():
+        return False
+    role = value.get("role", value.get("from"))
+    return isinstance(role, str) and role_of(role) is not None
+
+
 def json_kind(text, whole):
-    """("lines", 0), or ("json", start) of values that are not a line each; None of what only begins like JSON."""
-    if text[0] == "[":
-        return ("json", 0) if _ARRAY.match(text) else None
+    """("lines", 0), or ("json", start) of values that are not a line each; "value" if it is one row.
+
+    None of what only begins like JSON.
+    """
     first, _, rest = text.partition("\n")
+    if text[0] == "[":
+        if is_conversation(decode_json(first)):
+            return "lines", 0
+        if whole and is_conversation(decode_json(text)):
+            return "value", 0
+        return ("json", 0) if _ARRAY.match(text) else None
     if isinstance(decode_json(first), dict):
         start = 0 if rest.strip(BLANKS) else find_rows(text)
         return "json" if start else "lines", start

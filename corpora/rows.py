@@ -10,7 +10,7 @@ import re
 import sys
 
 from corpora.encodings import BLOCK, ENCODINGS, WIDE, escaped, is_clean, open_bytes, open_text, reading
-from corpora.kinds import BLANKS, DECODER, ROW_FIELDS
+from corpora.kinds import BLANKS, DECODER, ROW_FIELDS, decode_json
 from corpora.tables import read_arrow, read_csv, read_parquet
 from dataset.formats import DataError
 
@@ -27,12 +27,9 @@ _CUTS = (
 
 def read_rows(unit):
     """(file and line or record, row or None, remark or the reason for None) of everything in a unit."""
-    readers = dict(
-        lines=read_lines, json=read_json, csv=read_csv, parquet=read_parquet, arrow=read_arrow, text=read_text
-    )
     for part in unit.parts or (unit,):
         with reading(part.path):
-            yield from readers[part.kind](part)
+            yield from READERS[part.kind](part)
             if part.size and os.path.getsize(part.path) != part.size:
                 raise DataError(f"{escaped(part.path)}: its size changed while it was read")
 
@@ -55,12 +52,16 @@ def read_lines(unit):
                 why = "blank"
             elif unit.layout == "lines":
                 row = {"text": text.rstrip("\r\n")}
+            elif unit.kind == "plain":
+                row = text.rstrip("\r\n")
             else:
                 try:
                     row = DECODER.decode(text)
-                except (ValueError, RecursionError):
+                except ValueError:
                     why = "not JSON"
-        if why not in (None, "blank") and line[-1:] not in (b"\n", "\n"):
+                except RecursionError:
+                    why = "nested too deeply"
+        if why in (wrong, "not JSON") and line[-1:] not in (b"\n", "\n"):
             raise DataError(f"{place}: {why} and ends without a line break: it breaks off, as after a partial download")
         yield place, row, why
 
@@ -118,6 +119,14 @@ def read_json(unit):
             at, number = end, number + 1
 
 
+def read_value(unit):
+    """A file that is one row, which was read once to tell that."""
+    with open_text(unit.path, unit.encoding) as file:
+        text = file.read().strip(BLANKS)
+    row = decode_json(text) if is_clean(text) else None
+    yield f"{escaped(unit.path)}:record 1", row, None if row else f"not {ENCODINGS[unit.encoding]}"
+
+
 def check_rest(unit, rest, records):
     """DataError unless after the array there is nothing, or what ends the object that it stands in."""
     name = escaped(unit.path)
@@ -169,3 +178,7 @@ def find_cut(text, start, size):
         if found := [match.end() for match in pattern.finditer(text, low, high)]:
             return min(found, key=lambda end: abs(end - goal))
     return goal
+
+
+READERS = dict(lines=read_lines, plain=read_lines, json=read_json, value=read_value, text=read_text)
+READERS |= dict(csv=read_csv, parquet=read_parquet, arrow=read_arrow)

@@ -27,7 +27,9 @@ from pathlib import Path
 
 from corpora import files, hints, hub, rows
 from corpora import layouts as of
+from corpora.encodings import escaped
 from corpora.files import Unit
+from corpora.kinds import ROW_SUFFIXES, Unread, is_conversation, suffix_of
 from corpora.preferences import pairs, ranked, ranked_texts
 from dataset.formats import DataError
 
@@ -84,6 +86,8 @@ SOURCES = {
     "prompts": Source("prompts", of.prompts, "prompt | question | messages, others for reward functions", _BARE),
 }
 
+BARE = dict(pretrain="text", prompts="prompt")  # the field that a row stands for which is only a text
+
 
 def list_sources(sources=SOURCES):
     """The table of sources for people."""
@@ -104,32 +108,40 @@ def parse_source(text, sources=SOURCES):
     label, colon, layout = name.partition(":")
     layout = layout if colon else label
     if layout not in sources and layout != "auto":
-        raise DataError(f"source {text}: {unknown_layout(text, layout, sources)}")
+        raise DataError(f"source {escaped(text)}: {unknown_layout(text, layout, sources)}")
     if not re.fullmatch(r"[\w.-]+", label):
-        raise DataError(f"source {text}: a label is made of letters, digits, _ . and -")
+        raise DataError(f"source {escaped(text)}: a label is made of letters, digits, _ . and -")
     source = sources.get(layout)
     if not path and (equals or source is None or not (source.hub or source.generate or layout in hub.MODELSCOPE)):
-        raise DataError(f"source {text}: a path is needed, as in {name}=PATH")
+        raise DataError(f"source {escaped(text)}: a path is needed, as in {name}=PATH")
     return label, layout, path or None
 
 
 def unknown_layout(text, layout, sources):
     """What to write instead of a layout that there is none of."""
     if "=" not in text and Path(text).expanduser().exists():
-        return f"a path needs a name and a layout, as in NAME:auto={text}"
+        return f"a path needs a name and a layout, as in NAME:auto={escaped(text)}"
     if layout.lower() in hints.CONTAINERS:
         return (
-            f"unknown layout {layout}; any layout is read from {layout} files, it says what a row holds: "
+            f"unknown layout {escaped(layout)}; any layout is read from {layout} files, it says what a row holds: "
             "text_rows for documents, --list_sources for all, or auto to have it found"
         )
     near = difflib.get_close_matches(layout, [*sources, "auto"], 1, 0.5)
     said = f"did you mean {near[0]}?" if near else "--list_sources shows all, and auto has it found"
-    return f"unknown layout {layout}; {said}"
+    return f"unknown layout {escaped(layout)}; {said}"
 
 
 def parse_sources(texts, sources=SOURCES):
     """parse_source of each, under distinct labels and with the layout that was found for `auto`."""
-    parsed = [parse_source(text, sources) for text in texts]
+    parsed = []
+    for before, text in itertools.pairwise(["", *texts]):
+        try:
+            parsed.append(parse_source(text, sources))
+        except DataError as error:
+            if "=" in text or "=" not in before:
+                raise
+            hint = f"a path with a comma needs the form of a list, --sources={[f'{before},{text}']}"
+            raise DataError(f"{error}; {hint}") from None
     labels = [label for label, _, _ in parsed]
     if twice := next((label for label in labels if labels.count(label) > 1), None):
         raise DataError(f"sources: {twice} is named twice; write LABEL:LAYOUT=PATH to tell them apart")
@@ -140,47 +152,82 @@ def parse_sources(texts, sources=SOURCES):
 def settled_layout(label, layout, path):
     """The layout itself, or what `auto` is by the first rows; `ranked` text without a question is ranked_texts."""
     if layout == "ranked" and path and path.lower().endswith((".tsv", ".txt")):
-        first = "".join(row["text"] for row in first_rows(path, "ranked_texts")[:1]).strip()
+        try:
+            first = "".join(row["text"] for row in objects(quiet_units("ranked_texts", path))[:1]).strip()
+        except Unread:
+            return layout
         if first[:1] in ("", "{", "[") or {*first.split("\t")} & {*of.INSTRUCTIONS, *of.QUESTIONS, *of.INPUTS}:
             return layout
         found = "ranked_texts"
     elif layout == "auto":
-        first = first_rows(path, "text_rows")
-        found = hints.likeliest(first) if first else "txt"
-        if found is None:
-            names = ", ".join(name for name, source in SOURCES.items() if source.licence == _BARE)
-            raise DataError(f"{path}: no one layout fits rows of {hints.fields_of(first)}; name one of {names}")
+        units = units_of_rows(path)
+        found = "txt" if units is None else layout_of(path, units)
     else:
         return layout
     print(f"{label}: layout {found}", file=sys.stderr)
     return found
 
 
-def first_rows(path, layout):
-    """Some of the first rows of a path that are objects; [] where it has no files of that layout."""
-    said = io.StringIO()  # what is worth saying of the files is said when they are read
-    with contextlib.redirect_stderr(said):
-        try:
-            units = list_units("", layout, path, 1 << 62)
-        except DataError:
-            return []
-        return objects(units)
+def layout_of(path, units):
+    """The layout that fits the first rows of some units."""
+    first, path = first_rows(units), escaped(path)
+    if not first:
+        raise DataError(f"{path}: no rows in it")
+    if all(isinstance(row, str) for row in first):
+        return "text_rows"
+    if all(is_conversation(row) for row in first):
+        return "messages"
+    rows = [row for row in first if isinstance(row, dict)]
+    if found := rows and hints.likeliest(rows):
+        return found
+    names = ", ".join(name for name, source in SOURCES.items() if source.licence == _BARE)
+    held = hints.fields_of(rows) if rows else "no fields"
+    raise DataError(f"{path}: no one layout fits rows of {held}{ask_header(units)}; name one of {names}")
+
+
+def quiet_units(layout, path):
+    """The units of a path; what is worth saying of its files is said when they are read."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        return list_units("", layout, path, 1 << 62)
+
+
+def units_of_rows(path):
+    """The units of a path as rows; None if in their stead it is plain text."""
+    try:
+        return quiet_units("text_rows", path)
+    except Unread:
+        with contextlib.suppress(Unread):
+            if suffix_of(path) not in ROW_SUFFIXES and quiet_units("txt", path):
+                return None
+    return list_units("", "text_rows", path)  # the error again, after what is to be said of the files
+
+
+def ask_header(units):
+    """A question, if it may be that the first row was taken for the names of columns."""
+    csv = next((part.path for unit in units for part in unit.parts or (unit,) if part.kind == "csv"), None)
+    return f" (is the first line of {escaped(csv)} a header?)" if csv else ""
+
+
+def first_rows(units):
+    found = (row for unit in units for _, row, _ in rows_of(unit) if row is not None)
+    return list(itertools.islice(found, hints.SAMPLE))
 
 
 def objects(units):
     """The objects among the first rows of some units."""
-    found = (row for unit in units for _, row, _ in rows_of(unit))
-    return [row for row in itertools.islice(found, hints.SAMPLE) if isinstance(row, dict)]
+    return [row for row in first_rows(units) if isinstance(row, dict)]
 
 
 def explain(units):
-    """What the first rows of a source that gave no record hold, and which layout reads them; None if it has no rows."""
+    """What the first rows of a source that gave no record hold, and which layout reads them; None if no objects."""
+    if not any(True for unit in units for _ in rows_of(unit)):
+        return f"{units[0].source}: no rows in {escaped(units[0].path)}"
     first = objects(units)
     if not first:
         return None
     found = hints.likeliest(first)
     other = found and SOURCES[found].adapter is not SOURCES[units[0].layout].adapter
-    better = f": layout {found}" if other else ""
+    better = f": layout {found}" if other else "" if found else ask_header(units)
     return f"{units[0].source}: these rows hold {hints.fields_of(first)}{better}"
 
 
@@ -214,8 +261,8 @@ def read_records(unit):
     """(place, record or None, remark or the reason for None); at least one of everything in the unit."""
     source = SOURCES[unit.layout]
     for place, row, remark in rows_of(unit):
-        if isinstance(row, str) and source.stage == "pretrain":  # an array of texts
-            row = {"text": row}
+        if isinstance(row, str) and source.stage in BARE:  # an array of texts, or one a line
+            row = {BARE[source.stage]: row}
         if row is None and remark:
             yield place, None, remark
         elif not isinstance(row, dict):

@@ -187,6 +187,18 @@ def test_a_text_a_line(tmp_path):
     assert [note for _, _, note in read("alpaca", path)] == ["not an object"] * 2
 
 
+@pytest.mark.parametrize("names", [("role", "content"), ("from", "value")])
+def test_a_list_of_messages_is_a_row(tmp_path, names):
+    asked, answered = ({names[0]: role, names[1]: "文"} for role in ("user", "assistant"))
+    several = write(tmp_path / "a.jsonl", json_lines([asked, answered], [asked, answered, asked]))
+    one = write(tmp_path / "b.json", json.dumps([asked, answered], indent=1))
+    (lines,), (value,) = list_units("x", "messages", several), list_units("x", "messages", one)
+    assert [row for _, row, _ in rows.read_rows(lines)] == [[asked, answered], [asked, answered, asked]]
+    assert list(rows.read_rows(value)) == [(f"{one}:record 1", [asked, answered], None)]
+    write(one, json.dumps([{"from": "百科", "text": "文"}] * 2))  # where texts are from is no role
+    assert [record for _, record, _ in read("text_rows", one)] == [{"text": "文"}] * 2
+
+
 def test_one_object_a_file(tmp_path):
     for i, row in enumerate(ROWS):
         write(tmp_path / f"{i}.json", json.dumps(row | {"comments": [{"by": "甲"}]}, indent=2 if i % 2 else None))
@@ -216,7 +228,7 @@ def test_numbers_of_too_many_digits(tmp_path, array):
 def test_nesting_without_end(tmp_path):
     deep = '{"text": "文", "a": ' + "[" * 100_000 + "]" * 100_000 + "}"
     path = write(tmp_path / "a.jsonl", '{"text": "一"}\n' + deep + "\n")
-    assert [note for _, _, note in read("text_rows", path)] == [None, "not JSON"]
+    assert [note for _, _, note in read("text_rows", path)] == [None, "nested too deeply"]
     path = write(tmp_path / "a.json", f'[{{"text": "一"}}, {deep}]')
     with pytest.raises(DataError, match="a.json: record 2 is nested too deeply"):
         read("text_rows", path)

@@ -115,6 +115,76 @@ def test_auto_of_plain_text_and_of_what_fits_no_one_layout(tmp_path):
         parse_sources([f"x:auto={none}"])
 
 
+def test_auto_of_rows_that_are_no_objects(tmp_path):
+    (tmp_path / "a.json").write_text('["第一篇", "第二篇"]', encoding="utf-8")
+    assert parse_sources([f"x:auto={tmp_path / 'a.json'}"])[0][1] == "text_rows"
+    path = write_rows(tmp_path / "b.jsonl", chat("问", "答"), chat("问二", "答二"))
+    assert parse_sources([f"x:auto={path}"])[0][1] == "messages"
+
+
+def test_auto_says_what_is_wrong_with_the_files(tmp_path, capsys):
+    wrong = {
+        "lists.json": (json.dumps({"train": [{"text": "一"}], "test": [{"text": "二"}]}), "holds several lists, train"),
+        "page.jsonl": ("<html>\n<body>404</body>\n</html>\n", "page.jsonl: neither a JSON array nor JSON Lines"),
+        "blank.jsonl": ("\n\n", "blank.jsonl: blank"),
+        "head.csv": ("title,text\n", "head.csv: no rows in it"),
+        "body.csv": (
+            "你好,你好呀\n早,早安\n",
+            r"no one layout fits rows of 你好, 你好呀 \(is the first line of .*a header",
+        ),
+    }
+    for name, (text, message) in wrong.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        with pytest.raises(DataError, match=message):
+            parse_sources([f"x:auto={tmp_path / name}"])
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/a.zip").write_bytes(b"PK\x03\x04")
+    with pytest.raises(DataError, match="folder: no data in it"):
+        parse_sources([f"x:auto={tmp_path / 'folder'}"])
+    said = capsys.readouterr().err
+    assert "a.zip: not read: a .zip file; unpack it" in said and "layout" not in said
+
+
+def test_auto_does_not_guess_at_what_is_not_reached(monkeypatch, capsys):
+    pytest.importorskip("datasets", reason="reads the hub")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(DataError, match="not found or not reached"):
+        parse_sources(["x:auto=hf:nobody/nothing-of-that-name"])
+    assert "layout" not in capsys.readouterr().err
+
+
+def test_a_comma_within_a_path(tmp_path):
+    path = write_rows(tmp_path / "a,b.jsonl", {"text": "一"})
+    with pytest.raises(
+        DataError, match=r"unknown layout b.jsonl; .*the form of a list, --sources=\['x:text_rows=.*a,b"
+    ):
+        parse_sources(f"x:text_rows={path}".split(","))
+    with pytest.raises(DataError) as error:
+        parse_sources(["x:text_rows=a", "y:txxt=b"])
+    assert "comma" not in str(error.value)
+
+
+def test_prompts_that_are_only_texts(tmp_path, capsys):
+    lines, array = tmp_path / "a.txt", tmp_path / "b.json"
+    lines.write_text("写一首诗\n\n讲一个故事\n", encoding="utf-8")
+    array.write_text('["写一首诗", "讲一个故事"]', encoding="utf-8")
+    for path in (lines, array):
+        results = [item for unit in list_units("x", "prompts", path) for item in read_records(unit)]
+        asked = [record["messages"] for _, record, _ in results if record]
+        assert asked == [chat("写一首诗"), chat("讲一个故事")]
+        assert [note for _, record, note in results if record is None] == ["blank"] * (path == lines)
+    list_units("x", "prompts", tmp_path)
+    assert "a.txt: not read: plain text beside rows; give it as a source of its own" in capsys.readouterr().err
+
+
+def test_a_source_without_rows_says_so(tmp_path):
+    (tmp_path / "a.csv").write_text("title,text\n", encoding="utf-8")
+    options = ["--parts=text", f"--out={tmp_path / 'out'}", "--workers=1"]
+    with pytest.raises(DataError, match=r"text: no record is left; x: no rows in .*a.csv"):
+        data_process.main([f"--sources=x:text_rows={tmp_path / 'a.csv'}", *options])
+
+
 def test_ranked_text_with_a_header_or_none(tmp_path):
     rows = {
         "none.tsv": "甲\t乙\t丙\n子\t丑\t寅\n",
