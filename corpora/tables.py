@@ -1,6 +1,7 @@
 """Rows of files with columns: .csv .tsv .parquet .arrow."""
 
 import csv
+import io
 import itertools
 import os
 import re
@@ -15,25 +16,44 @@ BATCH = 256  # rows of a Parquet file at once: documents can be long
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of Arrow's
 
 
+_SEPARATOR = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)  # a line that Excel reads, and some write for it
+_BACKSLASH = re.compile(r'\\(?!")')  # before anything but a quote
+_BARE_BACKSLASH = re.compile(r'(?<!\\)(?:\\\\)*\\(?![\\"])')  # one that escapes neither a quote nor a backslash
+
+
 def read_csv(unit):
     """A header, then the rows."""
     wrong, header = f"not {ENCODINGS[unit.encoding]}", None
     for place, row, remark, ended in csv_records(unit):
-        if row is not None and len(row) < 2 and not "".join(row).strip():
+        if row is not None and not "".join(row).strip():
             yield place, None, "blank"
         elif not ended and (row is None or len(row) < len(header or ()) or not is_clean("".join(row))):
             raise DataError(f"{place}: breaks off, as after a partial download")
         elif row is None:
             yield place, None, remark
         elif header is None:
-            header = row
-        elif row == header:
+            header = names_of(row)
+            refuse_twins(header, place)
+        elif row[0].strip() in header and sorted(names_of(row)) == sorted(header):
+            # of files joined to one, each may have its own order
+            header = names_of(row)
             yield place, None, "header once more"
         elif len(row) != len(header):
             yield place, None, "wrong number of columns"
         else:
             clean = is_clean("".join(row))
-            yield place, dict(zip(header, row, strict=True)) if clean else None, remark if clean else wrong
+            fields = {name: value for name, value in zip(header, row, strict=True) if name or value}
+            yield place, fields if clean else None, remark if clean else wrong
+
+
+def names_of(row):
+    return [name.strip() for name in row]
+
+
+def refuse_twins(names, place):
+    """DataError if two columns have one name, as a row would lose one of them."""
+    if twin := next((name for i, name in enumerate(names) if name and name in names[:i]), None):
+        raise DataError(f"{place}: two columns are named {escaped(twin[:40])}; rename one")
 
 
 def csv_records(unit):
@@ -50,10 +70,19 @@ def csv_records(unit):
             yield taken[-1]
 
     with open_text(unit.path, unit.encoding) as file:
-        first = next(lines(), "\n")
-        separator = max("\t,;|" if suffix_of(unit.path) == ".tsv" else ",\t;|", key=first.count)
-        records = csv.reader(itertools.chain([first], lines()), delimiter=separator, strict=True)
-        columns, number, habits = 0, 1, Habits(separator)
+        head = file.read(BLOCK).removeprefix("\ufeff")
+        if file.read(1):
+            head = head[: head.rfind("\n") + 1]
+    with open_text(unit.path, unit.encoding) as file:
+        source, before = lines(), 0
+        first = next(source, "\n")
+        if said := _SEPARATOR.fullmatch(first):
+            taken.clear()
+            first, before, head = next(source, "\n"), 1, head[len(first) :]
+        separators = "\t,;|" if suffix_of(unit.path) == ".tsv" else ",\t;|"
+        separator = said[1] if said else max(separators, key=first.count)
+        records = csv_reader(itertools.chain([first], source), separator, backslashes(head, separator))
+        columns, named, number, habits = 0, 0, 1 + before, Habits(separator)
         while True:
             place, remark = f"{name}:{number}", None
             try:
@@ -64,16 +93,60 @@ def csv_records(unit):
                     why = "a quote that opens in this row is not closed, or the file breaks off"
                     raise DataError(f"{place}: {error}: {why}") from None
                 # written without regard to quotes, which belong to the text if the line has the right columns
-                row, remark = taken[0].rstrip("\r\n").split(separator), "quotes that are not CSV's"
+                row, remark = (
+                    fitted(taken[0].rstrip("\r\n").split(separator), named, columns),
+                    "quotes that are not CSV's",
+                )
                 row = row if len(row) == columns else None
-            if len(taken) > 1 and habits.rows_within(taken[1:-1], len(row) == columns):
-                raise DataError(f"{place}: a quote that opens in this row is closed only after other rows")
+            if not columns and "".join(row or ()).strip():
+                columns, named = len(row), max((i for i, cell in enumerate(row, 1) if cell.strip()), default=0)
+            row = row and fitted(row, named, columns)
+            within = taken[1:-1] if columns > 1 else taken
+            if len(taken) > 1 and habits.rows_within(within, len(row) == columns):
+                if columns > 1:
+                    raise DataError(f"{place}: a quote that opens in this row is closed only after other rows")
+                remark = "lines between quotes that look like rows"
             if row and len(row) == columns:
                 habits.learn(row, taken)
-            columns = columns or len(row or ())
             yield place, row, remark, taken[-1].endswith(("\n", "\r"))
-            number = records.line_num + 1
+            number = records.line_num + 1 + before
             taken.clear()
+
+
+def fitted(row, named, columns):
+    """A row with as many fields as the header where it differs by empty ones at its end, which spreadsheets write; the
+    first `named` of the columns end with the last that has a name."""
+    if named <= len(row) < columns:
+        return row + [""] * (columns - len(row))
+    return row if "".join(row[columns:]).strip() else row[:columns]
+
+
+# backslashes before quotes
+
+
+def csv_reader(lines, separator, style):
+    """csv.reader; `style` is what `backslashes` found."""
+    if style == "some":
+        lines = (_BACKSLASH.sub(r"\\\\", line) for line in lines)
+    return csv.reader(lines, delimiter=separator, strict=True, escapechar="\\" if style else None)
+
+
+def backslashes(head, separator):
+    """What a backslash stands before in the first megabyte of a file: "all" that is special, or "some" of it, quotes;
+    None if it is text like any other, as that reads well, or does not read as anything else either."""
+    if '\\"' not in head or reads_well(head, separator, None):
+        return None
+    style = "some" if _BARE_BACKSLASH.search(head) else "all"
+    return style if reads_well(head, separator, style) else None
+
+
+def reads_well(head, separator, style):
+    """Whether all rows have the columns of the first one."""
+    try:
+        widths = {len(row) for row in csv_reader(io.StringIO(head, ""), separator, style) if "".join(row).strip()}
+    except csv.Error as error:
+        return "unexpected end" in str(error) and len(head) > BLOCK // 2  # cut in a row
+    return len(widths) == 1
 
 
 class Habits:
@@ -109,7 +182,7 @@ class Habits:
         rows = sum(self.is_row(line.rstrip("\r\n").split(self.separator)) for line in lines)
         enough = 1 if not fits else 3 if self.quoted else 2
         long = 2 * self.rows * sum(map(len, lines)) >= len(lines) * self.characters
-        return len(self.most) > 1 and rows >= max(0.8 * len(lines), enough) and long
+        return bool(self.most) and rows >= max(0.8 * len(lines), enough) and long
 
 
 def style(cells):
@@ -181,6 +254,7 @@ def read_arrow(unit):
 def number_rows(path, batches, number):
     name = escaped(path)
     for batch in batches:
+        refuse_twins(batch.schema.names, name)
         batch.validate(full=True)  # damaged offsets would end the process
         names, columns = batch.schema.names, map(to_python, batch.columns)
         for values in zip(*columns, strict=True):

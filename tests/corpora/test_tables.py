@@ -161,3 +161,87 @@ def test_arrow_files(tmp_path, capsys, stream):
         damaged = write(tmp_path / "cut" / "a.arrow", path.read_bytes()[:-cut])
         with pytest.raises(DataError, match="a.arrow: (breaks off|damaged)"):
             read("text_rows", damaged)
+
+
+def notes_and_texts(path):
+    return [(record and record["text"], note) for _, record, note in read("text_rows", path)]
+
+
+def test_one_column_whose_quotes_hold_lines_like_rows(tmp_path):
+    rows = [f"这是第{i}行，写着一件事" for i in range(20)]
+    rows[5], rows[7] = '"这是开头的引号，没有完', '这是后面的引号，到这里"'
+    found = notes_and_texts(write(tmp_path / "a.csv", "text\n" + "\n".join(rows) + "\n"))
+    merged = "\n".join(rows[5:8]).strip('"')
+    assert found == [(row, None) for row in rows[:5]] + [(merged, "lines between quotes that look like rows")] + [
+        (row, None) for row in rows[8:]
+    ]
+    rows[5:8] = ['"题目\n\n短\n又短"']
+    found = notes_and_texts(write(tmp_path / "b.csv", "text\n" + "\n".join(rows) + "\n"))
+    assert all(note is None for _, note in found)
+
+
+@pytest.mark.parametrize("text, wanted", [(r"公式\\frac 好", r"公式\frac 好"), (r"公式\frac{1}\n", r"公式\frac{1}\n")])
+def test_quotes_after_backslashes(tmp_path, text, wanted):
+    rows = [r'"题","他说\"你好\"。"', '"题","%s"' % text, r"题,\"引\"文"]
+    path = write(tmp_path / "a.csv", "title,text\n" + "\n".join(rows) + "\n")
+    assert notes_and_texts(path) == [(f"题\n{part}", None) for part in ('他说"你好"。', wanted, '"引"文')]
+    many = write(tmp_path / "b.csv", "title,text\n" + "\n".join(rows * 40_000) + "\n")  # over a megabyte
+    assert notes_and_texts(many) == notes_and_texts(path) * 40_000
+
+
+def test_backslashes_in_plain_csv_stay(tmp_path):
+    path = write(tmp_path / "a.csv", 'title,text\n一,"C:\\目录\\"\n二,"说\\""是"\n三,\\alpha\n')
+    assert notes_and_texts(path) == [("一\nC:\\目录\\", None), ('二\n说\\"是', None), ("三\n\\alpha", None)]
+
+
+def test_headers_of_joined_files_in_another_order(tmp_path):
+    path = write(tmp_path / "a.csv", "title,text\n题,文\ntext,title\n文二,题二\n")
+    assert notes_and_texts(path) == [("题\n文", None), (None, "header once more"), ("题二\n文二", None)]
+
+
+@pytest.mark.parametrize(
+    "head", ["title,text", "title,text,,", "sep=,\ntitle,text,", ' title ,"text "', "\ufefftitle,text"]
+)
+def test_what_spreadsheets_write(tmp_path, head):
+    path = write(tmp_path / "a.csv", head + '\n题,文\n题,文,,\n,,,\n题,文,\n题,"文\n字",,\n题,文,多,\n')
+    blank = [(None, "blank")] * (head[0] == "\n")
+    if head.count(",") > 2 and "sep" not in head:
+        assert notes_and_texts(path)[-1] == ("题\n文", None)  # a column without a name
+    else:
+        assert notes_and_texts(path)[-1] == (("题\n文", None) if "sep" in head else (None, "wrong number of columns"))
+    assert notes_and_texts(path)[:-1] == blank + [
+        ("题\n文", None),
+        ("题\n文", None),
+        (None, "blank"),
+        ("题\n文", None),
+        ("题\n文\n字", None),
+    ]
+
+
+def test_the_separator_that_a_first_line_names(tmp_path):
+    path = write(tmp_path / "a.csv", "sep=;\ntitle;text\n一, 二, 三;文\n")
+    assert read("text_rows", path) == [("a.csv:3", {"text": "一, 二, 三\n文"}, None)]
+
+
+def test_two_columns_of_one_name(tmp_path):
+    path = write(tmp_path / "a.csv", "text,title,text\n一,二,三\n")
+    with pytest.raises(DataError, match="a.csv:1: two columns are named text; rename one"):
+        read("text_rows", path)
+    pyarrow = pytest.importorskip("pyarrow", reason="reads Parquet files")
+    import pyarrow.parquet as parquet
+
+    table = pyarrow.Table.from_arrays([pyarrow.array(["一"]), pyarrow.array(["二"])], ["text", "text"])
+    parquet.write_table(table, tmp_path / "b.parquet")
+    with pytest.raises(DataError, match="b.parquet: two columns are named text"):
+        read("text_rows", tmp_path / "b.parquet")
+
+
+def test_tables_without_rows(tmp_path, capsys):
+    pyarrow = pytest.importorskip("pyarrow", reason="reads Parquet files")
+    import pyarrow.parquet as parquet
+
+    with parquet.ParquetWriter(tmp_path / "a.parquet", pyarrow.schema([("text", pyarrow.string())])):
+        pass
+    write(tmp_path / "b.csv", "title,text\n题,文\n")
+    assert read("text_rows", tmp_path) == [("b.csv:2", {"text": "题\n文"}, None)]
+    assert capsys.readouterr().err == f"{tmp_path}/a.parquet: no rows in it\n"
