@@ -58,7 +58,7 @@ def file_units(label, layout, path, globs="", unit_bytes=64 << 20, characters=0)
             units += pieces
             if not pieces:
                 notes["no rows in it"].append(file)
-    say(path, notes)
+    say(path, layout, notes)
     if not units:
         known = " ".join(suffixes(layout))
         raise Unread(
@@ -67,10 +67,11 @@ def file_units(label, layout, path, globs="", unit_bytes=64 << 20, characters=0)
     return bundle(units, unit_bytes)
 
 
-def say(path, notes):
+def say(path, layout, notes):
     """Name files on stderr, a line for each thing to be said of them; all that would be data and are not read."""
+    data = {*ROW_SUFFIXES, *suffixes(layout)}
     for what, files in notes.items():
-        lost = [file for file in files[NAMED:] if what.startswith("not read") and suffix_of(file) in ROW_SUFFIXES]
+        lost = [file for file in files[NAMED:] if what.startswith("not read") and suffix_of(file) in data]
         names = [escaped(file).removeprefix(f"{escaped(path)}/") for file in files[:NAMED] + lost]
         more = ", ..." if len(files) > len(names) else ""
         several = f"{escaped(path)}: {len(files):,} files {what}: {', '.join(names)}{more}"

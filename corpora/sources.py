@@ -222,8 +222,9 @@ def explain(units):
     """What the first rows of a source that gave no record hold, and which layout reads them; None if no objects."""
     if not any(True for unit in units for _ in rows_of(unit)):
         return f"{units[0].source}: no rows in {escaped(units[0].path)}"
-    first = objects(units)
-    if not first:
+    if all(map(is_conversation, first := first_rows(units))) and first:
+        return f"{units[0].source}: these rows are lists of messages: layout messages"
+    if not (first := [row for row in first if isinstance(row, dict)]):
         return None
     found = hints.likeliest(first)
     other = found and SOURCES[found].adapter is not SOURCES[units[0].layout].adapter

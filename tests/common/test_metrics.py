@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from common.distributed import Env
 from common.loggers import open_logger, run_id
 from common.metrics import FiniteGuard, MetricLog, NonFiniteError, distinct_2, share, source_losses, wilson_interval
 from common.optim import build_optimizer
-from common.plots import smooth
+from common.plots import Line, draw, smooth
 from common.report import Progress, format_table, markdown_table
 from common.stage import Stage
 from configs.pretrain import config as pretraining
@@ -369,3 +370,9 @@ def test_compare_says_what_is_wrong_with_its_input(tmp_path):
     command = [sys.executable, "-m", "common.compare", str(tmp_path / "none")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
+
+
+def test_chinese_labels_are_drawn_without_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert draw([("步", "损失", [Line("loss", "小说", np.arange(30), np.arange(30.0))])]).startswith(b"\x89PNG")

@@ -248,7 +248,9 @@ def test_only_notes_are_passed_over_by_their_stem(tmp_path, capsys):
     with pytest.raises(DataError, match="no data in it"):
         files_read("txt", tmp_path)
     names = ", ".join(f"{stem}.jsonl" for stem in ("changelog", "license", "notice", "readme", "requirements"))
-    assert f"5 files not read: rows, not text, which the layout txt reads: {names}\n" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"5 files not read: rows, not text, which the layout txt reads: {names}\n" in said
+    assert f"5 files not read: notes or metadata: {names.replace('.jsonl', '.txt')}\n" in said
 
 
 def test_backups_of_editors_and_other_prose(tmp_path, capsys):

@@ -185,6 +185,13 @@ def test_a_source_without_rows_says_so(tmp_path):
         data_process.main([f"--sources=x:text_rows={tmp_path / 'a.csv'}", *options])
 
 
+def test_conversations_that_were_named_texts(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", *[chat("问", "答")] * 3)
+    options = ["--parts=text", f"--out={tmp_path / 'out'}", "--workers=1"]
+    with pytest.raises(DataError, match="3 not an object; x: these rows are lists of messages: layout messages"):
+        data_process.main([f"--sources=x:text_rows={path}", *options])
+
+
 def test_ranked_text_with_a_header_or_none(tmp_path):
     rows = {
         "none.tsv": "甲\t乙\t丙\n子\t丑\t寅\n",
