@@ -59,29 +59,19 @@ def refuse_twins(names, place):
 def csv_records(unit):
     """(place, fields or None, remark or the reason for None, whether a line break ends it) of every record.
 
-    The first one tells what separates fields. DataError where a quote is not closed: what follows it would be lost.
+    DataError where a quote is not closed: what follows it would be lost.
     """
     csv.field_size_limit(CSV_FIELD)
     name, taken = escaped(unit.path), []  # the lines of a record
+    before, style, options = csv_dialect(unit)
 
     def lines():
-        for line in file:
+        for line in itertools.islice(file, before, None):
             taken.append(line.removeprefix("\ufeff"))  # of files joined to one, each may have its own
             yield taken[-1]
 
     with open_text(unit.path, unit.encoding) as file:
-        head = file.read(BLOCK).removeprefix("\ufeff")
-        if file.read(1):
-            head = head[: head.rfind("\n") + 1]
-    with open_text(unit.path, unit.encoding) as file:
-        source, before = lines(), 0
-        first = next(source, "\n")
-        if said := _SEPARATOR.fullmatch(first):
-            taken.clear()
-            first, before, head = next(source, "\n"), 1, head[len(first) :]
-        separators = "\t,;|" if suffix_of(unit.path) == ".tsv" else ",\t;|"
-        separator = said[1] if said else max(separators, key=first.count)
-        records = csv_reader(itertools.chain([first], source), separator, backslashes(head, separator))
+        records, separator = csv_reader(lines(), style, options), options["delimiter"]
         columns, named, number, habits = 0, 0, 1 + before, Habits(separator)
         while True:
             place, remark = f"{name}:{number}", None
@@ -93,24 +83,38 @@ def csv_records(unit):
                     why = "a quote that opens in this row is not closed, or the file breaks off"
                     raise DataError(f"{place}: {error}: {why}") from None
                 # written without regard to quotes, which belong to the text if the line has the right columns
-                row, remark = (
-                    fitted(taken[0].rstrip("\r\n").split(separator), named, columns),
-                    "quotes that are not CSV's",
-                )
-                row = row if len(row) == columns else None
-            if not columns and "".join(row or ()).strip():
-                columns, named = len(row), max((i for i, cell in enumerate(row, 1) if cell.strip()), default=0)
-            row = row and fitted(row, named, columns)
-            within = taken[1:-1] if columns > 1 else taken
-            if len(taken) > 1 and habits.rows_within(within, len(row) == columns):
-                if columns > 1:
-                    raise DataError(f"{place}: a quote that opens in this row is closed only after other rows")
-                remark = "lines between quotes that look like rows"
-            if row and len(row) == columns:
-                habits.learn(row, taken)
+                row = fitted(taken[0].rstrip("\r\n").split(separator), named, columns)
+                row, remark = row if len(row) == columns else None, "quotes that are not CSV's"
+            if columns and row:
+                row = fitted(row, named, columns)
+                fits, within = len(row) == columns, taken[1:-1] if columns > 1 else taken
+                if len(taken) > 1 and habits.rows_within(within, fits):
+                    if columns > 1:
+                        raise DataError(f"{place}: a quote that opens in this row is closed only after other rows")
+                    remark = "lines between quotes that look like rows"
+                if fits:
+                    habits.learn(row, taken)
+            elif row and "".join(row).strip():
+                columns, named = len(row), max(i for i, cell in enumerate(row, 1) if cell.strip())
             yield place, row, remark, taken[-1].endswith(("\n", "\r"))
             number = records.line_num + 1 + before
             taken.clear()
+
+
+def csv_dialect(unit):
+    """(lines before the header, what `backslashes` finds, options of csv.reader), by the first megabyte of a file."""
+    with open_text(unit.path, unit.encoding) as file:
+        head = file.read(BLOCK).removeprefix("\ufeff")
+        if file.read(1):
+            head = head[: max(head.rfind("\n"), head.rfind("\r")) + 1]
+    first = io.StringIO(head, "").readline()
+    if said := _SEPARATOR.fullmatch(first):
+        head = head[len(first) :]
+        first = io.StringIO(head, "").readline()
+    separators = "\t,;|" if suffix_of(unit.path) == ".tsv" else ",\t;|"
+    separator = said[1] if said else max(separators, key=first.count)
+    options = dict(delimiter=separator, skipinitialspace=f'{separator} "' in first, strict=True)
+    return int(said is not None), backslashes(head, options), options
 
 
 def fitted(row, named, columns):
@@ -124,26 +128,26 @@ def fitted(row, named, columns):
 # backslashes before quotes
 
 
-def csv_reader(lines, separator, style):
+def csv_reader(lines, style, options):
     """csv.reader; `style` is what `backslashes` found."""
     if style == "some":
         lines = (_BACKSLASH.sub(r"\\\\", line) for line in lines)
-    return csv.reader(lines, delimiter=separator, strict=True, escapechar="\\" if style else None)
+    return csv.reader(lines, escapechar="\\" if style else None, **options)
 
 
-def backslashes(head, separator):
+def backslashes(head, options):
     """What a backslash stands before in the first megabyte of a file: "all" that is special, or "some" of it, quotes;
     None if it is text like any other, as that reads well, or does not read as anything else either."""
-    if '\\"' not in head or reads_well(head, separator, None):
+    if '\\"' not in head or reads_well(head, None, options):
         return None
     style = "some" if _BARE_BACKSLASH.search(head) else "all"
-    return style if reads_well(head, separator, style) else None
+    return style if reads_well(head, style, options) else None
 
 
-def reads_well(head, separator, style):
+def reads_well(head, style, options):
     """Whether all rows have the columns of the first one."""
     try:
-        widths = {len(row) for row in csv_reader(io.StringIO(head, ""), separator, style) if "".join(row).strip()}
+        widths = {len(row) for row in csv_reader(io.StringIO(head, ""), style, options) if "".join(row).strip()}
     except csv.Error as error:
         return "unexpected end" in str(error) and len(head) > BLOCK // 2  # cut in a row
     return len(widths) == 1

@@ -215,6 +215,11 @@ def test_the_separator_that_a_first_line_names(tmp_path):
     assert read("text_rows", path) == [("a.csv:3", {"text": "一, 二, 三\n文"}, None)]
 
 
+def test_blanks_before_quotes(tmp_path):
+    path = write(tmp_path / "a.csv", 'title, "text"\n题, "一, 二"\n')
+    assert notes_and_texts(path) == [("题\n一, 二", None)]
+
+
 def test_two_columns_of_one_name(tmp_path):
     path = write(tmp_path / "a.csv", "text,title,text\n一,二,三\n")
     with pytest.raises(DataError, match="a.csv:1: two columns are named text; rename one"):
