@@ -3,12 +3,28 @@
 import re
 from collections import Counter
 
-from corpora.layouts import ANSWERS, INSTRUCTIONS, MARKED, QUESTIONS, TEXTS, TURNS, conversation_in, present
-from corpora.preferences import CHOSEN, RANKED, REJECTED
-from corpora.turns import Drop, marked_turns, shown, unpacked
+from corpora.fields import Drop, shown, unpacked
+from corpora.layouts import (
+    ANSWERS,
+    INSTRUCTIONS,
+    MARKED,
+    QUESTIONS,
+    TEXTS,
+    TURNS,
+    baike,
+    chinese_poetry,
+    conversation_in,
+    messages_in,
+    present,
+    zhihu,
+)
+from corpora.marks import begins_marked, marked_turns
+from corpora.preferences import CHOSEN, REJECTED
+from corpora.rankings import RANKED
 
 SAMPLE = 100  # rows that are looked at
 CONTAINERS = ("json", "jsonl", "ndjson", "csv", "tsv", "parquet", "arrow", "xlsx", "gz", "zst")
+_ANSWERING = re.compile("(?i)answer|response|output|reply|replies|completion|chosen|reject|[回解]答|答案|回复")
 NAMES = {"conversations": "sharegpt", "conversation": "firefly", "chat": "moss"}  # by the field of the turns
 
 
@@ -21,9 +37,15 @@ def is_answered(row):
     return found is None or any(each["role"] == "assistant" for each in found[0])
 
 
+def is_question(value):
+    """Whether a field holds one question: text or messages, and not a column of them."""
+    return isinstance(value, str) or bool(messages_in(value))
+
+
 def fitting(row):
     """The layouts that a row's fields speak for, at most one of conversations, comparisons and prompts."""
     question = present(row, (*INSTRUCTIONS, *QUESTIONS, "input"))
+    question = question if question and is_question(row[question]) else None
     heads = {re.split(r"[.\[]", str(name))[0] for name in row if name not in TURNS}
     turns = present(row, TURNS) or next((name for name in TURNS if name in heads), None)  # or chat.turn_1.Human
     if turns == "data" and not (
@@ -41,13 +63,15 @@ def fitting(row):
         return {"messages"}
     elif question and present(row, ANSWERS) or present(row, ("instances",)):
         found.add("firefly" if present(row, ("target",)) else "alpaca")
-    elif question:
+    elif question and not any(_ANSWERING.search(str(name)) for name in row):
         found.add("prompts")
     texts = [name for name in TEXTS if isinstance(row.get(name), str) and not (found and name == "completion")]
+    if any(begins_marked(row[name]) for name in texts):
+        return found
     if texts:
         found.add("webnovel" if present(row, ("chapter",)) else "text_rows")
-    others = dict(chinese_poetry=("paragraphs", "para", "content"), baike=("sections",), zhihu=("RESPONSE",))
-    return found or {name for name, fields in others.items() if present(row, fields)}
+    others = dict(chinese_poetry=chinese_poetry, baike=baike, zhihu=zhihu)
+    return found or {name for name, adapter in others.items() if not question and adapter(row)[0][0]}
 
 
 def fields_of(rows):

@@ -8,38 +8,21 @@ import functools
 import json
 import re
 
-from corpora.turns import (
-    Drop,
-    as_text,
-    bare_answer,
-    marked_turns,
-    missing,
-    nested,
-    optional,
-    read_turns,
-    required,
-    settle,
-    turn,
-    unpacked,
-)
+from corpora.fields import Drop, as_text, given, missing, nothing, optional, required, role_of, turn, unpacked
+from corpora.marks import MARKS, bare_answer, bare_question, marked_turns, strip_template
+from corpora.turns import CONTENTS, SYSTEMS, THOUGHTS, UNTHOUGHT, nested, read_turns, settle
 
 TEXTS = ("text", "content", "completion", "body")
 TURNS = ("messages", "conversations", "conversation", "dialog", "dialogue", "dialogues", "chat", "turns", "data")
 INSTRUCTIONS = "instruction prompt Instruction Prompt 指令".split()
 QUESTIONS = "question query ask problem Question Query 问题".split()
-INPUTS = "input context Input".split()
+INPUTS = "context input Input".split()
+OPTIONS = "ABCDEFGH"  # columns of a multiple choice question
 ANSWERS = (
-    "output response answer completion target std_answer reply solution Output Response Answer Completion 回答 答案"
+    "output response solution answer completion target std_answer reply Output Response Answer Completion 回答 答案"
 ).split()
 MARKED = ("text", "plain_text", "content")  # fields that may hold a whole conversation between marks
-MARKS = "marks of turns removed"
 FIELDS_BYTES = 1 << 16  # of a prompt's other fields as JSON: a right answer and some test cases, not a book
-
-# The prompt of Stanford Alpaca, which some corpora left around their instructions and answers.
-_OPENING = re.compile(r"(?:Below is an instruction[^\n]*\n\s*)?###\s?Instruction[:：]\s*")
-_INPUT = re.compile(r"###\s?Input[:：]")
-_RESPONSE = re.compile(r"###\s?Response[:：]\s*")
-_CLOSING = re.compile(r"###\s?(?:Response|Instruction)[:：]\Z")
 
 
 def adapter(function):
@@ -132,78 +115,87 @@ def chinese_poetry(row, notes):
 # conversations
 
 
-def strip_template(text, notes, answer=False):
-    """A text without the Alpaca prompt around it."""
-    if "###" not in text:
-        return text
-    bare = text.strip()
-    if answer:
-        if (opening := _OPENING.match(bare)) and (response := _RESPONSE.search(bare, opening.end())):
-            bare = bare[response.start() :]
-        while response := _RESPONSE.match(bare):
-            bare = bare[response.end() :]
-    elif _OPENING.match(bare):
-        while opening := _OPENING.match(bare):
-            bare = bare[opening.end() :]
-        bare = "\n".join(part.strip() for part in _INPUT.split(bare))
-    while closing := _CLOSING.search(bare):
-        bare = bare[: closing.start()].rstrip()
-    if bare == text.strip():
-        return text
-    notes.append("doubled response marker removed" if answer else "prompt template removed")
-    return bare
-
-
 def messages_in(value):
-    """The list of messages that a value is or holds as JSON; None if it is anything else, text above all."""
-    value = unpacked(value)
-    if isinstance(value, dict) and ("role" in value or "from" in value):
-        return [value]
-    if isinstance(value, list) and value and isinstance(value[0], dict) and ("role" in value[0] or "from" in value[0]):
-        return value
-    return None
+    """The list of messages that a value is or holds as JSON, there with known roles alone; None if it is none."""
+    found = unpacked(value)
+    found = [found] if isinstance(found, dict) else found
+    if not isinstance(found, list) or not found or not isinstance(found[0], dict):
+        return None
+    if isinstance(value, str):  # which may be JSON that is talked of
+        known = all(
+            isinstance(item, dict)
+            and role_of(str(item.get("role", item.get("from"))))
+            and any(name in item for name in CONTENTS)
+            for item in found
+        )
+        return found if known else None
+    return found if "role" in found[0] or "from" in found[0] else None
+
+
+def asks(row, *but):
+    """Whether a row has a question in a field of its own, other than these."""
+    return given(row, *(name for name in (*INSTRUCTIONS, *QUESTIONS) if name not in but))
 
 
 def history(row, notes):
-    """The turns of a `history`: [question, answer] pairs, or messages."""
+    """The turns of a `history`: [question, answer] pairs, questions and answers in turn, messages or a marked text."""
     value = unpacked(row.get("history"))
-    if missing(value) or value in ("", []):
+    if nothing(value):
         return []
-    if not isinstance(value, list) or not all(
-        isinstance(item, dict) or isinstance(item, (list, tuple)) and len(item) == 2 for item in value
-    ):
+    if isinstance(value, str) and (turns := marked_turns(value)):
+        return turns
+    items = value if isinstance(value, list) else [None]
+    flat = len(items) % 2 == 0 and all(isinstance(item, str) for item in items)
+    if not flat and not all(isinstance(x, dict) or isinstance(x, (list, tuple)) and len(x) == 2 for x in items):
         raise Drop("history not pairs")
     return read_turns(value, "history", notes)
 
 
-def question_turns(row, notes, *names):
-    """(the history and the question, the fields they stand in); `names` are more fields that it may stand in."""
-    if found := messages_in(row.get("prompt")):
-        return read_turns(found, "prompt", notes), {"prompt", "system"}
+def question_text(row, notes, *names):
+    """(the question, the fields it stands in); `names` are more fields that it may stand in."""
     used, parts = set(), []
-    for group in (INSTRUCTIONS, [*QUESTIONS, *names], INPUTS):
+    context = ["context"] if present(row, [name for name in INPUTS if name != "context"]) else []
+    for group in (INSTRUCTIONS, [*QUESTIONS, *names], context, [name for name in INPUTS if name not in context]):
         if name := present(row, group):
             used.add(name)
-            text = required(row, notes, *group)
-            again = group is not INPUTS and any(text in part for part in parts)  # a prompt made out of the question
+            text = optional(row, notes, name) if group is context else required(row, notes, *group)
+            again = name not in INPUTS and any(text in part for part in parts)  # a prompt made out of the question
             parts += [text] if text.strip() and not again else []
     if not parts and used <= set(INPUTS):
         raise Drop("no instruction")
-    question = strip_template("\n".join(parts), notes)
+    options = [name for name in OPTIONS if not nothing(row.get(name))]
+    if options[:2] == ["A", "B"] and present(row, ANSWERS):
+        used.update(options)
+        parts += [f"{name}. {required(row, notes, name)}" for name in options]
+    return "\n".join(parts), used
+
+
+def question_turns(row, notes, *names):
+    """(the history and the question, the fields they stand in); `names` are more fields that it may stand in."""
+    prompt = row.get("prompt")
+    if (found := messages_in(prompt)) and not (isinstance(prompt, str) and asks(row, "prompt")):
+        return read_turns(found, "prompt", notes), {"prompt", *SYSTEMS}
+    question, used = question_text(row, notes, *names)
+    question = strip_template(question, notes)
     turns = marked_turns(question)
-    if turns and turns[-1]["role"] == "assistant" and not turns[-1]["content"]:  # "Human: ...\nAssistant:"
-        turns.pop()
+    if turns and turns[-1]["role"] == "assistant":
+        if turns[-1]["content"]:  # a conversation that is talked of
+            turns = [turn("user", question)]
+        else:  # "Human: ...\nAssistant:"
+            turns.pop()
+            notes.append(MARKS)
+    elif turns:
         notes.append(MARKS)
     else:
-        turns = [turn("user", question)]
-    return history(row, notes) + turns, used | {"history", "system"}
+        turns = [turn("user", bare_question(question, notes))]
+    return history(row, notes) + turns, used | {"history", *SYSTEMS}
 
 
 def prompt_turns(row, notes, *names):
     """The same of a row that may hold its question as messages."""
     if found := conversation_in(row, notes):
         return found
-    if messages := messages_in(row.get("context")):
+    if not asks(row) and (messages := messages_in(row.get("context"))):
         return read_turns(messages, "context", notes), {"context"}
     return question_turns(row, notes, *names)
 
@@ -211,16 +203,23 @@ def prompt_turns(row, notes, *names):
 def answer_turns(row, notes, *names):
     """The turns of an answer: of its text, or of messages."""
     name = present(row, names)
-    if name and (found := messages_in(row[name])):
+    told = name and isinstance(row[name], str) and not messages_in(row.get("prompt"))  # JSON that was asked for
+    if name and not told and (found := messages_in(row[name])):
         return read_turns(found, name, notes)
     answer = strip_template(required(row, notes, *names), notes, answer=True)
-    if MARKS in notes:
-        answer = bare_answer(answer)
-    return [turn("assistant", answer)]
+    return [turn("assistant", bare_answer(answer, notes))]
+
+
+def is_bad(row):
+    """Whether a row is one of KTO's with an answer that is not wanted: {prompt, completion, label: false}."""
+    label = row.get("label") if "prompt" in row or present(row, TURNS) else None
+    return any(value is False or str(value).strip().lower() == "false" for value in (label, row.get("kto_tag")))
 
 
 def conversation(turns, row, notes):
     """An sft record of the complete pairs before the first empty turn."""
+    if is_bad(row):
+        raise Drop("answer marked bad")
     system, turns, cut = settle(turns, row, notes)
     pairs = len(turns) // 2
     empty = next((i for i, each in enumerate(turns) if not each["content"].strip()), None)
@@ -234,10 +233,10 @@ def conversation(turns, row, notes):
     if not pairs:
         raise Drop(cut or ("no answer" if turns and empty != 0 else "no question"))
     turns = turns[: 2 * pairs]
-    if any(row.get(name) for name in ("image", "images")) and any("<image>" in each["content"] for each in turns):
+    if given(row, "image", "images") and any("<image>" in each["content"] for each in turns):
         raise Drop("images")
-    if (name := present(row, ("tools", "functions"))) and unpacked(row[name]) not in ("", [], {}):
-        notes.append("tools left out")
+    notes += ["tools left out"] if given(row, "tools", "functions") else []
+    notes += [UNTHOUGHT] if given(row, *THOUGHTS) else []
     untrained = sum("train" in each for each in turns)
     if untrained == pairs:
         raise Drop("no answer to train on")
@@ -253,10 +252,10 @@ def conversation_in(row, notes):
     if any(_DOTTED.match(str(name)) for name in row):
         row = nested(row)
     if name := present(row, TURNS):
-        return read_turns(row[name], name, notes), {name, "system"}
+        return read_turns(row[name], name, notes), {name, *SYSTEMS}
     for name in MARKED:
         if isinstance(row.get(name), str) and (turns := marked_turns(row[name])):
-            return turns, {name, "system"}
+            return turns, {name, *SYSTEMS}
     return None
 
 

@@ -3,6 +3,7 @@
 import itertools
 import re
 
+from corpora.fields import Drop, as_text, missing, required, turn, unpacked
 from corpora.layouts import (
     ANSWERS,
     INPUTS,
@@ -14,20 +15,9 @@ from corpora.layouts import (
     messages_in,
     present,
     prompt_turns,
-    strip_template,
 )
-from corpora.turns import (
-    CONTENTS,
-    Drop,
-    as_text,
-    marked_turns,
-    missing,
-    read_turns,
-    required,
-    settle,
-    turn,
-    unpacked,
-)
+from corpora.marks import marked_turns, strip_template
+from corpora.turns import CONTENTS, read_turns, settle
 
 CHOSEN = (
     "chosen chosen_response response_chosen chosen_answer answer_chosen output_chosen pos_resp pos positive accepted"
@@ -37,7 +27,6 @@ REJECTED = (
     "rejected rejected_response response_rejected rejected_messages rejected_answer answer_rejected output_rejected"
     " neg_resp neg negative dispreferred dispreferred_response non_preferred non_preferred_output worse lose loser bad"
 ).split()
-RANKED = ("output", "outputs", "responses", "answers", "completions", "candidates", "replies")
 
 
 def preference(turns, chosen, rejected, row, notes):
@@ -59,6 +48,17 @@ def preference(turns, chosen, rejected, row, notes):
     return {"messages": system + plain, "chosen": chosen, "rejected": rejected}
 
 
+def texts_of_messages(row, notes):
+    """Whether the chosen and the rejected answer are texts of messages as JSON, and not JSON that was asked for."""
+    sides = [row[name] for names in ((*CHOSEN, *ANSWERS), REJECTED) if (name := present(row, names))]
+    if len(sides) < 2 or not all(isinstance(side, str) and messages_in(side) for side in sides):
+        return False
+    (*before, last), (*other, _) = (read_turns(messages_in(side), "chosen", notes) for side in sides)
+    question = next((row[name] for name in (*INSTRUCTIONS, *QUESTIONS) if isinstance(row.get(name), str)), None)
+    said = [each["content"].strip() for each in before]
+    return last["role"] == "assistant" and before == other and (not said or not question or question.strip() in said)
+
+
 def read_side(row, notes, names):
     """(turns before the answer, the answer) of a text, a message, or messages of which the last is the answer."""
     name = present(row, names)
@@ -66,7 +66,7 @@ def read_side(row, notes, names):
     turns = None
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
         return [], value[0]
-    if messages_in(value):
+    if name and messages_in(row[name]) and (not isinstance(row[name], str) or texts_of_messages(row, [])):
         turns = read_turns(value, name, notes)
     elif isinstance(value, str) and not any(present(row, group) for group in (INSTRUCTIONS, QUESTIONS, INPUTS, TURNS)):
         turns = marked_turns(value)  # hh-rlhf: all of the conversation, in both
@@ -76,6 +76,23 @@ def read_side(row, notes, names):
     if last["role"] != "assistant":
         raise Drop("roles out of order")
     return before, last["content"]
+
+
+def by_scores(chosen, rejected, row, notes):
+    """The two answers in the order of their scores, if the row has some: score_chosen, rejected_rating and the like."""
+    for kind in ("score", "rating", "reward", "scores", "ratings", "rewards"):
+        for form in ("{1}_{0}", "{0}_{1}"):
+            scores = [row.get(form.format(side, kind)) for side in ("chosen", "rejected")]
+            try:
+                high, low = map(float, scores)
+            except (TypeError, ValueError, OverflowError):
+                continue
+            if high == low:
+                raise Drop("answers of equal score")
+            if high < low:
+                notes.append("answers put in the order of their scores")
+                return rejected, chosen
+    return chosen, rejected
 
 
 @adapter
@@ -94,6 +111,7 @@ def pairs(row, notes):
         before, chosen = read_side(row, notes, (*CHOSEN, *ANSWERS))
     if before != before_rejected:
         raise Drop("chosen and rejected have different prompts")
+    chosen, rejected = by_scores(chosen, rejected, row, notes)
     if before and before[0]["role"] != "assistant":  # the prompt itself, also where the row repeats it
         return [preference(before, chosen, rejected, row, notes)]
     if turns is None:
@@ -104,54 +122,30 @@ def pairs(row, notes):
 def answer_text(answer, notes):
     """The text of one of several answers; "" if it holds none."""
     if isinstance(answer, dict):
-        if any(name in answer for name in ("score", "rank", "reward")):
-            raise Drop("answers with scores, not in order")
         answer = next((answer[name] for name in (*CONTENTS, *ANSWERS) if not missing(answer.get(name))), None)
     return strip_template(as_text(answer, notes) or "", notes, answer=True)
 
 
-def every_pair(answers, notes, record):
-    """record(better, worse) of each two answers, the best given first, and why others give none.
+def every_pair(answers, notes, record, scores=None):
+    """record(better, worse) of each two answers, the best given first or by scores, and why others give none.
 
     Of equal answers the best placed stands for all.
     """
+    scores = scores or range(0, -len(answers), -1)
+    order = sorted(range(len(answers)), key=lambda i: scores[i], reverse=True)
+    notes += ["answers put in the order of their scores"] if order != sorted(order) else []
     texts, found = [], []
-    for text in (answer_text(answer, notes) for answer in answers):
+    for i in order:
+        text = answer_text(answers[i], notes)
         if not text.strip():
             found.append("no answer")
-        elif text.strip() in (other.strip() for other in texts):
+        elif any(text.strip() == other.strip() for other, _ in texts):
             found.append("answer given twice")
         else:
-            texts.append(text)
-    found += [record(better, worse) for better, worse in itertools.combinations(texts, 2)]
+            texts.append((text, scores[i]))
+    for (better, high), (worse, low) in itertools.combinations(texts, 2):
+        found.append(record(better, worse) if high > low else "answers of equal score")
     return found if len(texts) > 1 else [*found, "fewer than two answers"]
-
-
-_ABOUT = re.compile(r"(?i)(.*[ _-])?(id|idx|index|no|num|source|lang|language|type|category|label|score|split)")
-
-
-def answer_columns(row, used, notes):
-    """The answers in columns of their own: answer1, answer2, ... or, without such, all that are not the question's."""
-    others = [name for name in row if name not in used and not missing(row[name]) and row[name] != ""]
-    numbered = {name: found for name in others if (found := re.fullmatch(r"[^\d]+(\d+)", str(name)))}
-    names = sorted(numbered, key=lambda name: int(numbered[name][1]))
-    names = names or [name for name in others if not _ABOUT.fullmatch(str(name))]
-    if not names:
-        raise Drop("no output")
-    notes.append("columns taken as answers, the best first")
-    return [row[name] for name in names]
-
-
-@adapter
-def ranked(row, notes):
-    turns, used = prompt_turns(row, notes)
-    name = present(row, RANKED)
-    answers = unpacked(row[name]) if name else None
-    if isinstance(answers, dict):
-        raise Drop(f"{name} is an object")
-    if not isinstance(answers, (list, tuple)):
-        answers = answer_columns(row, used, notes)
-    return every_pair(answers, notes, lambda better, worse: preference(turns, better, worse, row, notes))
 
 
 _HEADER = re.compile(

@@ -30,7 +30,8 @@ from corpora import layouts as of
 from corpora.encodings import escaped
 from corpora.files import Unit
 from corpora.kinds import ROW_SUFFIXES, Unread, is_conversation, suffix_of
-from corpora.preferences import pairs, ranked, ranked_texts
+from corpora.preferences import pairs, ranked_texts
+from corpora.rankings import ranked
 from dataset.formats import DataError
 
 __all__ = ["SOURCES", "Source", "Unit", "list_sources", "list_units", "parse_sources", "read_records"]
@@ -264,6 +265,8 @@ def read_records(unit):
     for place, row, remark in rows_of(unit):
         if isinstance(row, str) and source.stage in BARE:  # an array of texts, or one a line
             row = {BARE[source.stage]: row}
+        elif isinstance(row, list) and source.stage in ("sft", "prompts") and of.messages_in(row):
+            row = {"messages": row}
         if row is None and remark:
             yield place, None, remark
         elif not isinstance(row, dict):
