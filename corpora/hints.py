@@ -70,8 +70,11 @@ def fitting(row):
         return found
     if texts:
         found.add("webnovel" if present(row, ("chapter",)) else "text_rows")
-    others = dict(chinese_poetry=chinese_poetry, baike=baike, zhihu=zhihu)
-    return found or {name for name, adapter in others.items() if not question and adapter(row)[0][0]}
+    if found or question:
+        return found
+    others = dict(chinese_poetry=("paragraphs", "para", "content"), baike=("sections",), zhihu=("RESPONSE",))
+    adapters = dict(chinese_poetry=chinese_poetry, baike=baike, zhihu=zhihu)
+    return {name for name, fields in others.items() if present(row, fields) and adapters[name](row)[0][0]}
 
 
 def fields_of(rows):

@@ -63,6 +63,12 @@ def content_of(value, notes):
     return "\n".join(texts)
 
 
+def has_tools(content):
+    """Whether a message's parts are calls of tools or what those gave, as Anthropic writes them."""
+    parts = content if isinstance(content, list) else []
+    return any(isinstance(part, dict) and str(part.get("type")).startswith("tool_") for part in parts)
+
+
 def is_trained(message, notes):
     """Whether an answer counts in the loss: the fields of OpenAI, mistral-finetune, ms-swift, xtuner and axolotl."""
     for name in ("weight", "loss_mask", "loss", "train", "training", "trainable"):
@@ -87,10 +93,11 @@ def turns_of(message, notes):
     role = role_of(str(name))
     if role is None:
         raise Drop(f"unknown role {shown(name)}")
-    if role == "tool" or given(message, "tool_calls", "function_call"):
+    content = next((message[key] for key in CONTENTS if not missing(message.get(key))), None)
+    if role == "tool" or given(message, "tool_calls", "function_call") or has_tools(content):
         return [turn("tool", "")]
     notes += [UNTHOUGHT] if given(message, *THOUGHTS) else []
-    text = content_of(next((message[key] for key in CONTENTS if not missing(message.get(key))), None), notes)
+    text = content_of(content, notes)
     if text is None:
         return [turn("image", "")]
     return [turn(role, text, role != "assistant" or is_trained(message, notes))]

@@ -54,7 +54,7 @@ def test_baike_joins_its_sections():
         ("alpaca", {"instruction": "问", "output": None}, "no output"),
         ("alpaca", {"instruction": "问", "output": " "}, "no answer"),
         ("alpaca", {"instruction": "", "input": " ", "output": "答"}, "no question"),
-        ("alpaca", {"instruction": "问", "output": "答", "history": ["一", "二"]}, "history not pairs"),
+        ("alpaca", {"instruction": "问", "output": "答", "history": ["一"]}, "history not pairs"),
         ("alpaca", {"instruction": "问", "output": "答", "history": 7}, "history not pairs"),
         ("firefly", {"kind": "NER", "input": "问"}, "no target"),
         ("sharegpt", {"conversations": []}, "no conversations"),
@@ -205,7 +205,7 @@ def test_marks_in_a_text():
     assert one("alpaca", row) == ({"messages": chat("一", "甲")}, "marks of turns removed")
     row = {"instruction": "Human:一\nAssistant:甲\nHuman:二\nAssistant:", "input": "", "output": "乙"}
     assert one("belle", row) == ({"messages": TWO}, "marks of turns removed")
-    for text in ("问：为什么？\n请回答。", "Human: 一\nAssistant: 甲\nHuman: 二，请续写这段对话"):
+    for text in ("问：为什么？\n请回答。", "Human: 一\nAssistant: 甲"):
         assert one("alpaca", {"instruction": text, "output": "答"}) == ({"messages": chat(text, "答")}, None)
     assert one("messages", {"text": "没有标记的正文"}) == (None, "no messages")
 

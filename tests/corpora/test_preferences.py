@@ -117,8 +117,6 @@ def test_ranked_answers_of_every_shape(row):
 
 
 def test_ranked_answers_that_cannot_be_told():
-    scored = [{"text": "甲", "score": 1}, {"text": "乙", "score": 2}]
-    assert one("ranked", {"prompt": "问", "answers": scored}) == (None, "answers with scores, not in order")
     assert one("ranked", {"prompt": "问", "id": 3}) == (None, "no output")
     assert adapt("ranked", {"prompt": "问", "answers": ["甲", ["乙"]]}) == [
         (None, "no answer"),
@@ -133,3 +131,35 @@ def test_ranked_texts_stand_under_an_empty_question():
     for header in ("text_a\ttext_b", "rank 1\trank 2\trank 3", "回答1\t回答2"):
         assert adapt("ranked_texts", {"text": header}) == [(None, "header")]
     assert adapt("ranked_texts", {"text": "好吃\t回答1"})[0][0]["chosen"] == "好吃"
+
+
+@pytest.mark.parametrize(
+    "scores, chosen",
+    [
+        ({"score_chosen": 7, "score_rejected": 5}, "好"),
+        ({"score_chosen": 5, "score_rejected": 7.5}, "坏"),
+        ({"chosen_rating": "2", "rejected_rating": "4"}, "坏"),
+        ({"chosen_score": None, "rejected_score": 5}, "好"),
+    ],
+)
+def test_scores_tell_the_better_of_a_pair(scores, chosen):
+    record, remark = one("pairs", {"prompt": "问", "chosen": "好", "rejected": "坏"} | scores)
+    assert (record["chosen"], {record["chosen"], record["rejected"]}) == (chosen, {"好", "坏"})
+    assert remark == ("answers put in the order of their scores" if chosen == "坏" else None)
+
+
+def test_a_pair_of_equal_scores_is_none():
+    row = {"prompt": "问", "chosen": "好", "rejected": "坏", "score_chosen": 3, "score_rejected": 3}
+    assert one("pairs", row) == (None, "answers of equal score")
+
+
+def test_answers_that_are_json_of_messages():
+    asked = {"chosen": json.dumps(chat("你好", "好")), "rejected": json.dumps(chat("你好", "坏"))}
+    assert one("pairs", {"prompt": "写成消息"} | asked) == ({"messages": chat("写成消息")} | asked, None)
+    wanted = {"messages": chat("问"), "chosen": "好", "rejected": "坏"}
+    sides = {"chosen": json.dumps(chat("问", "好")), "rejected": json.dumps(chat("问", "坏"))}
+    assert one("pairs", {"prompt": "问"} | sides) == (wanted, None)
+    assert one("pairs", {"prompt": "问", "chosen": json.dumps([GOOD]), "rejected": json.dumps([BAD])}) == (wanted, None)
+    assert one("pairs", {"prompt": json.dumps(chat("问")), "chosen": "好", "rejected": "坏"}) == (wanted, None)
+    mixed = {"chosen": json.dumps([GOOD]), "rejected": "坏"}
+    assert one("pairs", {"prompt": "问"} | mixed) == ({"messages": chat("问")} | mixed, None)

@@ -1,0 +1,136 @@
+"""corpora/turns.py and fields.py: odd values of rows, and what is read as a conversation."""
+
+import json
+
+import pytest
+from rows import chat, one
+
+from corpora.sources import list_units, read_records
+
+THOUGHTS = "inner thoughts left out"
+TWO = chat("一", "甲", "二", "乙")
+SAID = json.dumps(chat("你好", "您好"), ensure_ascii=False)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{{1}, {2}}", "{{1}: 2}", "[{1}, {[]: 1}]", "{'a'}", "['", "{" * 5000, "[" * 5000, "{'a': {[]: 1}}", SAID],
+)
+@pytest.mark.parametrize("question", ["instruction", "prompt", "query"])
+def test_text_that_looks_packed_stays_text(question, text):
+    assert one("alpaca", {question: "问", "output": text}) == ({"messages": chat("问", text)}, None)
+    if question == "instruction" or text != SAID:
+        assert one("alpaca", {question: text, "output": "答"}) == ({"messages": chat(text, "答")}, None)
+
+
+def test_prompts_that_are_json():
+    trips = '[{"from": "北京", "to": "上海"}]'
+    assert one("alpaca", {"prompt": trips, "response": "答"}) == ({"messages": chat(trips, "答")}, None)
+    packed = json.dumps(chat("一"))
+    assert one("alpaca", {"prompt": packed, "response": "甲"}) == ({"messages": chat("一", "甲")}, None)
+    answer = json.dumps(chat("", "甲")[1:])
+    assert one("alpaca", {"prompt": packed, "completion": answer}) == ({"messages": chat("一", "甲")}, None)
+    row = {"prompt": packed, "question": "何人？", "response": "甲"}
+    assert one("alpaca", row) == ({"messages": chat(f"{packed}\n何人？", "甲")}, None)
+
+
+@pytest.mark.parametrize(
+    "turns, wanted",
+    [
+        ([["用户", "一"], ["助手", "甲"], ["用户", "二"], ["助手", "乙"]], TWO),
+        ([["human", "一"], ("gpt", "甲"), ["human", "二"], ["gpt", "乙"]], TWO),
+        ([["system", "规则"], ["user", "问"], ["assistant", "答"]], chat("问", "答", system="规则")),
+        ([["问", "答"]], chat("问", "答")),
+        ([["问题", "一"], ["提问", "二"]], chat("问题", "一", "提问", "二")),
+    ],
+)
+def test_pairs_of_role_and_text(turns, wanted):
+    assert one("sharegpt", {"conversations": turns}) == ({"messages": wanted}, None)
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ({"prompt": "问", "completion": "答", "label": False}, "answer marked bad"),
+        ({"prompt": "问", "answer": "答", "label": "False"}, "answer marked bad"),
+        ({"messages": chat("问", "答"), "label": False}, "answer marked bad"),
+        ({"instruction": "问", "output": "答", "kto_tag": False}, "answer marked bad"),
+        ({"prompt": "问", "completion": "答", "label": True}, None),
+        ({"prompt": "问", "completion": "答", "label": 0}, None),
+        ({"question": "问", "answer": "答", "label": False}, None),
+    ],
+)
+def test_answers_marked_bad(row, reason):
+    for layout in ("alpaca", "messages"):
+        assert one(layout, row) == (None if reason else {"messages": chat("问", "答")}, reason)
+
+
+@pytest.mark.parametrize(
+    "row, wanted, remark",
+    [
+        (
+            {"question": "问", "A": "一", "B": 2, "C": "三", "D": "四", "answer": "B", "explanation": "因为"},
+            chat("问\nA. 一\nB. 2\nC. 三\nD. 四", "B"),
+            "number taken as text",
+        ),
+        ({"Question": "问", "A": "对", "B": "错", "Answer": "A"}, chat("问\nA. 对\nB. 错", "A"), None),
+        ({"problem": "问", "solution": "解", "answer": "7"}, chat("问", "解"), None),
+        ({"problem": "问", "solution": None, "answer": "7"}, chat("问", "7"), None),
+        ({"instruction": "问", "context": "景", "input": "入", "output": "答"}, chat("问\n景\n入", "答"), None),
+        ({"instruction": "问", "context": "景", "input": "", "output": "答"}, chat("问\n景", "答"), None),
+        ({"instruction": "问", "output": "答", "system_message": "规则"}, chat("问", "答", system="规则"), None),
+        ({"question": "问", "reasoning": "想", "answer": "答"}, chat("问", "答"), THOUGHTS),
+        ({"question": "问", "reasoning_content": "想", "answer": "答"}, chat("问", "答"), THOUGHTS),
+        ({"question": "问", "thinking": " ", "answer": "答"}, chat("问", "答"), None),
+    ],
+)
+def test_fields_beside_question_and_answer(row, wanted, remark):
+    assert one("alpaca", row) == ({"messages": wanted}, remark)
+
+
+@pytest.mark.parametrize("none", [None, "", "[]", "{}", "null", [], {}, {"name": None, "args": ""}, [{"id": None}]])
+def test_tools_and_images_that_are_none(none):
+    turns = chat("<image>怎么用？", "答")
+    turns[1] |= {"tool_calls": none, "function_call": none, "reasoning_content": none}
+    row = {"messages": turns, "tools": none, "functions": none, "images": none, "image": none}
+    assert one("messages", row) == ({"messages": chat("<image>怎么用？", "答")}, None)
+
+
+def test_tool_calls_and_thoughts_in_parts():
+    parts = [{"type": "thinking", "thinking": "想"}, {"type": "text", "text": "答"}]
+    turns = [*chat("问"), {"role": "assistant", "content": parts}]
+    assert one("messages", {"messages": turns}) == ({"messages": chat("问", "答")}, THOUGHTS)
+    turns = [*chat("问"), {"role": "assistant", "content": "答", "reasoning_content": "想"}]
+    assert one("messages", {"messages": turns}) == ({"messages": chat("问", "答")}, THOUGHTS)
+    turns = [*chat("问"), {"role": "assistant", "content": [{"type": "tool_use", "name": "查", "input": {}}]}]
+    assert one("messages", {"messages": turns}) == (None, "tool calls")
+
+
+@pytest.mark.parametrize(
+    "history, before, remark",
+    [
+        ([["", "您好，我是助手"]], [], "greeting left out"),
+        ([[None, "您好"]], [], "greeting left out"),
+        ("[[None, '您好']]", [], "greeting left out"),
+        ([["", "您好"], ["一", "甲"]], ["一", "甲"], "greeting left out"),
+        (["一", "甲"], ["一", "甲"], None),
+        ("用户：一\n助手：甲", ["一", "甲"], None),
+        ("nan", [], None), ("NaN", [], None), ("None", [], None), ("null", [], None), ([[None, None]], [], None),
+    ],
+)  # fmt: skip
+def test_histories(history, before, remark):
+    row = {"instruction": "二", "output": "乙", "history": history}
+    assert one("alpaca", row) == ({"messages": chat(*before, "二", "乙")}, remark)
+
+
+def test_turns_with_numbers_of_any_length():
+    turns = {"turn_" + "9" * 5000: {"Human": "二", "MOSS": "乙"}, "turn_8": {"Human": "一", "MOSS": "甲"}}
+    assert one("moss", {"chat": turns}) == ({"messages": TWO}, None)
+
+
+def test_a_row_that_is_a_list_of_messages(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in ({"messages": TWO}, TWO, [1])) + "\n", encoding="utf-8")
+    [unit] = list_units("x", "messages", str(path))
+    results = [(record, note) for _, record, note in read_records(unit)]
+    assert results == [({"messages": TWO}, None), ({"messages": TWO}, None), (None, "not an object")]
