@@ -42,6 +42,11 @@ def is_question(value):
     return isinstance(value, str) or bool(messages_in(value))
 
 
+def is_several(value):
+    """Whether a field holds answers, and not one that is JSON of messages."""
+    return isinstance(unpacked(value), list) and not (isinstance(value, str) and messages_in(value))
+
+
 def fitting(row):
     """The layouts that a row's fields speak for, at most one of conversations, comparisons and prompts."""
     question = present(row, (*INSTRUCTIONS, *QUESTIONS, "input"))
@@ -55,7 +60,7 @@ def fitting(row):
     found = set()
     if present(row, REJECTED) and present(row, (*CHOSEN, *ANSWERS, *TURNS)):
         found.add("pairs")
-    elif question and any(isinstance(unpacked(row.get(name)), list) for name in RANKED):
+    elif question and any(is_several(row.get(name)) for name in RANKED):
         found.add("ranked")
     elif turns:
         found.add(NAMES.get(turns, "messages") if is_answered(row) else "prompts")

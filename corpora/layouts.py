@@ -163,7 +163,7 @@ def question_text(row, notes, *names):
             parts += [text] if text.strip() and not again else []
     if not parts and used <= set(INPUTS):
         raise Drop("no instruction")
-    options = [name for name in OPTIONS if not nothing(row.get(name))]
+    options = [name for name in OPTIONS if not missing(row.get(name)) and row[name] != ""]
     if options[:2] == ["A", "B"] and present(row, ANSWERS):
         used.update(options)
         parts += [f"{name}. {required(row, notes, name)}" for name in options]
@@ -212,8 +212,8 @@ def answer_turns(row, notes, *names):
 
 def is_bad(row):
     """Whether a row is one of KTO's with an answer that is not wanted: {prompt, completion, label: false}."""
-    label = row.get("label") if "prompt" in row or present(row, TURNS) else None
-    return any(value is False or str(value).strip().lower() == "false" for value in (label, row.get("kto_tag")))
+    marks = [row.get("label") if "prompt" in row or present(row, TURNS) else None, row.get("kto_tag")]
+    return any(mark is False or isinstance(mark, str) and mark.strip().lower() == "false" for mark in marks)
 
 
 def conversation(turns, row, notes):

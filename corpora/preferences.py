@@ -16,7 +16,7 @@ from corpora.layouts import (
     present,
     prompt_turns,
 )
-from corpora.marks import marked_turns, strip_template
+from corpora.marks import bare_answer, marked_turns, strip_template
 from corpora.turns import CONTENTS, read_turns, settle
 
 CHOSEN = (
@@ -39,6 +39,7 @@ def preference(turns, chosen, rejected, row, notes):
         notes.append("answer at the end of the prompt left out")
     if len(turns) % 2 == 0 or not all(each["content"].strip() for each in turns):
         raise Drop("no question")
+    chosen, rejected = bare_answer(chosen, notes), bare_answer(rejected, notes)
     for name, text in (("chosen", chosen), ("rejected", rejected)):
         if not text.strip():
             raise Drop(f"no {name}")

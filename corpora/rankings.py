@@ -94,7 +94,8 @@ def columns(row, used):
     if found:
         stem = max(found, key=lambda stem: (bool(_ANSWERING.search(stem)), len(found[stem])))
         return dict(sorted(found[stem].items(), key=lambda item: (*by_number(item[0]), item[0]))), scored
-    names = [name for name in others if not _ABOUT.fullmatch(str(name)) and not as_numbers([row[name]])]
+    others = [name for name in others if not (_SCORED.search(str(name)) and as_numbers([row[name]]))]
+    names = [name for name in others if not _ABOUT.fullmatch(str(name))]
     if not names:
         raise Drop("no output")
     return {str(i): name for i, name in enumerate(names)}, scored

@@ -90,7 +90,8 @@ def turns_of(message, notes):
     name = next((message[key] for key in ("role", "from", "speaker") if not missing(message.get(key))), None)
     if name is None:
         return exchange(message, notes)
-    role = role_of(str(name))
+    name = as_text(name, []) or kind(name)
+    role = role_of(name)
     if role is None:
         raise Drop(f"unknown role {shown(name)}")
     content = next((message[key] for key in CONTENTS if not missing(message.get(key))), None)

@@ -71,6 +71,7 @@ def test_marks_speak_against_documents():
         ({"id": "1", "context": "文", "question": "问", "answers": {"text": ["答"], "answer_start": [0]}}, set()),
         ({"instruction": ["一", "二"], "output": ["甲", "乙"]}, set()),
         ({"prompt": "问", "response_0": "甲", "response_1": "乙", "better_response_id": 1}, set()),
+        ({"instruction": "写成消息", "output": '[{"role": "user", "content": "你好"}]'}, {"alpaca"}),
         ({"title": "题", "paragraphs": ["一", "二"]}, {"chinese_poetry"}),
         ({"prompt": "问", "reward_model": {"ground_truth": "7"}}, {"prompts"}),
         ({"prompt": chat("问"), "responses": ["甲", "乙"]}, {"ranked"}),

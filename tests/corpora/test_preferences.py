@@ -163,3 +163,13 @@ def test_answers_that_are_json_of_messages():
     assert one("pairs", {"prompt": json.dumps(chat("问")), "chosen": "好", "rejected": "坏"}) == (wanted, None)
     mixed = {"chosen": json.dumps([GOOD]), "rejected": "坏"}
     assert one("pairs", {"prompt": "问"} | mixed) == ({"messages": chat("问")} | mixed, None)
+
+
+def test_marks_around_comparisons():
+    wanted = {"messages": chat("问"), "chosen": "好", "rejected": "坏"}
+    assert one("pairs", {"chosen": "[INST] 问 [/INST] 好</s>", "rejected": "[INST] 问 [/INST] 坏</s>"}) == (
+        wanted,
+        None,
+    )
+    row = {"prompt": "Human: 问", "chosen": "好</s>", "rejected": "坏</s>"}
+    assert one("pairs", row) == (wanted, "marks of turns removed")

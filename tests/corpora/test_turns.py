@@ -73,7 +73,7 @@ def test_answers_marked_bad(row, reason):
             chat("问\nA. 一\nB. 2\nC. 三\nD. 四", "B"),
             "number taken as text",
         ),
-        ({"Question": "问", "A": "对", "B": "错", "Answer": "A"}, chat("问\nA. 对\nB. 错", "A"), None),
+        ({"Question": "问", "A": "对", "B": "None", "Answer": "A"}, chat("问\nA. 对\nB. None", "A"), None),
         ({"problem": "问", "solution": "解", "answer": "7"}, chat("问", "解"), None),
         ({"problem": "问", "solution": None, "answer": "7"}, chat("问", "7"), None),
         ({"instruction": "问", "context": "景", "input": "入", "output": "答"}, chat("问\n景\n入", "答"), None),
