@@ -159,9 +159,8 @@ PHRASE = 8  # units that differ in one place are another phrase: so many edits i
 STOCK = 10  # units: a shorter answer is like many others
 EDITS = 3  # of their own: fewer are what a template leaves open, a name or a number
 _COMPARED = 1000  # units of either text that are looked at closely; the signatures compare the rest
-_UNIT = re.compile(
-    r"[0-9A-Za-z\u00c0-\u1fff]+|[^\s，。、；：？！“”‘’（）…—《》【】,:;?]"
-)  # a word, a number, a character
+# A word, a number, a sign between numbers (1:2 is not 12), a character; punctuation is none.
+_UNIT = re.compile(r"(?<=\d)[,:](?=\d)|[0-9A-Za-z\u00c0-\u1fff]+|[^\s，。、；：？！“”‘’（）…—《》【】,:;?]")
 
 
 def is_copied_conversation(a, b):
@@ -169,8 +168,7 @@ def is_copied_conversation(a, b):
 
     Records of a template (name the capital of ...; an instruction, and a line to judge) differ in little as well: in a
     word or two, or in the same words in question and answer. A copy was edited in several places, and in each in
-    another way; or it is another wording of the answer to the same question. Short answers must be equal, and so must
-    the last one if it is short.
+    another way, or in punctuation alone. Short answers must be equal, and so must the last one if it is short.
     """
     if len(a) != len(b):
         return False
@@ -182,7 +180,7 @@ def is_copied_conversation(a, b):
     if None in edits or any(max(map(len, edit)) >= PHRASE for turn in edits[::2] for edit in turn):
         return False
     edited = [edit for turn in edits for edit in turn]
-    return own_edits(edited) >= (EDITS if any(edits[::2]) else 1) or not edited
+    return not edited or own_edits(edited) >= EDITS
 
 
 def edits_of(a, b):

@@ -47,7 +47,7 @@ def start_meta(out, parts, val_share, tokenizer):
         if stay and meta.get(key) != value:
             raise DataError(
                 f"{path}: {', '.join(stay)} has {key} {meta.get(key)}, not {value}; "
-                "make those parts in this run too, or remove the file to start over"
+                "make those parts in this run too, or write to another --out"
             )
     if tokenizer:
         facts["dtype"] = formats.token_dtype(tokenizer.vocab_size).name

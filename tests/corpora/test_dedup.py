@@ -238,6 +238,7 @@ def test_edited_copies_of_a_novel_are_found_and_its_pages_stay(shared_data):
 # conversations
 
 BOIL = "先烧开水，再下面条，煮三分钟，捞出来加一点盐和葱花，趁热端上桌。"
+REWORDED = BOIL.replace("趁热", "马上").replace("一点", "些").replace("先", "")
 STORY = ["你好呀，请讲一个故事", "从前有座山，山上有座庙，庙里有个老和尚。"]
 TASK = "请读下面的句子，判断它说的是哪一类事情，只回答类别的名字，不要解释理由："
 CITY = "{0}的省会是哪个城市？请用一句完整的话回答。", "{0}的省会是{1}，它是全省的政治、经济和文化中心。"
@@ -248,7 +249,8 @@ CITY = "{0}的省会是哪个城市？请用一句完整的话回答。", "{0}�
     [
         (["怎样煮一碗面？", BOIL], ["怎样煮一碗面", BOIL.replace("，", " ")], True),  # punctuation
         (["怎样煮一碗面？", BOIL], ["怎么煮一碗面", BOIL.replace("面条", "面").replace("一点", "点儿")], True),
-        (["怎样煮一碗面？", BOIL], ["怎样煮一碗面？", BOIL.replace("趁热", "马上")], True),  # the same question
+        (["怎样煮一碗面？", BOIL], ["怎样煮一碗面？", BOIL.replace("趁热", "马上")], False),
+        (["怎样煮一碗面？", BOIL], ["怎样煮一碗面？", REWORDED], True),
         (["怎样煮一碗面？", BOIL], ["怎样煮一碗粥？", BOIL], False),  # another question, the answer of both
         (["怎样煮一碗面？", BOIL], ["怎样煮一碗面？", "面条要用冷水和，揉好了再切，最后下锅。"], False),
         ([f"{TASK}房间很干净", "好评"], [f"{TASK}房间很安静", "好评"], False),  # a stock answer

@@ -52,7 +52,10 @@ def test_signs_and_emoji_tell_conversations_apart(tally):
 def test_copies_are_named_with_what_they_repeat(tally):
     answer = "先把水烧开，再把面条放进锅里，煮三分钟以后捞出来，加一点盐和葱花。"
     rows = [row("怎样煮一碗好吃的面？", answer), row("怎样泡一壶茶？", "水要烧开，茶叶要少，先洗一遍再泡三分钟。")]
-    rows += [row("怎样煮一碗好吃的面", answer.replace("捞出来", "盛出来")), row("怎样煮一碗好吃的面？", answer)]
+    rows += [
+        row("怎么煮一碗好吃的面", answer.replace("捞出来", "盛出来").replace("再把", "再将")),
+        row("怎样煮一碗好吃的面？", answer),
+    ]
     counts, samples, said = tally(rows, "--dedup=near")
     assert counts["dropped"] == {"duplicate": 1, "near-duplicate": 1}
     lines = {sample["reason"]: re.findall(r"a\.jsonl:(\d+)", sample["place"]) for sample in samples}
