@@ -192,14 +192,10 @@ def cut_file(whole, unit_bytes):
     """The units of one file."""
     if whole.kind == "parquet":
         return [replace(whole, start=start, stop=stop) for start, stop in cut_row_groups(whole.path, unit_bytes)]
-    if (
-        whole.kind not in ("lines", "plain")
-        or whole.size <= unit_bytes
-        or whole.encoding in WIDE
-        or is_compressed(whole.path)
-    ):
-        return [whole]
-    return cut_lines(whole, unit_bytes)
+    by_bytes = whole.kind in ("lines", "plain") and whole.encoding not in WIDE
+    if by_bytes and whole.size > unit_bytes and not is_compressed(whole.path):
+        return cut_lines(whole, unit_bytes)
+    return [whole]
 
 
 def cut_lines(whole, unit_bytes):

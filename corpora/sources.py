@@ -173,7 +173,7 @@ def layout_of(path, units):
     """The layout that fits the first rows of some units."""
     first, path = first_rows(units), escaped(path)
     if not first:
-        raise DataError(f"{path}: no rows in it")
+        raise DataError(f"{path}: no rows in it that can be read")
     if all(isinstance(row, str) for row in first):
         return "text_rows"
     if all(is_conversation(row) for row in first):
@@ -210,8 +210,10 @@ def ask_header(units):
 
 
 def first_rows(units):
-    found = (row for unit in units for _, row, _ in rows_of(unit) if row is not None)
-    return list(itertools.islice(found, hints.SAMPLE))
+    """Some rows, of the first that can be read; what is wrong with others is said when all are read."""
+    found = itertools.islice((row for unit in units for _, row, _ in rows_of(unit)), 100 * hints.SAMPLE)
+    with contextlib.redirect_stderr(io.StringIO()):
+        return list(itertools.islice((row for row in found if row is not None), hints.SAMPLE))
 
 
 def objects(units):

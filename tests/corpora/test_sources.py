@@ -122,6 +122,13 @@ def test_auto_of_rows_that_are_no_objects(tmp_path):
     assert parse_sources([f"x:auto={path}"])[0][1] == "messages"
 
 
+def test_auto_leaves_bad_lines_to_the_reading(tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "\xff"}\n' * 200 + '{"text": "正文"}\n'.encode() * 200)
+    assert parse_sources([f"x:auto={path}"])[0][1] == "text_rows"
+    assert capsys.readouterr().err == "x: layout text_rows\n"
+
+
 def test_auto_says_what_is_wrong_with_the_files(tmp_path, capsys):
     wrong = {
         "lists.json": (json.dumps({"train": [{"text": "一"}], "test": [{"text": "二"}]}), "holds several lists, train"),
