@@ -64,7 +64,7 @@ def choose(part, shards, own, config):
     mine = np.repeat(own, [len(c["content"]) for c in columns])
     why[mine], repeats[mine] = 0, -1
     if (why == 0).any():
-        is_val = keys < split_bound(part, keys[why == 0], config)
+        is_val = keys < split_bound(part, keys[why == 0], len(keys), config)
     if part == "prompts":
         for held_out, limit in ((False, config["prompts_train"]), (True, config["prompts_val"])):
             found = np.flatnonzero((why == 0) & (is_val == held_out))  # those with the lowest hashes stay
@@ -72,8 +72,8 @@ def choose(part, shards, own, config):
     return why, repeats, is_val
 
 
-def split_bound(part, keys, config):
-    """Below which hash (uint64) a record is held out, given the hashes of those that stay: val_share of all hashes.
+def split_bound(part, keys, read, config):
+    """Below which hash (uint64) a record is held out: val_share of all; `keys` are those that stay of all `read`.
 
     Where chance leaves a split empty, as it may with few records, the bound moves to the nearest hash, so that each has
     a record, and a line says so: another part that has the same question may have it on the other side. Of prompts
@@ -82,8 +82,12 @@ def split_bound(part, keys, config):
     bound, low, high = np.uint64(config["val_share"] * 2**64), keys.min(), keys.max()
     train_only = part == "prompts" and (low == high or not config["prompts_val"])
     if low == high and not train_only:
-        one = "there is one record only" if len(keys) == 1 else f"all {len(keys)} records begin with the same text"
-        raise DataError(f"{part}: {one}, so that none can be held out; add others to its sources")
+        left = "is left" if len(keys) == 1 else "are left, all with the same beginning"
+        more = ", or cut a long text by txt_characters or the layout lines" if part in ("text", "pretrain") else ""
+        raise DataError(
+            f"{part}: {len(keys):,} of {read:,} records {left}, so that none can be held out; add others to its sources{more}"
+            + (f"; dedup = {config['dedup']} dropped the rest" if len(keys) < read else "")
+        )
     found = min(max(bound, np.uint64(0) if train_only else low + np.uint64(1)), high)
     if found != bound:
         side, other = ("held out", "train on") if found > bound else ("left to train on", "hold out")

@@ -10,6 +10,7 @@ import heapq
 import json
 import multiprocessing
 import os
+import secrets
 import shutil
 import signal
 import sys
@@ -102,13 +103,14 @@ class Outcomes:
 
 
 def unfinished(folder):
-    """The name of a shard folder that is being filled."""
-    return Path(folder).with_name(f"{Path(folder).name}.tmp")
+    """Folders in which a shard is being filled, or was by a process that was killed; each has a name of its own."""
+    return list(Path(folder).parent.glob(f"{Path(folder).name}.*.tmp"))
 
 
 def discard(folder):
     """Remove what there is of an unfinished shard, and the folders above it as far as they are empty."""
-    shutil.rmtree(unfinished(folder), ignore_errors=True)
+    for left in unfinished(folder):
+        shutil.rmtree(left, ignore_errors=True)
     with suppress(OSError):
         os.removedirs(Path(folder).parent)
 
@@ -117,7 +119,9 @@ def remove_all(folder):
     """Remove the shards in a folder and no other file; what calls them complete first, so that after a kill in between
     none is left that only says so."""
     folder = Path(folder)
-    shards = [path.parent for path in folder.glob("*/index.npz")] + list(folder.glob("*-[0-9][0-9][0-9][0-9][0-9].tmp"))
+    shards = [path.parent for path in folder.glob("*/index.npz")] + list(
+        folder.glob("*-[0-9][0-9][0-9][0-9][0-9].*.tmp")
+    )
     for shard in shards:
         (shard / "done.json").unlink(missing_ok=True)
     for shard in shards:
@@ -134,12 +138,13 @@ class ShardWriter:
 
     def __init__(self, folder, dtypes):
         self.folder, self.dtypes = Path(folder), dtypes  # {stream: dtype}
-        self.temporary = unfinished(folder)
+        self.temporary = self.folder.with_name(f"{self.folder.name}.{secrets.token_hex(4)}.tmp")
         self.lengths = {stream: [] for stream in dtypes}
         self.columns = {}
 
     def __enter__(self):
-        shutil.rmtree(self.temporary, ignore_errors=True)  # left by one that was killed
+        for left in unfinished(self.folder):  # by one that was killed
+            shutil.rmtree(left, ignore_errors=True)
         self.temporary.mkdir(parents=True)
         self.files = {stream: open(self.temporary / f"{stream}.bin", "wb") for stream in self.dtypes}
         return self

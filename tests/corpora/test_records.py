@@ -171,9 +171,9 @@ def test_a_split_that_chance_left_empty_gets_the_nearest_hash(build, capsys, n):
 
 
 def test_records_that_cannot_be_parted_are_refused(build, tmp_path):
-    with pytest.raises(DataError, match="sft: there is one record only, so that none can be held out; add others"):
+    with pytest.raises(DataError, match="sft: 1 of 1 records is left, so that none can be held out; add others"):
         sides(build, ["问"], 0.3)
-    with pytest.raises(DataError, match="sft: all 9 records begin with the same text, so that none can be held out"):
+    with pytest.raises(DataError, match="sft: 9 of 9 records are left, all with the same beginning, so that none"):
         sides(build, ["问"] * 9, 0.3)
     assert not (tmp_path / "data" / "sft.pkl").exists()
 
