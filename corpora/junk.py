@@ -71,10 +71,10 @@ _BESIDE = re.compile(
 _SIGN = r"[=\-_*~—–－＝＊☆★◆◇●○□■▲△※#+＃～]"
 _RULE = re.compile(rf"{_SIGN}\s*{_SIGN}\s*(?:{_SIGN}\s*)+")
 _URL = r"(?:(?:https?|ftp)://|www[.．])[\w\-.．~:/?#@!$&'*+,;=%|]*"
-_AFTER = r"(?:^[\s*•·\-]*|(?<=[。！？!?…”]))"
+_AFTER = r"(?:^[\s*•·\-]*|(?<=[。！？!?…”])\s*)"
 # One that a sentence goes on behind is part of it; in brackets, or alone or with a label at the end, none is.
 _URL = re.compile(
-    rf"(?ai)[ \t]*[（(【\[<]{_URL}[)）】\]>]|{_AFTER}\s*(?:{_URL}\s*)+$"
+    rf"(?ai)(?<![ \t])[ \t]*[（(【\[<]{_URL}[)）】\]>]|{_AFTER}{_URL}(?:\s+{_URL})*\s*$"
     rf"|{_AFTER}[^，。！？!?；：:\n]{{,12}}[：:][ \t]*{_URL}[。\s]*$"
 )
 _HINT = re.compile(  # every one begins with a character, by which re finds them fast

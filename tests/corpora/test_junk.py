@@ -95,7 +95,8 @@ JUNK += split(
 喜欢凡人修仙传请大家收藏：(www.31xs.com)凡人修仙传更新最快  喜欢这本书请收藏本站  责任编辑：王小明 李四
 本书由网友上传，请支持正版  所有小说均由网友上传，请在24小时内删除  当前位置：文学 > 散文 > 朱自清
 本章结束，请点击下一页  下一章：没有了  powered by discuz! X2  首发地址：http://www.example.com/1.html  录入：王小明
-本文首发于起点中文网  欢迎访问www.example.com  相关链接：http://www.example.com/a  网址：www.example.com。
+本文首发于起点中文网  欢迎访问www.example.com  相关链接：http://www.example.com/a  * http://a.example/b
+网址：www.example.com。
 """.rstrip()
 )
 INNOCENT += split(
@@ -137,6 +138,7 @@ def test_innocent_lines_stay():
         ("他转身走了。(求推荐票，求收藏)（本章完）", "他转身走了。"),
         ("官方网站（http://www.example.com/a?b=1）于2005年开通。", "官方网站于2005年开通。"),
         ("他于2005年去世。来源：http://a.example/b", "他于2005年去世。"),
+        ("http://a" * 200 + "中", "http://a" * 200 + "中"),
         ("他于2005年去世。 http://a.example/b http://a.example/c", "他于2005年去世。"),
     ],
 )
