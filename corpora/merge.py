@@ -84,10 +84,9 @@ def split_bound(part, keys, read, config):
     if low == high and not train_only:
         left = "is left" if len(keys) == 1 else "are left, all with the same beginning"
         more = ", or cut a long text by txt_characters or the layout lines" if part in ("text", "pretrain") else ""
-        raise DataError(
-            f"{part}: {len(keys):,} of {read:,} records {left}, so that none can be held out; add others to its sources{more}"
-            + (f"; dedup = {config['dedup']} dropped the rest" if len(keys) < read else "")
-        )
+        rest = f"; dedup = {config['dedup']} dropped the rest" if len(keys) < read else ""
+        found = f"{part}: {len(keys):,} of {read:,} records {left}, so that none can be held out"
+        raise DataError(f"{found}; add others to its sources{more}{rest}")
     found = min(max(bound, np.uint64(0) if train_only else low + np.uint64(1)), high)
     if found != bound:
         side, other = ("held out", "train on") if found > bound else ("left to train on", "hold out")
