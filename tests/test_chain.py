@@ -332,14 +332,14 @@ def test_ppo_wants_a_reward_model_that_can_be_trained(chain, tmp_path, capsys):
 
 def test_data_of_another_tokenizer_is_refused_with_both_files_and_values(chain, tmp_path, capsys):
     corpus = chain / "data" / "corpus.txt"
-    tokenizer.train.main(argv(input=corpus, vocab_size=430, out=tmp_path / "tokenizer"))
+    tokenizer.train.main(argv(input=corpus, vocab_size=530, out=tmp_path / "tokenizer"))
     data = data_options(chain, tmp_path / "data", tmp_path / "tokenizer")
     data_process.main(argv(**data, parts="pretrain,sft,rm,prompts"))
     sources = dict(pretrain=chain / "tokenizer", sft=chain / "pretrain" / "ckpt.pt", ppo=chain / "sft" / "ckpt.pt")
     for stage, source in sources.items():
         options = options_of(chain, stage, tmp_path / "out", dict(data=tmp_path / "data"))
         line = failure(capsys, MAINS[stage].main, options)
-        assert line == f"error: vocab_size is 540 in {source} and 430 in {tmp_path / 'data' / 'meta.json'}"
+        assert line == f"error: vocab_size is 540 in {source} and 530 in {tmp_path / 'data' / 'meta.json'}"
 
 
 def test_an_empty_or_missing_corpus_is_named(chain, tmp_path, capsys):
