@@ -47,9 +47,15 @@ _IDEOGRAPHS = 0x2E80  # characters below it are of alphabets
 
 def signature(text):
     """MinHash of a document's shingles of letters and digits, in an alphabet of words: (BANDS * ROWS,) uint16."""
-    key = re.sub(r"[\W_]+", " ", text.lower())
-    key = _WORD.sub(lambda word: chr(_PRIVATE + zlib.crc32(word[0].encode()) % 65_534), key).replace(" ", "")
+    key = content_key(text)
+    if (code_points(key) < _IDEOGRAPHS).any():
+        key = re.sub(r"[\W_]+", " ", text.lower())
+        key = _WORD.sub(lambda word: chr(_PRIVATE + zlib.crc32(word[0].encode()) % 65_534), key).replace(" ", "")
     return min_hashes(char_ngrams(key, max(1, min(SHINGLE, len(key)))))
+
+
+def code_points(text):
+    return np.frombuffer(text.encode("utf-32-le"), "<u4")
 
 
 def conversation_signature(text):
@@ -57,7 +63,7 @@ def conversation_signature(text):
     key = content_key(text)
     if len(key) < SHINGLE:
         return min_hashes(char_ngrams(key, max(1, len(key))))
-    alphabetic = np.frombuffer(key.encode("utf-32-le"), "<u4") < _IDEOGRAPHS
+    alphabetic = code_points(key) < _IDEOGRAPHS
     threes = alphabetic[:-2] & alphabetic[1:-1] & alphabetic[2:]
     twos = ~(alphabetic[:-1] & alphabetic[1:])
     return min_hashes(np.concatenate([char_ngrams(key, 2)[twos], char_ngrams(key, 3)[threes]]))
