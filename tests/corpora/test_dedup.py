@@ -319,4 +319,4 @@ def test_edited_copies_of_real_conversations_are_found_and_the_conversations_sta
         found += gone[len(conversations) :].sum()
         planted += len(copies)
     assert planted > 1700 and found / planted >= 0.95
-    assert dropped / planted <= 0.01  # and these are copies: the same question with much the same answer
+    assert dropped / planted <= 0.005  # and these are copies: the same question with much the same answer
