@@ -316,8 +316,7 @@ def main(argv=None):
             (out / "work").rmdir()
     print((out / "report.md").read_text(encoding="utf-8"))
     for part in parts:
-        tally = {source: counts for source, counts in meta["tally"][part].items() if source not in generated}
-        for line in losses(part, tally, config["tokenizer"]):
+        for line in losses(part, meta["tally"][part], generated, config["tokenizer"]):
             print(line, file=sys.stderr)
 
 

@@ -96,7 +96,7 @@ def add_part(out, meta, part, said, command):
 
 def write_report(out, meta, part, outcomes):
     """report.md and lengths.png of all parts; dropped.jsonl, in which `part`'s samples are replaced."""
-    sections = [f"# {out}\n"]
+    sections = [f"# {escaped(out)}\n"]
     for name in sorted(meta["tally"], key=PARTS.index):
         sections += [f"## {name}\n", part_table(name, meta["tally"][name]), ""]
     if lengths := meta.get("lengths"):
@@ -104,7 +104,7 @@ def write_report(out, meta, part, outcomes):
         write_file(Path(out) / "lengths.png", draw_lengths(histograms))
         sections.append("![documents by their length](lengths.png)\n")
     sections.append("dropped.jsonl has up to 20 records of each source and reason.\n")
-    write_file(Path(out) / "report.md", "\n".join(sections).encode("utf-8", "backslashreplace"))
+    write_file(Path(out) / "report.md", "\n".join(sections).encode())
 
     path, rows = Path(out) / "dropped.jsonl", []
     if path.exists():
@@ -115,7 +115,7 @@ def write_report(out, meta, part, outcomes):
             rows += [dict(part=part, source=source, reason=reason, place=p, text=text) for _, p, text in samples]
     rows.sort(key=lambda row: PARTS.index(row["part"]))
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_file(path, lines.encode("utf-8", "backslashreplace"))  # lone surrogates as JSON escapes them
+    write_file(path, lines.encode())
 
 
 def part_table(part, tally):
@@ -154,11 +154,14 @@ def unknown_share(counts):
     return unknown / max(tokens, 1)
 
 
-def losses(part, tally, tokenizer_name):
-    """A line for each source of which much was dropped, or whose characters the vocabulary lacks."""
+def losses(part, tally, generated, tokenizer_name):
+    """A line for each source of which much was dropped, or whose characters the vocabulary lacks.
+
+    Of `generated` sources, the demo's, much is dropped by intent.
+    """
     for source, counts in tally.items():
         found = {why: n for why, n in counts["dropped"].items() if why not in EXPECTED}
-        if sum(found.values()) > MANY * counts["read"]:
+        if sum(found.values()) > MANY * counts["read"] and source not in generated:
             most = max(found, key=found.get)
             share = f"{sum(found.values()) / counts['read']:.0%} of {counts['read']:,} records dropped"
             yield f"warning: {part}: {source}: {share}, {found[most]:,} as {most}: look at them in dropped.jsonl"

@@ -6,6 +6,7 @@ import re
 import numpy as np
 
 from corpora.clean import clean_document, clean_text, content_key, text_hash
+from corpora.encodings import writable
 from tokenizer import encode_documents, encode_examples, encode_pair, fit_prompt
 
 STREAMS = dict(
@@ -30,14 +31,19 @@ def texts_of(record):
 
 
 def compared_turns(record, questions_only=False):
-    """What near-duplicates of a conversation are known by: question and answer in turn, or the questions alone."""
-    turns = [message["content"] for message in record["messages"] if message["role"] != "system"]
+    """What near-duplicates of a conversation are known by: question and answer in turn, or the questions alone.
+
+    A system text is part of the first question, as in the prompt format.
+    """
+    turns = [message["content"] for message in record["messages"]]
+    if record["messages"][0]["role"] == "system":
+        turns[:2] = ["\n".join(turns[:2])]
     return ["\n".join(turns[::2])] if questions_only else turns
 
 
 def as_bytes(text):
     """UTF-8 as (N,) uint8; what is no text, as in the name of a file, is escaped."""
-    return np.frombuffer(text.encode("utf-8", "backslashreplace"), np.uint8)
+    return np.frombuffer(writable(text).encode(), np.uint8)
 
 
 def clean_record(record, options):
@@ -74,8 +80,7 @@ def encode_conversation(part, record, tokenizer, max_len):
     prompt = record["messages"]
     if part == "prompts":
         ids, note = fit_prompt(tokenizer, prompt, max_len)
-        # what JSON has no form for, a date say, is kept as text
-        fields = json.dumps(record["fields"], default=str) if record.get("fields") else ""
+        fields = json.dumps(record["fields"]) if record.get("fields") else ""
         streams = dict(tokens=ids, fields=as_bytes(fields))
         return streams if ids else None, note, (0, 0)
     if part == "sft":

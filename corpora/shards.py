@@ -76,7 +76,7 @@ class Outcomes:
         """Samples are the records of the lowest `rank`, a hash of them: a fair choice that no order changes."""
         found = self.samples.setdefault(why, [])
         if self.wants(why, rank):
-            self.samples[why] = heapq.nsmallest(SAMPLES, [*found, (rank, place, writable(text[:SHOWN]))])
+            self.samples[why] = heapq.nsmallest(SAMPLES, [*found, (rank, writable(place), writable(text[:SHOWN]))])
 
     def wants(self, why, rank):
         """Whether a record of this rank may be one of the samples."""
@@ -174,8 +174,7 @@ class ShardWriter:
         with open(self.temporary / "index.npz", "wb") as file:
             np.savez(file, **columns, **lengths)
             os.fsync(file.fileno())
-        # Samples may hold lone surrogates, places names that are not UTF-8: escaped, they are JSON all the same.
-        with open(self.temporary / "done.json", "w", encoding="utf-8", errors="backslashreplace") as file:
+        with open(self.temporary / "done.json", "w", encoding="utf-8") as file:
             json.dump(facts, file, ensure_ascii=False)
             file.flush()
             os.fsync(file.fileno())

@@ -60,9 +60,8 @@ def atomic_write(path, mode="wb"):
 
 
 def save_meta(directory, meta):
-    text = json.dumps(meta, ensure_ascii=False, indent=1) + "\n"
-    with atomic_write(Path(directory) / "meta.json") as file:
-        file.write(text.encode("utf-8", "backslashreplace"))  # a path in it may be no UTF-8
+    with atomic_write(Path(directory) / "meta.json", "w") as file:
+        file.write(json.dumps(meta, ensure_ascii=False, indent=1) + "\n")
 
 
 def load_meta(directory):

@@ -49,6 +49,12 @@ def test_signs_and_emoji_tell_conversations_apart(tally):
     assert tally([row("你 好\n吗", "好"), row("你 好 吗 ", "好"), row("好吗", "好")])[0]["dropped"] == {"duplicate": 1}
 
 
+def test_the_system_text_tells_conversations_apart(tally):
+    rows = [row("病人来了，应该怎样接待他？", "请他坐下，倒一杯水，慢慢问他哪里不舒服。") | dict(system=f"你是{who}。")
+            for who in ("医生", "律师", "老师")]  # fmt: skip
+    assert tally(rows, "--dedup=near")[0]["kept"] == 3 + 16
+
+
 def test_copies_are_named_with_what_they_repeat(tally):
     answer = "先把水烧开，再把面条放进锅里，煮三分钟以后捞出来，加一点盐和葱花。"
     rows = [row("怎样煮一碗好吃的面？", answer), row("怎样泡一壶茶？", "水要烧开，茶叶要少，先洗一遍再泡三分钟。")]
