@@ -143,6 +143,19 @@ class Block(nn.Module):
         return h + self.dropout(self.feed_forward(self.ffn_norm(h)))
 
 
+def at(keep, h, targets, weights):
+    """States (B, T, D), targets and weights (B, T) at the flat positions `keep` (N,): (N, D), (N,), (N,).
+
+    A position of B * T, one past the end, fills `keep` up to a round number and weighs nothing. None keeps all. The
+    positions are told by the caller, who knows them on the host: to look for them would make it wait for the device.
+    """
+    h, targets, weights = h.flatten(0, 1), targets.flatten(), weights.flatten()
+    if keep is None:
+        return h, targets, weights
+    inside = keep.clamp(max=len(h) - 1)
+    return h.index_select(0, inside), targets[inside], F.pad(weights, (0, 1))[keep]
+
+
 def row_chunks(h, vocab_size):
     """Slices of rows whose logits fit the cache of a CPU (128 rows are fastest there) or 256 MB on an accelerator."""
     rows = 128 if h.device.type == "cpu" else max(128, 2**26 // vocab_size)
@@ -279,36 +292,38 @@ class Llama(nn.Module):
                 h = layer(h, cos, sin, cache, i, mask)
         return self.norm(h)
 
-    def forward(self, ids, targets=None, weights=None, documents=None):
+    def forward(self, ids, targets=None, weights=None, documents=None, keep=None):
         """ids (B, T) -> logits (B, T, V), or with targets (B, T) the loss in nats.
 
         Targets of -100 are left out. The loss is the mean over the others, or with weights (B, T) the sum of
         weights * nll: pass mask / (number of counted tokens in the whole step) and micro-batches add up exactly.
-        `documents` as in `hidden`.
+        `documents` as in `hidden`, `keep` as in `at`: without it the head is computed also where nothing counts.
         """
         h = self.hidden(ids, documents=documents)
         if targets is None:
             return self.head(h)
-        keep = targets != -100
-        if weights is None:
-            weights = keep / keep.sum().clamp(min=1)
-        else:
-            keep = keep & (weights != 0)
-        # the head is computed only where it counts; positions with weight 0 cost nothing
-        h, targets, weights = h[keep], targets[keep], weights[keep]  # (N, D), (N,), (N,)
+        counts = targets != -100
+        weights = counts / counts.sum().clamp(min=1) if weights is None else weights * counts
+        h, targets, weights = at(keep, h, targets.clamp(min=0), weights)  # (N, D), (N,), (N,)
         if torch.is_grad_enabled():
             return LinearCrossEntropy.apply(h, self.head_weight, targets, weights)
         return -(self._logps(h, targets, 1.0) * weights).sum()
 
-    def token_logps(self, ids, temperature=1.0, mask=None):
-        """log p(ids[:, t+1] | ids[:, :t+1]) under softmax(logits / temperature): (B, T-1), zero where mask is zero."""
-        h, targets = self.hidden(ids)[:, :-1], ids[:, 1:]
-        keep = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask.bool()
+    def token_logps(self, ids, temperature=1.0, mask=None, keep=None):
+        """log p(ids[:, t+1] | ids[:, :t+1]) under softmax(logits / temperature): (B, T-1), zero where mask is zero.
+
+        `keep` as in `at`, of positions (B, T-1): those that mask leaves.
+        """
+        mask = torch.ones_like(ids[:, 1:]) if mask is None else mask
+        h, targets, counts = at(keep, self.hidden(ids)[:, :-1], ids[:, 1:], mask)
         if torch.is_grad_enabled():
-            logps = LinearLogps.apply(h[keep], self.head_weight, targets[keep], temperature)
+            logps = LinearLogps.apply(h, self.head_weight, targets, temperature)
         else:
-            logps = self._logps(h[keep], targets[keep], temperature)
-        return logps.new_zeros(targets.shape).masked_scatter(keep, logps)
+            logps = self._logps(h, targets, temperature)
+        logps = logps.masked_fill(counts == 0, 0)
+        if keep is None:
+            return logps.view(mask.shape)
+        return logps.new_zeros(mask.numel() + 1).scatter(0, keep, logps)[:-1].view(mask.shape)
 
     def _logps(self, h, targets, temperature):
         """(N, D), (N,) -> (N,) through self.head, which may be a low-bit one."""

@@ -18,7 +18,16 @@ from common.config import ConfigError, parse_config, run
 from common.metrics import share
 from common.optim import build_optimizer, learning_rate, set_learning_rate
 from common.stage import Stage
-from dataset.batches import BatchOrder, Examples, PackedOrder, epoch_order, pack_batch, pad_batch, to_device
+from dataset.batches import (
+    BatchOrder,
+    Examples,
+    PackedOrder,
+    epoch_order,
+    keep_multiple,
+    pack_batch,
+    pad_batch,
+    to_device,
+)
 from dataset.formats import load_pkl
 
 PANELS = [
@@ -46,7 +55,7 @@ def loss_weights(loss_mask, example_weight, documents=None):
 def answer_loss(model, batch, weights):
     """sum of weights * nll over the answers: ids (B, T), weights (B, T) aligned with ids."""
     documents = batch["documents"][:, :-1] if "documents" in batch else None
-    return model(batch["ids"][:, :-1], batch["ids"][:, 1:], weights[:, 1:], documents)
+    return model(batch["ids"][:, :-1], batch["ids"][:, 1:], weights[:, 1:], documents, batch["keep"])
 
 
 def make_order(train, config, max_seq_len):
@@ -63,11 +72,11 @@ def make_order(train, config, max_seq_len):
     return order, f"{len(train) / order.rows:.1f} conversations a row of {room}, {order.fill:.1%} of it real tokens"
 
 
-def make_batch(train, chosen):
+def make_batch(train, chosen, multiple=1):
     """The padded batch of what an order chose: indices of conversations, or a list of such, one for each row."""
     if isinstance(chosen, list):
-        return pack_batch([[train[i] for i in row] for row in chosen])
-    return pad_batch([train[i] for i in chosen])
+        return pack_batch([[train[i] for i in row] for row in chosen], multiple)
+    return pad_batch([train[i] for i in chosen], multiple=multiple)
 
 
 @torch.no_grad()
@@ -136,7 +145,7 @@ def main(argv=None):
                 break
 
             numbers = [(step * accumulation + micro) * env.world_size + env.rank for micro in range(accumulation)]
-            batches = [to_device(make_batch(train, order[i]), env.device) for i in numbers]
+            batches = [to_device(make_batch(train, order[i], keep_multiple(env.device)), env.device) for i in numbers]
             weights = [
                 loss_weights(batch["loss_mask"], config["example_weight"], batch.get("documents")) for batch in batches
             ]

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from dataset.formats import DataError, check_ids, load_pkl
 
@@ -112,10 +113,25 @@ def load_tasks(path, vocab_size):
     return tasks
 
 
-def pad_batch(rows, pad_id=0):
+def kept(mask, multiple=1):
+    """Flat positions of what is not zero in `mask` (B, T), on the CPU: (N,) int64, what model.forward computes.
+
+    B * T, one past the end, fills them up to a multiple: few different shapes let a GPU reuse what is compiled.
+    """
+    positions = mask.flatten().nonzero().squeeze(1)
+    return F.pad(positions, (0, -len(positions) % multiple), value=mask.numel())
+
+
+def keep_multiple(device):
+    """What `kept` positions are a multiple of on a device: a chunk of rows of the model's head, but 1 on a CPU."""
+    return 1 if device.type == "cpu" else 1024
+
+
+def pad_batch(rows, pad_id=0, multiple=1):
     """[(ids, loss_mask), ...] padded on the right: ids (B, T) int64, loss_mask (B, T) float, lengths (B,).
 
-    Where a row ends is told by lengths, never by the padding id, which may also be a real token.
+    Where a row ends is told by lengths, never by the padding id, which may also be a real token. `keep` has the
+    positions in loss_mask[:, 1:], whose tokens are predicted, that are not zero, as `kept` with this multiple.
     """
     lengths = torch.tensor([len(ids) for ids, _ in rows])
     ids = torch.full((len(rows), int(lengths.max())), pad_id, dtype=torch.int64)
@@ -123,10 +139,10 @@ def pad_batch(rows, pad_id=0):
     for row, (row_ids, row_mask) in enumerate(rows):
         ids[row, : len(row_ids)] = torch.as_tensor(row_ids)
         loss_mask[row, : len(row_ids)] = torch.as_tensor(row_mask, dtype=torch.float32)
-    return {"ids": ids, "loss_mask": loss_mask, "lengths": lengths}
+    return {"ids": ids, "loss_mask": loss_mask, "lengths": lengths, "keep": kept(loss_mask[:, 1:], multiple)}
 
 
-def pack_batch(rows):
+def pack_batch(rows, multiple=1):
     """[[(ids, loss_mask), ...], ...], several examples a row, padded as by pad_batch.
 
     documents (B, T) tells which example of its row each token is of; the padding is one more. Nothing predicts the
@@ -139,7 +155,7 @@ def pack_batch(rows):
         row[:] = torch.from_numpy(np.searchsorted(ends, np.arange(len(row)), side="right"))
     batch["loss_mask"][:, 0] = 0
     batch["loss_mask"][:, 1:] *= documents[:, 1:] == documents[:, :-1]
-    return batch | {"documents": documents}
+    return batch | {"documents": documents, "keep": kept(batch["loss_mask"][:, 1:], multiple)}
 
 
 def move(tensors, device):

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from configs.sizes import count_parameters, sizes
+from dataset.batches import kept
 from dataset.corpus import document_numbers
 from generate import KVCache, sample
 from model import Llama, ModelConfig
@@ -192,6 +193,29 @@ def test_token_logps_equal_log_softmax(shape, masked, temperature):
     assert_same_gradients(gradients(model, (actual * coefficients).mean()), expected_gradients)
     with torch.no_grad():
         assert_same(model.token_logps(ids, temperature, mask), expected)
+
+
+@float64
+@pytest.mark.parametrize("multiple", [1, 8, 500])
+def test_only_kept_positions_are_computed_and_nothing_changes(multiple, monkeypatch):
+    model, ids, targets = tiny_model(), random_ids(3, 41), random_ids(3, 40, seed=2)
+    mask = (torch.rand(3, 40) < 0.4).double()
+    mask[:, -1] = torch.tensor([0, 1, 0])  # the last position is a neighbour of what fills up
+    keep, rows, logps = kept(mask, multiple), [], Llama._logps
+    monkeypatch.setattr(Llama, "_logps", lambda self, h, *args: (rows.append(len(h)), logps(self, h, *args))[1])
+    weights, coefficients = mask * torch.rand(3, 40), torch.randn(3, 40)
+    for call in (
+        lambda **keep: model(ids[:, :-1], targets, weights, **keep),
+        lambda **keep: model(ids[:, :-1], targets.masked_fill(mask == 0, -100), **keep),
+        lambda **keep: (model.token_logps(ids, 0.7, mask, **keep) * coefficients).sum(),
+    ):
+        expected = call()
+        expected_gradients = gradients(model, expected)
+        assert_same(call(keep=keep), expected)
+        assert_same_gradients(gradients(model, call(keep=keep)), expected_gradients)
+        with torch.no_grad():
+            assert_same(call(keep=keep), expected)
+    assert rows == [-(-int(mask.sum()) // multiple) * multiple] * 3
 
 
 def test_token_logps_of_nothing():

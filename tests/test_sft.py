@@ -128,6 +128,7 @@ def test_pack_batch():
     assert batch["lengths"].tolist() == [5, 3]
     # the first token of an example counts nowhere, even if its data says so
     assert batch["loss_mask"].tolist() == [[0, 1, 0, 1, 1], [0, 0, 1, 0, 0]]
+    assert batch["keep"].tolist() == [0, 2, 3, 5]  # of the 8 positions that predict something
 
 
 def test_question_is_what_stands_before_the_first_answer():

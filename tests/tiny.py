@@ -8,7 +8,7 @@ from packing import pack_examples
 
 from alignment.rollout import Rollout
 from common.distributed import Env
-from dataset.batches import Examples, pad_batch
+from dataset.batches import Examples, kept, pad_batch
 from model import Llama, ModelConfig
 from tokenizer import Example
 
@@ -53,8 +53,8 @@ def gradients(*models):
 
 def widen(batch, n):
     """A padded batch with n more columns of padding, which are no zeros."""
-    wider = {"ids": F.pad(batch["ids"], (0, n), value=7), "loss_mask": F.pad(batch["loss_mask"], (0, n))}
-    return batch | wider
+    loss_mask = F.pad(batch["loss_mask"], (0, n))
+    return batch | {"ids": F.pad(batch["ids"], (0, n), value=7), "loss_mask": loss_mask, "keep": kept(loss_mask[:, 1:])}
 
 
 def ragged(*sizes, seed=0):

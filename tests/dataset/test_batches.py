@@ -5,7 +5,7 @@ import pytest
 import torch
 from packing import pack_examples
 
-from dataset.batches import Examples, PackedOrder, epoch_order, pack_lengths, pad_batch
+from dataset.batches import Examples, PackedOrder, epoch_order, kept, pack_lengths, pad_batch
 from dataset.formats import DataError
 from tokenizer import Example
 
@@ -62,6 +62,16 @@ def test_pad_batch_tells_length_apart_from_padding():
     assert batch["loss_mask"].tolist() == [[0, 1, 0], [1, 0, 0], [0, 1, 1]]
     assert batch["lengths"].tolist() == [2, 1, 3]
     assert batch["ids"].dtype == torch.int64 and batch["loss_mask"].dtype == torch.float32
+    assert batch["keep"].tolist() == [0, 4, 5]  # of the 6 that predict: loss_mask without its first column
+    filled = pad_batch([examples[i] for i in range(3)], multiple=4)
+    assert filled["keep"].tolist() == [0, 4, 5, 6] and filled["keep"].dtype == torch.int64  # 6: one past the end
+
+
+def test_kept_positions_fill_up_with_one_past_the_end():
+    mask = torch.tensor([[0, 2.0, 0], [1, 0, 1]])
+    assert kept(mask).tolist() == [1, 3, 5] and kept(mask, 3).tolist() == [1, 3, 5]
+    assert kept(mask, 5).tolist() == [1, 3, 5, 6, 6]
+    assert kept(torch.zeros(2, 3), 5).tolist() == []
 
 
 @pytest.mark.parametrize("n", [0, 1, 7, 1000, 1003])
