@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from alignment.rollout import rollout, sequence_kl
 from common import checkpoint, distributed
-from common.config import ConfigError, parse_config, run
+from common.config import parse_config, run
 from common.files import file_sha256
 from common.optim import build_optimizer, learning_rate, set_learning_rate
 from common.stage import Stage
@@ -37,7 +37,6 @@ PANELS = [
     ("KL to the reference (nats per reply)", ["val/kl"]),
     ("share of replies that end", ["val/eos_rate"]),
 ]
-LOSSES = ("sigmoid", "ipo", "cdpo")
 CACHE = "ref_logps.npz"
 FALLEN = -10  # nats: the answers that people preferred have lost a factor of e^10, 22,000, in probability
 MEASURES = "loss accuracy margin chosen_logratio rejected_logratio chosen_logps rejected_logps".split()
@@ -153,16 +152,8 @@ def warn_if_fallen(step, metrics):
     return fallen
 
 
-def check_config(config):
-    if config["loss"] not in LOSSES:
-        raise ConfigError(f"loss={config['loss']}: {', '.join(LOSSES[:-1])} or {LOSSES[-1]} is needed")
-    if not 0 <= config["label_smoothing"] < 0.5:
-        raise ConfigError(f"label_smoothing={config['label_smoothing']}: at least 0 and less than 0.5 is needed")
-
-
 def main(argv=None):
     config = parse_config("dpo_train", argv, __doc__)
-    check_config(config)
     stage = Stage("dpo", config, PANELS)
     if stage.finished:
         return

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from alignment.rollout import sequence_scores
 from common import checkpoint, distributed
-from common.config import ConfigError, parse_config, run
+from common.config import parse_config, run
 from common.files import write_file
 from common.metrics import wilson_interval
 from common.optim import build_optimizer, learning_rate, set_learning_rate
@@ -127,9 +127,6 @@ def draw_calibration(chosen_scores, rejected_scores):
 
 def main(argv=None):
     config = parse_config("rm_train", argv, __doc__)
-    for key in ("margin", "centring"):
-        if config[key] < 0:
-            raise ConfigError(f"{key}={config[key]}: at least 0 is needed")
     stage = Stage("rm", config, PANELS)
     if stage.finished:
         return

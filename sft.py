@@ -111,8 +111,6 @@ def question(ids, loss_mask):
 
 def main(argv=None):
     config = parse_config("sft", argv, __doc__)
-    if config["example_weight"] not in ("token", "example"):
-        raise ConfigError(f"example_weight={config['example_weight']}: token or example is needed")
     stage = Stage("sft", config, PANELS)
     if stage.finished:
         return

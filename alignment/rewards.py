@@ -27,7 +27,7 @@ def reward_function(config):
     name = config["reward"]
     if name == "length":
         bounds = config["reward_length"]
-        if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] or bounds[1] < 1:
+        if len(bounds) != 2 or not bounds[0] <= bounds[1] or bounds[1] < 1:
             raise ConfigError(f"reward_length={bounds}: the shortest and the longest reply in characters are needed")
         return lambda prompts, replies: length_reward(prompts, replies, *bounds)
     module_name, colon, function_name = name.partition(":")
@@ -117,8 +117,6 @@ class Reward:
         self.config, self.tokenizer = config, tokenizer
         self.ckpt = self.identity = self.norm = None
         self.context, self.fields = policy.model_config["max_seq_len"], []
-        if config["score_clip"] < 0:
-            raise ConfigError(f"score_clip={config['score_clip']}: 0 or more is needed")
         if config["reward"] != "model":
             self.function = reward_function(config)
             return

@@ -4,7 +4,6 @@ import ast
 import difflib
 import errno
 import io
-import math
 import os
 import runpy
 import sys
@@ -14,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
+from common.ranges import CHOICES, fault
 from dataset.formats import DataError
 from tokenizer import TokenizerError
 
@@ -25,7 +25,7 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """An unknown key, a value of the wrong type, or an unreadable config file."""
+    """An unknown key, a value of the wrong type or out of its range, or an unreadable config file."""
 
 
 def parse_config(
@@ -48,6 +48,9 @@ def parse_config(
     for option in argv:
         if option.startswith("-"):
             config |= _read_option(option, defaults)
+    for key, value in config.items():
+        if needed := fault(stage, key, value):
+            raise ConfigError(f"{key}={_text(value)}: {needed}")
 
     if os.environ.get("RANK", "0") == "0":  # torchrun starts this once per process
         for key, value in config.items():
@@ -101,10 +104,11 @@ def _read_option(option: str, defaults: dict) -> dict:
         raise ConfigError(f"{option}: options are written --key=value")
     key, equals, text = option[2:].partition("=")
     default = defaults.get(key)
-    if not equals and key in defaults and not isinstance(default, bool):
+    switch = isinstance(default, bool) or True in CHOICES.get(key, ())
+    if not equals and key in defaults and not switch:
         raise ConfigError(f"{option}: needs a value, written {option}=VALUE (default {_text(default)})")
     try:
-        return {key: _checked(key, _parse(text, default) if equals else True, defaults)}
+        return {key: _checked(key, _parse(text, True if switch else default) if equals else True, defaults)}
     except ConfigError as error:
         raise ConfigError(f"{option}: {error}") from None
 
@@ -113,6 +117,8 @@ def _checked(key: str, value: Any, defaults: dict) -> Any:
     """The value in its default's type, or ConfigError naming the key."""
     if key not in defaults:
         raise ConfigError(f"unknown key {key} = {_text(value)}, the nearest is {_nearest(key, defaults)}")
+    if value in CHOICES.get(key, ()):  # of which not all need be of one type
+        return value
     try:
         return _typed(value, defaults[key])
     except TypeError as error:
@@ -139,7 +145,7 @@ def _parse(text: str, default: Any) -> Any:
                 return ast.literal_eval(text)
             element = default[0] if default else ""
             return [_parse(part.strip(), element) for part in text.split(",")] if text else []
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # the last three of literal_eval
         pass
     return text
 
@@ -153,9 +159,12 @@ def _typed(value: Any, default: Any) -> Any:
         if not isinstance(value, bool):
             raise TypeError("true or false")
     elif isinstance(default, float):
-        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
             raise TypeError("a number")
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # of a whole number
+            raise TypeError("a number") from None
     elif isinstance(default, int):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError("a whole number")

@@ -9,17 +9,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common import checkpoint, distributed
-from common.config import ConfigError, UserError
+from common.config import UserError
 from common.files import save_config
 from common.loggers import open_logger
 from common.metrics import FiniteGuard, MetricLog
 from common.report import Progress, peak_memory_gb
 from dataset.formats import load_meta
-
-# config keys, by their ending, that only make sense from 1 on
-NEVER_ZERO = """
-    _interval _size accumulation_steps eval_prompts eval_pairs eval_examples norm_prompts keep_last
-""".split()
 
 
 class Interrupt:
@@ -75,9 +70,6 @@ class Stage:
     def __init__(self, name, config, panels, parallel=True):
         self.started = time.perf_counter()
         self.name, self.config, self.panels = name, config, panels
-        for key, value in config.items():
-            if key.endswith(tuple(NEVER_ZERO)) and value < 1:
-                raise ConfigError(f"{key}={value}: at least 1 is needed")
         self.env = distributed.setup(config["device"], config["dtype"], config["seed"])
         if self.env.world_size > 1 and not parallel:
             raise UserError(f"stage {name} runs in one process: start it without torchrun")

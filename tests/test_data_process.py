@@ -254,8 +254,8 @@ def test_mistakes_are_one_clear_error_and_leave_nothing(tmp_path, build, tokeniz
         ((f"--sources=a:text_rows={tmp_path / 'none.jsonl'}",), DataError, "none.jsonl"),
         ((f"--sources=wikipedai={tmp_path / 'a.jsonl'}",), DataError, "wikipedai.*wikipedia"),
         ((sources, "--parts=sft"), ConfigError, "parts: sft needs a sft source; sources = a:text_rows="),
-        ((sources, "--dedup=fuzzy"), ConfigError, "dedup = fuzzy: choose from none, exact, near"),
-        ((sources, "--unit_bytes=0"), ConfigError, "unit_bytes = 0: at least 1 is needed"),
+        ((sources, "--dedup=fuzzy"), ConfigError, "dedup=fuzzy: none, exact or near is needed"),
+        ((sources, "--unit_bytes=0"), ConfigError, "unit_bytes=0: at least 1 is needed"),
         ((sources, "--decontaminate=nowhere"), DataError, "nowhere"),
     ]
     for options, kind, message in cases:

@@ -22,6 +22,7 @@ from tiny import ENV, assert_same, conversations, examples, float64, gradients, 
 import dpo_train
 from common import checkpoint
 from common.config import ConfigError
+from common.ranges import CHOICES
 from dataset.batches import pad_batch
 
 LOG_2 = math.log(2)
@@ -181,7 +182,7 @@ def test_one_forward_of_both_sides_equals_two():
 
 
 @float64
-@pytest.mark.parametrize("kind", dpo_train.LOSSES)
+@pytest.mark.parametrize("kind", CHOICES["dpo_train:loss"])
 def test_gradient_does_not_depend_on_micro_batches_or_padding(kind):
     model, ref_logps = tiny(), reference()
     long = conversations((20, 12), seed=2)

@@ -532,9 +532,9 @@ def test_rollout_within_a_small_nucleus_is_greedy(tok):
         (["--prompt=a", "--ppl"], "--prompt and --ppl exclude each other"),
         (["--ppl", "--compare=a,b"], "--ppl and --compare exclude each other"),
         (["--reply=a"], "--reply needs the --prompt"),
-        (["--temperature=-1"], "temperature=-1.0: 0 to inf"),
+        (["--temperature=-1"], "temperature=-1.0: 0 or at least 0.001"),
         (["--top_p=0"], "top_p=0.0"),
-        (["--compare_top_p=1.5"], "compare_top_p=1.5: 0.001 to 1 is needed"),
+        (["--compare_top_p=1.5"], "compare_top_p=1.5: more than 0 and at most 1 is needed"),
         (["--repetition_penalty=0"], "repetition_penalty=0.0"),
         (["--compare=a", "--best_of=2"], "--best_of needs the --reward_model that picks"),
         (["--compare=a", "--best_of=1,2", "--reward_model=b"], "best_of=1,2: whole numbers from 2 on"),
@@ -542,7 +542,7 @@ def test_rollout_within_a_small_nucleus_is_greedy(tok):
         (["--compare=a", "--best_of=2", "--reward_model=b", "--compare_temperature=0"], "above 0: greedy"),
         (["--best_of=2", "--reward_model=b"], "--best_of needs --compare"),
         (["--prompt=a", "--picture=a.png"], "--picture needs --compare"),
-        (["--max_new_tokens=0"], "max_new_tokens=0: 1 to inf"),
+        (["--max_new_tokens=0"], "max_new_tokens=0: at least 1"),
     ],
 )
 def test_bad_values_are_refused(options, message):

@@ -20,10 +20,11 @@ import grpo_train
 from alignment.objective import entropy_bonus
 from alignment.rollout import Rollout, in_batches, rollout
 from common import checkpoint
+from common.ranges import CHOICES
 from dataset.batches import load_prompts
 from dataset.formats import load_pkl, save_pkl
 
-LOSSES = list(grpo_train.LOSSES)
+LOSSES = list(CHOICES["grpo_train:loss"])
 CONFIG = dict(temperature=TEMPERATURE, epochs=1, minibatch_size=4, micro_batch_size=4, cliprange=0.2, max_new_tokens=16)
 
 
@@ -295,7 +296,7 @@ def test_prompts_must_leave_room_for_replies(small, tmp_path, capsys):
             dict(loss="rloo", entropy_coef=0.1),
             "entropy_coef: it counts token by token, and loss=rloo weighs whole replies",
         ),
-        (dict(score_clip=-1), "score_clip=-1.0: 0 or more is needed"),
+        (dict(score_clip=-1), "score_clip=-1.0: at least 0 is needed"),
         (dict(reward="length", reward_length="9,3"), "reward_length=[9, 3]"),
         (dict(reward="nothing"), "reward=nothing: model, length or module:function is needed"),
     ],

@@ -147,8 +147,6 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(config["out"])
     if (out / MODEL_FILE).exists() and not config["overwrite"]:
         raise TokenizerError(f"{out / MODEL_FILE} exists; give --overwrite to replace it, or another --out")
-    if not 16 <= config["max_line_bytes"] <= 65_535:
-        raise TokenizerError(f"max_line_bytes = {config['max_line_bytes']}: 16 to 65,535 are possible")
     corpus = Corpus(config["input"], config["max_line_bytes"])
     print(f"training {config['vocab_size']:,} pieces on {', '.join(corpus.paths)}")
     tokenizer = Tokenizer(train_bpe(corpus, config))

@@ -17,7 +17,7 @@ config = dict(
     init_from=None,  # another run's directory
     max_steps=100,  # optimizer steps
     learning_rate=3e-4,  # peak; cosine to a tenth
-    compile=False,  # torch.compile
+    compile="auto",  # torch.compile
     resume=True,  # continue
     betas=[0.9, 0.95],  # Adam
     tasks=["ceval", "cmmlu"],  # benchmarks
@@ -95,7 +95,9 @@ def test_options_may_come_before_the_file(configs, tmp_path):
         ("--resume=False", "resume", False),
         ("--learning_rate=1", "learning_rate", 1.0),
         ("--learning_rate=1e-5", "learning_rate", 1e-5),
-        ("--max_steps=-1", "max_steps", -1),
+        ("--compile=FALSE", "compile", False),
+        ("--compile=auto", "compile", "auto"),
+        ("--windows=-1,2", "windows", (-1, 2)),
         ("--init_from=out/a=b", "init_from", "out/a=b"),  # split on the first `=` only
         ("--init_from=none", "init_from", None),
         ("--out=none", "out", "none"),
@@ -129,7 +131,9 @@ def test_command_line_values(configs, option, key, value):
         ("--max_steps=", ["a whole number"]),
         ("--learning_rate=fast", ["learning_rate must be a number", "'fast'"]),
         ("--learning_rate=nan", ["a number", "nan"]),
-        ("--compile=1", ["compile must be true or false", "'1'"]),
+        ("--resume=1", ["resume must be true or false", "'1'"]),
+        ("--compile=1", ["compile=1: auto, true or false is needed"]),
+        ("--learning_rate=inf", ["learning_rate=inf: more than 0 and at most 10 is needed"]),
         ("--max_steps", ["needs a value", "--max_steps=VALUE"]),
         ("--betas=0.9,x", ["a list, each element a number"]),
         ("--betas=[0.9,", ["a list"]),
@@ -195,7 +199,7 @@ def test_help_shows_every_key_comment_and_default(configs, capsys):
         "--init_from=none": "another run's directory",
         "--max_steps=100": "optimizer steps",
         "--learning_rate=0.0003": "peak; cosine to a tenth",
-        "--compile=false": "torch.compile",
+        "--compile=auto": "torch.compile",
         "--resume=true": "continue",
         "--betas=0.9,0.95": "Adam",
         "--tasks=ceval,cmmlu": "benchmarks",
@@ -325,3 +329,24 @@ def test_script_exit_code_and_streams(configs, tmp_path):
     assert bad.stderr == "error: --max_stepz=3: unknown key max_stepz = 3, the nearest is max_steps\n"
     good = subprocess.run([*command, "--max_steps=3"], capture_output=True, text=True, cwd=tmp_path)
     assert (good.returncode, good.stdout, good.stderr) == (0, "max_steps = 3 (default 100)\n", "")
+
+
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        ("compile=True", None),
+        ("compile='auto'", None),
+        ("compile=1", "compile=1: auto, true or false is needed"),
+        ("max_steps=-1", "max_steps=-1: at least 0 is needed"),
+        ("learning_rate=10**400", "mine.py:1: learning_rate must be a number, not 1000"),
+    ],
+)
+def test_values_of_a_file_are_held_to_their_ranges(configs, tmp_path, source, line):
+    file = tmp_path / "mine.py"
+    file.write_text(f"config = dict({source})\n")
+    if line is None:
+        assert parse(configs, str(file))["compile"] in (True, "auto")
+    else:
+        assert line in error(configs, str(file))
+    (configs / "sft.py").write_text(DEFAULTS.replace("max_steps=100", "max_steps=-1"), encoding="utf-8")
+    assert error(configs) == "max_steps=-1: at least 0 is needed"  # where the defaults themselves were edited

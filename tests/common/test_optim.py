@@ -10,7 +10,6 @@ import torch
 from tiny import assert_same, float64
 
 from common.checkpoint import CheckpointError, begin, save
-from common.config import ConfigError
 from common.optim import Muon, build_optimizer, learning_rate, orthogonalize, set_learning_rate
 from configs.pretrain import config as pretraining
 from model import Llama, ModelConfig
@@ -70,19 +69,6 @@ def test_a_warm_up_longer_than_wsds_stable_part_delays_the_decay():
     config = WSD | dict(warmup_steps=90)
     assert learning_rate(89, config) == learning_rate(90, config) == 1.0
     assert learning_rate(95, config) == pytest.approx(0.1 + 0.9 * (1 - 0.5**0.5))
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        (dict(schedule="linear"), "schedule=linear: cosine or wsd is needed"),
-        (dict(decay_share=20.0), "decay_share=20.0: a share of max_steps is needed, 0 to 1"),
-        (dict(decay_share=-0.1), "decay_share=-0.1: a share"),
-    ],
-)
-def test_unknown_schedules_are_refused(changes, message):
-    with pytest.raises(ConfigError, match=message):
-        learning_rate(0, WSD | changes)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "rm_train", "dpo_train", "ppo_train", "grpo_train"])
