@@ -35,6 +35,11 @@ class Env:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def generation_dtype(self) -> torch.dtype | None:
+        """What model.generate computes in; None, on a CPU: as the weights are."""
+        return self.dtype if self.device.type == "cuda" else None
+
     def autocast(self):
         """A context in which matrix products run in `dtype`; it does nothing for float32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -46,17 +51,17 @@ def setup(device: str = "auto", dtype: str = "auto", seed: int = 0) -> Env:
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     chosen = _pick_device(device, under_torchrun)
-    chosen_dtype = _pick_dtype(dtype, chosen)
+    chosen_dtype = _pick_dtype(dtype, chosen, rank == 0)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if under_torchrun and not dist.is_initialized():
-        _join("nccl" if chosen.type == "cuda" else "gloo")
+        _join(chosen)
     torch.manual_seed(seed)
     return Env(rank, world_size, chosen, chosen_dtype)
 
 
-def _join(backend: str) -> None:
+def _join(device: torch.device) -> None:
     """Join torchrun's process group.
 
     On one machine torchrun keeps its store over a restart, and with it the addresses of processes that are gone; under
@@ -66,7 +71,11 @@ def _join(backend: str) -> None:
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    options = dict(store=store, rank=rank, world_size=world_size, timeout=timeout)
+    if device.type == "cuda":  # NCCL then need not guess the device, of a barrier say
+        dist.init_process_group("nccl", device_id=device, **options)
+    else:
+        dist.init_process_group("gloo", **options)
     # A wrapped model may be kept by a cycle, and with it gloo's threads: one that wants to drop a tensor when the
     # interpreter is already ending aborts the process.
     atexit.register(gc.collect)
@@ -93,9 +102,21 @@ def _pick_device(name: str, under_torchrun: bool) -> torch.device:
     return device
 
 
-def _pick_dtype(name: str, device: torch.device) -> torch.dtype:
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a GPU multiplies bfloat16 in hardware: NVIDIA's do from Ampere on, those before emulate it slowly."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _pick_dtype(name: str, device: torch.device, verbose: bool) -> torch.dtype:
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        if has_bfloat16(device):
+            return torch.bfloat16
+        if device.type == "cuda" and verbose:
+            print(f"dtype=auto: {torch.cuda.get_device_name(device)} has no bfloat16, training is in float32")
+        return torch.float32
     if name not in DTYPES:  # float16 would need loss scaling
         raise UserError(f"dtype={name}: not supported; use auto, {' or '.join(DTYPES)}")
     return DTYPES[name]
@@ -159,15 +180,13 @@ def compiled(model: torch.nn.Module, env: Env) -> torch.nn.Module:
 
 def _shard(model, env):
     from torch.distributed.device_mesh import init_device_mesh  # FSDP takes a second to import
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    low = None if env.dtype == torch.float32 else env.dtype
-    reduce = None if low is None else torch.float32  # None: as the parameters are
-    # cast_forward_inputs would round the rotary cosines, which a block gets as arguments
-    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=reduce, cast_forward_inputs=False)
+    # Weights are gathered in float32 and cast by autocast, as in DDP. FSDP's own mixed precision would carry the
+    # residual stream and the head in bfloat16.
     mesh = init_device_mesh(env.device.type, (env.world_size,))
     for module in (*model.layers, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mesh=mesh)
     for method in ("token_logps", "values"):
         register_fsdp_forward_method(model, method)
     return model
@@ -214,12 +233,18 @@ def shard_state(state: dict, optimizer) -> dict:
 def gather(model, optimizer, env: Env):
     """(a plain copy of a sharded model, its optimizer's state in one piece) on rank 0, (None, None) on the others.
 
-    All ranks must call it. Rank 0 needs the memory of all weights; without an optimizer no state is gathered.
+    All ranks must call it. Rank 0 needs the host memory of all weights, the others that of the largest on their device;
+    without an optimizer no state is gathered.
     """
-    weights = {name: whole(tensor).cpu() for name, tensor in model.state_dict().items()}
+
+    def collect(tensors):
+        pieces = ((name, whole(tensor)) for name, tensor in tensors.items())
+        return {name: tensor.cpu() if env.is_main else None for name, tensor in pieces}
+
+    weights = collect(model.state_dict())
     state = optimizer.state_dict() if optimizer else dict(state={})
-    parts = state["state"].items()  # the optimizer's own dicts: not to be changed
-    state["state"] = {i: {name: whole(value).cpu() for name, value in values.items()} for i, values in parts}
+    # the optimizer's own dicts: not to be changed
+    state["state"] = {i: collect(values) for i, values in state["state"].items()}
     if not env.is_main:
         return None, None
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn, in vain
@@ -233,18 +258,57 @@ def clip_gradients(params, largest: float) -> float:
     return whole(torch.nn.utils.clip_grad_norm_(params, largest)).item()
 
 
+def summed(tensor: torch.Tensor, env: Env | None) -> torch.Tensor:
+    """The sum of a tensor over the ranks, known to each, for which no host waits; without env of this rank alone."""
+    if env is None or env.world_size == 1:
+        return tensor
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total
+
+
 def all_sum(value: float, env: Env) -> float:
     """The sum of a number over the ranks, known to each of them."""
     if env.world_size == 1:
         return float(value)
-    total = torch.tensor(float(value), dtype=torch.float64, device=env.device)
-    dist.all_reduce(total)
-    return total.item()
+    return summed(torch.tensor(float(value), dtype=torch.float64, device=env.device), env).item()
 
 
 def mean(value: float, env: Env) -> float:
     """The mean of a number over the ranks, known to each of them."""
     return all_sum(value, env) / env.world_size
+
+
+def gathered(tensor: torch.Tensor, env: Env | None) -> torch.Tensor:
+    """A tensor of one shape from each rank, in their order: (ranks, ...); without env of this one alone."""
+    if env is None or env.world_size == 1:
+        return tensor[None]
+    parts = [torch.empty_like(tensor) for _ in range(env.world_size)]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.stack(parts)
+
+
+def joined(items: list, env: Env | None) -> list:
+    """The lists of all ranks as one, in their order; items are plain values, as they are pickled on the way."""
+    if env is None or env.world_size == 1:
+        return items
+    parts = [None] * env.world_size
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def per_rank(config: dict, key: str, env: Env, multiple: int = 1) -> int:
+    """This rank's part of what config[key] counts over all of them, a multiple of `multiple`."""
+    part, rest = divmod(config[key], env.world_size * multiple)
+    if rest:
+        groups = f" whole groups of {multiple}" if multiple > 1 else ""
+        raise ConfigError(f"{key}={config[key]}: {env.world_size} processes cannot share it evenly,{groups}")
+    return part * multiple
+
+
+def step_seed(seed: int, step: int, env: Env) -> int:
+    """What a rank draws its random numbers of a step from, so that a resumed run draws the same."""
+    return ((seed * 1_000_003 + step) * env.world_size + env.rank) % 2**63
 
 
 def restarted(env: Env) -> bool:

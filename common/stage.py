@@ -6,6 +6,7 @@ import signal
 import time
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from common import checkpoint, distributed
@@ -143,6 +144,7 @@ class Stage:
     def ends(self, step):
         """Whether the loop is over: the last step, or a stop asked for by a signal to any process."""
         self.finished = step == self.config["max_steps"]
+        torch.manual_seed(distributed.step_seed(self.config["seed"], step, self.env))  # of the step's dropout
         if distributed.is_sharded(self.model):
             self.whole = self.whole_optimizer = None  # its memory is needed again
         self.tick = time.perf_counter()

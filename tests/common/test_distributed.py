@@ -1,6 +1,8 @@
 """Device choice, and several gloo processes, replicated or sharded, against one process on the joint batch."""
 
 import json
+import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,7 +10,19 @@ from chains import make_data, options_of, train
 from parallel import SCRIPTS, assert_same_training, torchrun, torchrun_stage
 
 from common.config import ConfigError, UserError
-from common.distributed import Env, all_sum, cleanup, clip_gradients, compiled, restarted, setup, sync, wrap
+from common.distributed import (
+    Env,
+    all_sum,
+    cleanup,
+    clip_gradients,
+    compiled,
+    has_bfloat16,
+    restarted,
+    setup,
+    step_seed,
+    sync,
+    wrap,
+)
 from model import Llama, ModelConfig
 
 # several processes add up in another order than one, and what AdamW makes of a tiny gradient knows no bound in float32
@@ -44,6 +58,36 @@ def main(folder, parallel, tiny):
 
 
 main(*sys.argv[1:])
+"""
+
+# the same model and batch in both ways of being parallel and in both precisions; what each rank has at the end
+PRECISION_WORKER = """
+import sys, torch
+from common import distributed
+from common.optim import build_optimizer
+from model import Llama, ModelConfig
+
+config = dict(optimizer="adamw", learning_rate=0.1, beta1=0.9, beta2=0.95, weight_decay=0.0)
+shape = dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=96, max_seq_len=32, dropout=0.1)
+for dtype in ("float32", "bfloat16"):
+    for parallel in ("ddp", "fsdp"):
+        env = distributed.setup("cpu", dtype, seed=5)
+        model = Llama(ModelConfig(**shape))
+        forward = distributed.wrap(model, env, config | dict(parallel=parallel))
+        optimizer = build_optimizer(model, config)
+        ids = torch.randint(0, 96, (4, 17))[2 * env.rank :][:2]
+        torch.manual_seed(distributed.step_seed(5, 0, env))
+        with env.autocast():
+            loss = forward(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        grads = {name: distributed.whole(p.grad) for name, p in model.named_parameters()}
+        optimizer.step()
+        whole, state = distributed.gather(model, optimizer, env)
+        weights = whole and whole.state_dict()
+        found = dict(loss=loss.detach(), rng=torch.get_rng_state(), grads=grads, weights=weights)
+        found["state"] = state and state["state"]
+        torch.save(found, f"{sys.argv[1]}/{dtype}-{parallel}-{env.rank}.pt")
+distributed.cleanup(env)
 """
 
 # the stage, whose second process is killed once
@@ -86,6 +130,33 @@ def test_two_processes_average_to_the_gradient_of_the_joint_batch(tmp_path, para
         facts = json.loads((tmp_path / f"{rank}.json").read_text())
         norms = pytest.approx([norm, 0.5 * norm / (norm + 1e-6)], rel=1e-9)  # torch divides by a little more
         assert facts == dict(rank=rank, world=2, main=rank == 0, sum=pytest.approx(1.2), mean=0.5, norms=norms)
+
+
+@pytest.mark.slow
+def test_sharded_training_is_replicated_training_in_either_precision(tmp_path):
+    """The same numbers but for the order of sums: a float32 gradient of two ranks is rounded once, by 6e-8."""
+    (tmp_path / "worker.py").write_text(PRECISION_WORKER)
+    torchrun(2, tmp_path / "worker.py", tmp_path)
+    for dtype in ("float32", "bfloat16"):
+        ddp, fsdp = (torch.load(tmp_path / f"{dtype}-{parallel}-0.pt") for parallel in ("ddp", "fsdp"))
+        assert torch.equal(ddp["loss"], fsdp["loss"])
+        for name, expected in ddp["grads"].items():
+            bound = 1e-6 * expected.abs().max().item()
+            torch.testing.assert_close(fsdp["grads"][name], expected, atol=bound, rtol=0, msg=name)
+        other = torch.load(tmp_path / f"{dtype}-fsdp-1.pt")
+        assert fsdp["weights"].keys() == ddp["grads"].keys() and fsdp["state"]
+        assert other["weights"] is None and other["state"] is None
+        assert not torch.equal(fsdp["rng"], other["rng"])  # nor do they drop the same
+    wide, narrow = (torch.load(tmp_path / f"{dtype}-fsdp-0.pt")["loss"] for dtype in ("float32", "bfloat16"))
+    assert wide != narrow  # the products were in another precision
+
+
+def test_the_seed_of_a_step_is_of_its_rank_and_run():
+    alone, two = Env(0, 1, torch.device("cpu")), [Env(rank, 2, torch.device("cpu")) for rank in (0, 1)]
+    assert step_seed(1, 7, alone) == 1_000_010
+    seeds = [step_seed(seed, step, env) for seed in (1, 2) for step in range(5) for env in two]
+    assert len(set(seeds)) == len(seeds)
+    torch.Generator().manual_seed(step_seed(2**62, 10**9, two[1]))  # of any size
 
 
 def test_one_process_is_left_as_it_is():
@@ -161,6 +232,19 @@ def test_a_run_goes_on_with_other_processes(folder, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_two_processes_that_drop_out_resume_to_the_same_run(folder, tmp_path):
+    changes = {"batch_size": 4, "save_interval": 2, "max_steps": 4, "model.dropout": 0.2}
+    options = options_of(folder, "pretrain", tmp_path / "whole", changes)
+    torchrun_stage(tmp_path, 2, "pretrain", options)
+    shutil.copytree(tmp_path / "whole", tmp_path / "halves")
+    (tmp_path / "halves" / "ckpt-2.pt").replace(tmp_path / "halves" / "ckpt.pt")
+    torchrun_stage(
+        tmp_path, 2, "pretrain", options_of(folder, "pretrain", tmp_path / "halves", changes | {"resume": True})
+    )
+    assert_same_training(tmp_path / "halves", tmp_path / "whole")
+
+
+@pytest.mark.slow
 def test_after_a_kill_torchrun_restarts_and_the_run_resumes_by_itself(folder, tmp_path):
     (tmp_path / "killed.py").write_text(KILLED)
     changes = dict(batch_size=4, grad_accumulation_steps=2, save_interval=2)
@@ -187,6 +271,22 @@ def test_autocast_follows_the_dtype():
     ):
         with setup(device="cpu", dtype=dtype).autocast():
             assert (a @ a).dtype == expected
+
+
+@pytest.mark.parametrize("card, has, dtype", [("H100", True, torch.bfloat16), ("T4", False, torch.float32)])
+def test_bfloat16_is_chosen_where_it_is_not_emulated(monkeypatch, capsys, card, has, dtype):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has or including_emulation)
+    precision = torch.get_float32_matmul_precision()
+    assert has_bfloat16(torch.device("cuda")) == has and not has_bfloat16(torch.device("cpu"))
+    assert setup(device="cuda").dtype == dtype
+    said = "" if has else "dtype=auto: T4 has no bfloat16, training is in float32\n"
+    assert capsys.readouterr().out == said
+    assert setup(device="cuda", dtype="bfloat16").dtype == torch.bfloat16  # who asks for it gets it
+    torch.set_float32_matmul_precision(precision)
 
 
 @pytest.mark.parametrize(
