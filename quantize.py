@@ -196,8 +196,7 @@ def calibration_batches(data_dir, calibration, n_tokens, max_len, batch_size, vo
         path, available, n_rows = source.path, len(source), -(-n_tokens // max_len)
     else:
         path = Path(data_dir) / calibration
-        arrays = load_pkl(path)
-        source = Examples(arrays, vocab_size=vocab_size, path=path, max_len=max_len).select(~arrays["is_val"])
+        source, _ = Examples(load_pkl(path), vocab_size=vocab_size, path=path, max_len=max_len).split()
         available = int(source.lengths.sum())
         n_rows = -(-n_tokens * len(source) // max(available, 1))
     if available <= max(n_tokens, max_len):

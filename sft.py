@@ -118,7 +118,7 @@ def main(argv=None):
     parent, tokenizer = stage.load_parent()
     arrays = load_pkl(data / "sft.pkl")
     examples = Examples(arrays, "", tokenizer.vocab_size, data / "sft.pkl", parent.model_config["max_seq_len"])
-    train, val = examples.select(~arrays["is_val"]), examples.select(arrays["is_val"])
+    train, val = examples.split()
     val = val.select(epoch_order(len(val), config["seed"], 0))
     order, rows_hold = make_order(train, config, parent.model_config["max_seq_len"])
 

@@ -54,8 +54,7 @@ def prepare(folder, data, tokenizer):
 
 
 def training_examples(folder):
-    arrays = load_pkl(folder / "sft.pkl")
-    return Examples(arrays).select(~arrays["is_val"])
+    return Examples(load_pkl(folder / "sft.pkl")).split()[0]
 
 
 def worker_ours(folder, packing):

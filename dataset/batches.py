@@ -9,6 +9,23 @@ import torch.nn.functional as F
 from dataset.formats import DataError, check_ids, load_pkl
 
 
+def column(arrays, name, kind, path, length=None):
+    """The array (N,) of that name, its dtype of that kind ("b", "i" or "u"), N the given length; else DataError."""
+    if name not in arrays:
+        raise DataError(f"{path}: no {name}; it holds {', '.join(arrays)}")
+    found = arrays[name]
+    if not isinstance(found, np.ndarray) or found.dtype.kind != kind or found.ndim != 1:
+        kinds = dict(b="true or false", i="whole numbers with a sign", u="whole numbers without a sign")
+        raise DataError(f"{path}: {name} is {_said(found)}, but must be a row of {kinds[kind]}")
+    if length is not None and len(found) != length:
+        raise DataError(f"{path}: {name} of {len(found)} rows for {length} examples")
+    return found
+
+
+def _said(value):
+    return f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
+
+
 class Examples:
     """The token sequences of a .pkl. Item i is (ids, loss_mask), both (T,) int64; a prompt's mask is zero.
 
@@ -17,17 +34,14 @@ class Examples:
     """
 
     def __init__(self, arrays, prefix="", vocab_size=None, path="examples", max_len=None):
-        missing = [k for k in (f"{prefix}tokens", f"{prefix}offsets") if k not in arrays]
-        if missing:
-            raise DataError(f"{path}: no {missing[0]}; it holds {', '.join(arrays)}")
-        self.tokens, self.offsets = arrays[f"{prefix}tokens"], arrays[f"{prefix}offsets"]
-        self.loss_mask = arrays.get(f"{prefix}loss_mask")
-        o = self.offsets
+        self.path, self.tokens = path, column(arrays, f"{prefix}tokens", "u", path)
+        self.offsets = o = column(arrays, f"{prefix}offsets", "i", path)
         if len(o) < 1 or o[0] != 0 or o[-1] != len(self.tokens) or (np.diff(o) < 0).any():
             raise DataError(f"{path}: {prefix}offsets do not cover its {len(self.tokens)} tokens")
-        mask, wanted = self.loss_mask, -(-len(self.tokens) // 8)
-        if mask is not None and (mask.dtype, mask.shape) != (np.uint8, (wanted,)):
-            claim = f"{mask.dtype} {mask.shape}, but a bit for each of {len(self.tokens)} tokens is uint8 ({wanted},)"
+        self.loss_mask = mask = arrays.get(f"{prefix}loss_mask")
+        wanted = -(-len(self.tokens) // 8)
+        if mask is not None and (getattr(mask, "dtype", None), np.shape(mask)) != (np.uint8, (wanted,)):
+            claim = f"{_said(mask)}, but a bit for each of {len(self.tokens)} tokens is uint8 ({wanted},)"
             raise DataError(f"{path}: {prefix}loss_mask is {claim}")
         if vocab_size is not None:
             check_ids(self.tokens, vocab_size, path)
@@ -35,6 +49,7 @@ class Examples:
         if max_len is not None and longest > max_len:
             raise DataError(f"{path}: an example of {longest} tokens, the model's context has {max_len}")
         self.index = np.arange(len(o) - 1)
+        self.is_val = column(arrays, "is_val", "b", path, len(self)) if "is_val" in arrays else None
 
     def __len__(self):
         return len(self.index)
@@ -52,6 +67,14 @@ class Examples:
         bits = np.unpackbits(self.loss_mask[start // 8 : -(-stop // 8)], bitorder="little")
         return ids, bits[start % 8 :][: len(ids)].astype(np.int64)
 
+    def split(self):
+        """(training, validation) examples."""
+        if self.is_val is None:
+            raise DataError(f"{self.path}: no is_val, which tells validation examples from others")
+        if not self.lengths.all():
+            raise DataError(f"{self.path}: example {self.lengths.argmin()} has no tokens")
+        return self.select(~self.is_val), self.select(self.is_val)
+
     def select(self, mask):
         """The examples where the boolean `mask` (N,) is true, or at the given indices; arrays are shared."""
         chosen = object.__new__(Examples)
@@ -63,7 +86,8 @@ def load_pairs(path, vocab_size, max_len=None):
     """rm.pkl as (train, val), each [chosen, rejected] of Examples."""
     arrays = load_pkl(path)
     sides = [Examples(arrays, prefix, vocab_size, path, max_len) for prefix in ("chosen_", "rejected_")]
-    return [side.select(~arrays["is_val"]) for side in sides], [side.select(arrays["is_val"]) for side in sides]
+    train, val = zip(*(side.split() for side in sides), strict=True)
+    return list(train), list(val)
 
 
 class Prompt(list):
@@ -82,12 +106,10 @@ def load_prompts(path, vocab_size, context=None, new_tokens=0):
     """
     arrays = load_pkl(path)
     prompts = Examples(arrays, vocab_size=vocab_size, path=path)
-    fields = [json.loads(text) if text else {} for text in arrays.get("fields", [""] * len(prompts))]
-    if len(fields) != len(prompts):
-        raise DataError(f"{path}: fields of {len(fields)} rows for {len(prompts)} prompts")
+    fields = read_fields(arrays.get("fields", [""] * len(prompts)), len(prompts), path)
     missing = dict.fromkeys(name for row in fields for name in row)
     found = [Prompt(prompts[i][0].tolist(), missing | row) for i, row in enumerate(fields)]
-    train, val = ([found[i] for i in np.flatnonzero(arrays["is_val"] == side)] for side in (False, True))
+    train, val = ([found[i] for i in part.index] for part in prompts.split())
     if context is not None:
         if not (train and val):
             side = "held-out" if train else "training"
@@ -100,16 +122,38 @@ def load_prompts(path, vocab_size, context=None, new_tokens=0):
     return train, val
 
 
+def read_fields(texts, n, path):
+    """The JSON objects of `n` rows, {} of an empty text."""
+    if not isinstance(texts, list) or len(texts) != n:
+        what = f"fields of {len(texts)} rows" if isinstance(texts, list) else f"fields are {_said(texts)}"
+        raise DataError(f"{path}: {what} for {n} prompts")
+    rows = []
+    for i, text in enumerate(texts):
+        try:
+            rows.append(json.loads(text) if text else {})
+        except (TypeError, ValueError, RecursionError) as error:
+            raise DataError(f"{path}: fields of prompt {i} are not JSON: {error}") from None
+        if not isinstance(rows[-1], dict):
+            raise DataError(f"{path}: fields of prompt {i} are not a JSON object")
+    return rows
+
+
 def load_tasks(path, vocab_size):
     """The validation examples of sft.pkl as {task: [(prompt ids, answer ids, label), ...]}, label -1 where none."""
     arrays = load_pkl(path)
-    examples, tasks = Examples(arrays, vocab_size=vocab_size, path=path), {}
-    for number, name in enumerate(arrays.get("task_names", [])):
-        tasks[name] = []
-        for i in np.flatnonzero(arrays["is_val"] & (arrays["task"] == number)):
-            ids, loss_mask = examples[i]
-            prompt, answer = np.split(ids, [loss_mask.argmax()])
-            tasks[name].append((prompt.tolist(), answer.tolist(), int(arrays["label"][i])))
+    examples, names = Examples(arrays, vocab_size=vocab_size, path=path), arrays.get("task_names", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError(f"{path}: task_names are not a list of names")
+    if not names:
+        return {}
+    tasks = {name: [] for name in names}
+    task, label = column(arrays, "task", "u", path, len(examples)), column(arrays, "label", "i", path, len(examples))
+    if task.max(initial=0) >= len(names) or label.min(initial=0) < -1:
+        raise DataError(f"{path}: task up to {task.max()} of {len(names)} task_names, label from {label.min()}")
+    for i in examples.split()[1].index:
+        ids, loss_mask = examples[i]
+        prompt, answer = np.split(ids, [loss_mask.argmax()])
+        tasks[names[task[i]]].append((prompt.tolist(), answer.tolist(), int(label[i])))
     return tasks
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dataset.plain_pickle import read_pickle
+
 FORMAT_VERSION = 2
 OWN = re.compile(r"corpus\.txt|(?:train|val)\.[\w.-]+\.bin|(?:sft|rm|prompts)\.pkl")  # what data_process.py writes
 
@@ -131,55 +133,35 @@ class BinWriter:
 # .pkl
 
 
-def _number_dtype(name, *_):
-    dtype = np.dtype(name, copy=True)  # a copy, since unpickling then sets its byte order
-    if dtype.kind not in "biuf":  # an object array could hold forged pointers
-        raise DataError(f"dtype {dtype} is not allowed in a data file, which holds numbers only")
-    return dtype
-
-
-def _numpy_rebuilders():
-    """{name: what stands for it} of all that pickled numpy arrays and scalars ask for."""
-    array, scalar = np.zeros(1), np.float64(0)
-    reconstruct = array.__reduce__()[0]
-    functions = (array.__reduce_ex__(5)[0], scalar.__reduce__()[0])
-    return {f.__name__: f for f in functions} | {
-        reconstruct.__name__: lambda subtype, shape, typecode: reconstruct(np.ndarray, (0,), b"b"),
-        "ndarray": None,  # only ever handed to reconstruct; must not be called
-        "dtype": _number_dtype,
-    }
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Admits numpy arrays and scalars (builtin containers and numbers need no global), refuses the rest."""
-
-    allowed = _numpy_rebuilders()
-    modules = ("numpy",) + tuple(f"numpy.{c}.{m}" for c in ("core", "_core") for m in ("multiarray", "numeric"))
-
-    def find_class(self, module, name):
-        if module in self.modules and name in self.allowed:
-            return self.allowed[name]
-        raise DataError(f"{module}.{name} is not allowed in a data file, which holds plain arrays only")
-
-
 def save_pkl(path, arrays):
     """Write a dict of numpy arrays, numbers, strings and lists of them."""
+    arrays = {name: _unchanging(value) for name, value in arrays.items()}
     with atomic_write(path) as file:
         pickle.dump(arrays, file, protocol=5)
+
+
+def _unchanging(value):
+    """An array that cannot be written to, whose bytes a pickle holds as such: reading it then copies nothing."""
+    if isinstance(value, np.ndarray):
+        value = np.asarray(value, order="C").view()
+        value.flags.writeable = False
+    return value
 
 
 def load_pkl(path):
     """Read what save_pkl wrote; a file that asks for anything but plain arrays is refused, not run."""
     path = Path(path)
-    if not path.exists():
-        raise DataError(f"{path} not found: data_process.py writes it")
     try:
         with open(path, "rb") as file:
-            data = _ArrayUnpickler(file).load()
-    except DataError as error:
+            data = read_pickle(file)
+    except FileNotFoundError:
+        raise DataError(f"{path} not found: data_process.py writes it") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    except pickle.UnpicklingError as error:
         raise DataError(f"{path}: {error}") from None
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError, MemoryError) as error:
-        raise DataError(f"{path} is damaged or not a data file: {error}") from None
+    except Exception as error:  # damaged bytes can raise anything
+        raise DataError(f"{path} is damaged or not a data file: {str(error) or type(error).__name__}") from None
     if not isinstance(data, dict):
         raise DataError(f"{path}: not a dict of arrays")
     return data

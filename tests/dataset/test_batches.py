@@ -5,8 +5,18 @@ import pytest
 import torch
 from packing import pack_examples
 
-from dataset.batches import Examples, PackedOrder, epoch_order, kept, pack_lengths, pad_batch
-from dataset.formats import DataError
+from dataset.batches import (
+    Examples,
+    PackedOrder,
+    epoch_order,
+    kept,
+    load_pairs,
+    load_prompts,
+    load_tasks,
+    pack_lengths,
+    pad_batch,
+)
+from dataset.formats import DataError, load_pkl, save_pkl
 from tokenizer import Example
 
 
@@ -53,6 +63,63 @@ def test_examples_refuse_inconsistent_arrays():
     for found, bad in wrong.items():
         with pytest.raises(DataError, match=rf"loss_mask is .*{found}, .* 6 tokens is uint8 \(1,\)"):
             Examples(arrays | dict(loss_mask=bad))
+
+
+def test_every_column_has_its_type_its_length_and_its_range(tmp_path):
+    path = tmp_path / "sft.pkl"
+    rows = dict(is_val=np.array([False, True, True]), task=np.array([0, 1, 0], np.uint8))
+    right = three_examples() | rows | dict(task_names=["a", "b"], label=np.array([-1, 0, 1], np.int8))
+    save_pkl(path, right)
+    train, val = Examples(load_pkl(path)).split()
+    assert (train.index.tolist(), val.index.tolist()) == ([0], [1, 2])
+    assert load_tasks(path, 100) == {"a": [([8], [0, 2], 1)], "b": [([], [7], 0)]}
+    wrong = [
+        (dict(tokens=right["tokens"].tolist()), "tokens is a list, but must be a row of whole numbers"),
+        (dict(tokens=right["tokens"].astype(float)), r"tokens is float64 \(6,\), but"),
+        (dict(tokens=right["tokens"][None]), r"tokens is uint16 \(1, 6\), but"),
+        (dict(offsets=right["offsets"].astype(float)), r"offsets is float64 \(4,\), but"),
+        (dict(offsets=np.int64(6)), "offsets is a int64, but"),
+        (dict(loss_mask=[34]), "loss_mask is a list, but"),
+        (dict(is_val=rows["is_val"].astype(np.int64)), r"is_val is int64 \(3,\), but must be a row of true or false"),
+        (dict(is_val=rows["is_val"][:2]), "is_val of 2 rows for 3 examples"),
+        (dict(task=right["task"][:2]), "task of 2 rows for 3 examples"),
+        (dict(task=right["task"] + np.uint8(1)), "task up to 2 of 2 task_names"),
+        (dict(label=right["label"] - np.int8(1)), "task up to 1 of 2 task_names, label from -2"),
+        (dict(label=rows["is_val"]), r"label is bool \(3,\), but"),
+        (dict(task_names="ab"), "task_names are not a list of names"),
+        (dict(task_names=["a", 1]), "task_names are not a list of names"),
+    ]
+    for change, message in wrong:
+        save_pkl(path, right | change)
+        with pytest.raises(DataError, match=rf"sft\.pkl: {message}"):
+            load_tasks(path, 100)
+    with pytest.raises(DataError, match="no is_val"):
+        Examples(three_examples()).split()
+    with pytest.raises(DataError, match="example 1 has no tokens"):
+        Examples(right | dict(offsets=np.array([0, 3, 3, 6]))).split()
+
+
+def test_both_sides_of_pairs_and_all_prompts_have_their_rows(tmp_path):
+    path, arrays = tmp_path / "a.pkl", three_examples()
+    sides = {f"{side}_{name}": value for name, value in arrays.items() for side in ("chosen", "rejected")}
+    save_pkl(path, sides | dict(is_val=np.array([True, False, False])))
+    (chosen, rejected), _ = load_pairs(path, 100)
+    assert chosen.index.tolist() == rejected.index.tolist() == [1, 2]
+    save_pkl(path, sides | dict(is_val=np.ones(3, bool), rejected_offsets=np.array([0, 2, 6])))
+    with pytest.raises(DataError, match=r"a\.pkl: is_val of 3 rows for 2 examples"):
+        load_pairs(path, 100)
+    prompts = {name: arrays[name] for name in ("tokens", "offsets")} | dict(is_val=np.array([True, False, False]))
+    save_pkl(path, prompts | dict(fields=['{"answer": 4}', "", '{"n": null}']))
+    train, val = load_prompts(path, 100)
+    assert (train, val) == ([[7], [8, 0, 2]], [[5, 6]])
+    assert [prompt.fields for prompt in (*val, *train)] == [dict(answer=4, n=None), *[dict(answer=None, n=None)] * 2]
+    wrong = {"of 2 rows for 3 prompts": ["", ""], "of prompt 1 are not JSON": ["", "{", ""]}
+    wrong |= {"of prompt 2 are not a JSON object": ["", "", "[1]"], "of prompt 0 are not JSON": [1, "", ""]}
+    wrong |= {"are a str for 3 prompts": "{}{}{}", "of prompt 1 are not JSON:": ["", "[" * 100_000, ""]}
+    for message, fields in wrong.items():
+        save_pkl(path, prompts | dict(fields=fields))
+        with pytest.raises(DataError, match=rf"a\.pkl: fields {message}"):
+            load_prompts(path, 100)
 
 
 def test_pad_batch_tells_length_apart_from_padding():

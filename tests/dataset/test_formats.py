@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from chains import ROOT
 from packing import make_bins
 
 from dataset.corpus import Corpus
@@ -88,6 +89,54 @@ def test_pkl_of_every_protocol_is_read_and_refused_alike(tmp_path, protocol):
     else:
         with pytest.raises(DataError, match="_codecs.encode is not allowed"):
             load_pkl(tmp_path / "a.pkl")
+
+
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_pkl_of_numpy_itself_is_read(tmp_path, protocol):
+    grid = np.arange(6, dtype=np.int16).reshape(2, 3)
+    data = dict(rows=grid, columns=grid.T, steps=grid[:, ::2], twice=[grid, grid], number=np.float32(0.5), long=2**70)
+    data |= dict(empty=np.zeros((0, 4), bool), texts=["a" * 300, "二"], nothing=None, pair=(1, -2), **{"键": True})
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(data, protocol))
+    found = load_pkl(tmp_path / "a.pkl")
+    assert found.keys() == data.keys() and found["twice"][0] is found["twice"][1]
+    for key, value in data.items():
+        assert np.array_equal(found[key], value) and type(found[key]) is type(value), key
+        assert getattr(found[key], "dtype", None) == getattr(value, "dtype", None), key
+
+
+def test_forged_pkl_takes_no_memory_nor_crashes(tmp_path):
+    size, header = (1 << 40).to_bytes(8, "little"), b"\x80\x05}\x94\x8c\x01a"
+    array = pickle.dumps(dict(a=np.arange(1000)), 5)
+    forged = {
+        "bytes": header + b"\x8e" + size + b"\0s.",
+        "bytearray": header + b"\x96" + size + b"\0s.",
+        "text": header + b"\x8d" + size + b"\0s.",
+        "place in the memo": header + b"r\xff\xff\xff\x7fK\x01s.",  # pickle's own reader takes 64 GB for it
+        "frame": b"\x80\x05\x95" + size + header[2:] + b"K\x01s.",
+        "dtype": array.replace(b"i8", b"O8"),
+        "byte order": array.replace(b"\x8c\x01<", b"\x8c\x01>"),
+        "state": array.replace(b"K\x03\x8c\x01<", b"K\x03K\x01K"),
+        "shape": array.replace(b"M\xe8\x03", b"M\xe9\x03"),
+        "key of many tuples": b"\x80\x05})" + b"\x85" * 1_000_000 + b"K\x01s.",
+        "lists in lists": header + b"]" * 1_000_000 + b"K\x01s.",
+    }
+    for name, content in forged.items():
+        (tmp_path / f"{name}.pkl").write_bytes(content)
+    code = """
+import resource, sys
+from dataset.formats import DataError, load_pkl
+resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+for path in sys.argv[1:]:
+    try:
+        print(load_pkl(path), flush=True)
+    except DataError as error:
+        print(error, flush=True)
+"""
+    paths = [str(tmp_path / f"{name}.pkl") for name in forged]
+    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    for path, line in zip(paths, done.stdout.splitlines(), strict=True):
+        assert line.startswith(path) or line == "{'a': 1}" and "memo" in path, line
 
 
 class Attack:
