@@ -254,8 +254,11 @@ def gather(model, optimizer, env: Env):
 
 
 def clip_gradients(params, largest: float) -> float:
-    """Scale the gradients to a norm, over all parts of sharded ones, of at most `largest`; returns the norm before."""
-    return whole(torch.nn.utils.clip_grad_norm_(params, largest)).item()
+    """Scale the gradients to a norm, over all parts of sharded ones, of at most `largest`; returns the norm before.
+
+    0 leaves them as they are.
+    """
+    return whole(torch.nn.utils.clip_grad_norm_(params, largest or torch.inf)).item()
 
 
 def summed(tensor: torch.Tensor, env: Env | None) -> torch.Tensor:

@@ -167,6 +167,8 @@ def test_one_process_is_left_as_it_is():
         assert wrap(model, env, dict(parallel=parallel, optimizer="muon")) is model
     sync(model, last=False)
     model.scalar.weight.grad = torch.full((1, 16), 3.0)
+    assert clip_gradients(model.parameters(), 0.0) == 12.0  # measured and not clipped
+    assert torch.equal(model.scalar.weight.grad, torch.full((1, 16), 3.0))
     assert clip_gradients(model.parameters(), 1.0) == 12.0
     torch.testing.assert_close(model.scalar.weight.grad, torch.full((1, 16), 0.25))
     assert all_sum(3, env) == 3.0
