@@ -40,7 +40,7 @@ RUN_FILES = (FILE_NAME, FILE_NAME + ".tmp", BEST_NAME, "metrics.jsonl", "samples
 # config keys that may change on --resume: where and how fast it runs, when it stops and what it reports
 SAFE_ON_RESUME = """
     out device dtype compile parallel resume overwrite keep_* max_steps *_interval eval_*
-    sample_prompts sample_tokens decay_share logger plan recompute
+    sample_prompts sample_tokens decay_share decay_steps logger plan recompute
 """.split()
 # what runs did before these keys were in their config
 UNWRITTEN = dict(schedule="cosine", mask_documents=False)

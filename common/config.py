@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-from common.ranges import CHOICES, fault
+from common.ranges import CHOICES, contradiction, fault
 from dataset.formats import DataError
 from tokenizer import TokenizerError
 
@@ -51,6 +51,8 @@ def parse_config(
     for key, value in config.items():
         if needed := fault(stage, key, value):
             raise ConfigError(f"{key}={_text(value)}: {needed}")
+    if line := contradiction(config):
+        raise ConfigError(line)
 
     if os.environ.get("RANK", "0") == "0":  # torchrun starts this once per process
         for key, value in config.items():

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from common.config import ConfigError
 from model import upcast
 
 # Newton-Schulz coefficients of Muon (Jordan et al., 2024): fast to singular values in about [0.7, 1.2], not exactly 1
@@ -11,20 +12,40 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def learning_rate(step, config):
-    """Linear warm-up over warmup_steps, then from learning_rate down to min_learning_rate at max_steps.
+    """Linear warm-up over warmup_steps, then from learning_rate down to min_learning_rate at decay_steps or max_steps.
 
     cosine: half a cosine over all of it. wsd (warm-up, stable, decay; arXiv:2404.06395): constant, then by 1 - sqrt
-    over the last decay_share of max_steps (arXiv:2405.18392), so that a run can be prolonged until the decay begins.
+    over the last decay_share of it (arXiv:2405.18392), so that a run can be prolonged until the decay begins.
     """
     peak, low, warmup = config["learning_rate"], config["min_learning_rate"], config["warmup_steps"]
     schedule, share = config["schedule"], config["decay_share"]
+    end = config.get("decay_steps") or config["max_steps"]  # older configs have no decay_steps
     if step < warmup:
         return peak * (step + 1) / warmup
-    first = warmup if schedule == "cosine" else max(warmup, round((1 - share) * config["max_steps"]))
-    progress = min(1.0, max(0, step - first) / max(1, config["max_steps"] - first))
+    first = warmup if schedule == "cosine" else max(warmup, round((1 - share) * end))
+    progress = min(1.0, max(0, step - first) / max(1, end - first))
     if schedule == "wsd":
         return low + (peak - low) * (1 - math.sqrt(progress))
     return low + 0.5 * (peak - low) * (1 + math.cos(math.pi * progress))
+
+
+def keep_decay(config, step, before):
+    """Set decay_steps to where the schedule of a resumed run ended if max_steps would now raise its rate; says so.
+
+    A rate that jumps from the end of a cosine to its middle undoes what the end has won. `before` is the config that
+    the run had. Returns a line to print, "" if nothing was set; raises ConfigError where the rate would stay 0.
+    """
+    old = config | dict(max_steps=before["max_steps"], decay_steps=before.get("decay_steps", 0))
+    kept, anew = learning_rate(step, old), learning_rate(step, config)
+    if config["decay_steps"] or anew <= 1.01 * kept:
+        return ""
+    config["decay_steps"] = end = old["decay_steps"] or old["max_steps"]
+    last, low = config["max_steps"], config["min_learning_rate"]
+    anew = f"--decay_steps={last} makes it jump to {anew:.3g} and fall anew"
+    if low == 0:
+        raise ConfigError(f"max_steps={last}: the learning rate is 0 from step {end} on; {anew}")
+    rates = f"{kept:.3g} at step {step}, {low:.3g} from step {end} on"
+    return f"learning rate: as before, {rates}; {anew}; runs to be prolonged are best trained with schedule=wsd"
 
 
 def set_learning_rate(optimizer, lr):

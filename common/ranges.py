@@ -8,7 +8,7 @@ LARGEST = 10**12  # where "inf" ends: beyond every use, and a product with a mil
 # switches something off. stage:key is what a key may be in that stage alone.
 RANGES = {
     "[0, inf)": """
-        seed max_steps warmup_steps pack_len grad_clip top_k compare_samples prompts_val
+        seed max_steps warmup_steps decay_steps pack_len grad_clip top_k compare_samples prompts_val
         eval_generate:eval_tokens quantize:eval_tokens clean.min_characters write_min_characters txt_characters
         people_daily_characters sft_examples.write_asked sft_examples.polarity sft_examples.write reward_length
     """,
@@ -71,6 +71,7 @@ CHOICES = {
     "hub": ("huggingface", "modelscope"),
     "parts": ("text", "pretrain", "sft", "rm", "prompts"),
 }
+AT_MOST = {"min_learning_rate": "learning_rate", "write_min_characters": "write_max_characters"}  # another key's value
 INTERVALS = {key: interval for interval, keys in RANGES.items() for key in keys.split()}
 
 
@@ -91,6 +92,14 @@ def fault(stage: str, key: str, value: Any) -> str | None:
     right = _chosen if isinstance(allowed, tuple) else _inside
     wrong = [each for each in (value if isinstance(value, list | tuple) else [value]) if not right(allowed, each)]
     return _needed(allowed, wrong[0]) if wrong else None
+
+
+def contradiction(config: dict) -> str | None:
+    """A line about the first two values of a flat config that exclude each other; None where there are none."""
+    for low, high in AT_MOST.items():
+        if low in config and config[low] > config[high]:
+            return f"{low}={config[low]}: at most {high}={config[high]} is needed"
+    return None
 
 
 def _chosen(choices, value):

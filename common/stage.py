@@ -14,6 +14,7 @@ from common.config import UserError
 from common.files import save_config
 from common.loggers import open_logger
 from common.metrics import FiniteGuard, MetricLog
+from common.optim import keep_decay
 from common.report import Progress, peak_memory_gb
 from dataset.formats import load_meta
 
@@ -79,6 +80,8 @@ class Stage:
             config.update(resume=True, overwrite=False)
         self.resumed = checkpoint.begin(config, name)
         self.finished = self.resumed is not None and self.resumed.step >= config["max_steps"]
+        if self.resumed and (line := keep_decay(config, self.resumed.step, self.resumed.config)) and self.env.is_main:
+            print(line)
         self.out = Path(config["out"])
         self.first = self.resumed.step if self.resumed else 0
         self.tokens_seen = self.resumed.tokens_seen if self.resumed else 0

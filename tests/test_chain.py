@@ -195,12 +195,17 @@ def test_after_a_crash_training_goes_on_from_the_last_checkpoint(chain, tmp_path
     assert_same_run(tmp_path / "sft", chain / "sft")
 
 
-def test_a_finished_run_can_be_trained_further(chain, tmp_path):
+def test_a_finished_run_can_be_trained_further(chain, tmp_path, capsys):
     shutil.copytree(chain / "rm", tmp_path / "rm")
     train(chain, "rm", tmp_path / "rm", resume=True, max_steps=STEPS + 2)
     assert checkpoint.load(tmp_path / "rm").step == STEPS + 2
     rows = metrics(tmp_path / "rm")
     assert rows[: len(metrics(chain / "rm"))] == metrics(chain / "rm") and rows[-1]["step"] == STEPS + 2
+    assert {row["train/learning_rate"] for row in train_rows(tmp_path / "rm")[STEPS:]} == {5e-6}  # where it had ended
+    assert "5e-06 from step 6 on; --decay_steps=8 makes it jump to 0." in capsys.readouterr().out
+    told = dict(resume=True, max_steps=STEPS + 4, decay_steps=STEPS + 4)
+    train(chain, "rm", tmp_path / "rm", **told)
+    assert train_rows(tmp_path / "rm")[STEPS + 2]["train/learning_rate"] > 1e-3
 
 
 def test_ppo_compares_the_policy_with_itself_even_if_it_was_pretrained_with_dropout(chain, tmp_path):

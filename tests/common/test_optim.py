@@ -10,7 +10,8 @@ import torch
 from tiny import assert_same, float64
 
 from common.checkpoint import CheckpointError, begin, save
-from common.optim import Muon, build_optimizer, learning_rate, orthogonalize, set_learning_rate
+from common.config import ConfigError
+from common.optim import Muon, build_optimizer, keep_decay, learning_rate, orthogonalize, set_learning_rate
 from configs.pretrain import config as pretraining
 from model import Llama, ModelConfig
 
@@ -63,6 +64,35 @@ def test_a_wsd_run_prolonged_before_its_decay_goes_on_as_if_planned_so():
     assert learning_rate(81, short) < learning_rate(81, long) == 1.0
     cosine = [learning_rate(20, config | COSINE) for config in (short, long)]
     assert cosine[0] < cosine[1]  # a cosine has no such step
+
+
+def test_a_prolonged_run_never_raises_its_rate_unless_told_to():
+    before = dict(WSD | COSINE, max_steps=100)
+    for step, rate in ((50, None), (100, 0.1)):
+        config = before | dict(max_steps=400, decay_steps=0)
+        anew = learning_rate(step, config)
+        line = keep_decay(config, step, before)
+        assert config["decay_steps"] == 100
+        assert learning_rate(step, config) == learning_rate(step, before) and learning_rate(300, config) == 0.1
+        assert rate is None or learning_rate(step, config) == rate
+        assert "0.1 from step 100 on" in line and f"--decay_steps=400 makes it jump to {anew:.3g}" in line
+        again = config | dict(decay_steps=0)  # the same command a second time
+        assert keep_decay(again, step + 10, config) and again["decay_steps"] == 100
+    told = before | dict(max_steps=400, decay_steps=400)
+    assert keep_decay(told, 100, before) == "" and learning_rate(100, told) > 0.8
+    shorter, same = before | dict(max_steps=60, decay_steps=0), before | dict(decay_steps=0)
+    assert keep_decay(shorter, 50, before) == keep_decay(same, 50, before) == ""
+    assert shorter["decay_steps"] == same["decay_steps"] == 0
+    nothing = before | dict(min_learning_rate=0.0, max_steps=400, decay_steps=0)
+    with pytest.raises(ConfigError, match="max_steps=400: the learning rate is 0 from step 100 on; --decay_steps=400"):
+        keep_decay(nothing, 100, before)
+
+
+@pytest.mark.parametrize("step, kept", [(5, False), (80, False), (81, True), (100, True)])
+def test_a_wsd_run_is_prolonged_freely_until_its_decay(step, kept):
+    config = WSD | dict(max_steps=400, decay_steps=0)
+    assert bool(keep_decay(config, step, WSD)) == kept
+    assert config["decay_steps"] == (100 if kept else 0)
 
 
 def test_a_warm_up_longer_than_wsds_stable_part_delays_the_decay():
