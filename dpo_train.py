@@ -19,13 +19,15 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from alignment.objective import wins
+from alignment.pairs import pair_batch
 from alignment.rollout import rollout, sequence_kl
 from common import checkpoint, distributed
 from common.config import parse_config, run
 from common.files import file_sha256
 from common.optim import build_optimizer, learning_rate, set_learning_rate
 from common.stage import Stage
-from dataset.batches import BatchOrder, load_pairs, load_prompts, pad_batch, to_device
+from dataset.batches import BatchOrder, load_pairs, load_prompts, move
 from dataset.formats import atomic_write
 
 PANELS = [
@@ -63,26 +65,26 @@ def dpo_loss(logps, ref_logps, tokens, beta, kind="sigmoid", label_smoothing=0.0
 def measures(loss, logps, rewards, beta):
     """What is logged of each pair, as MEASURES names it: (7, B). Accuracy is 1/2 for a tie, as before step 1."""
     chosen, rejected = rewards
-    right = torch.heaviside(chosen - rejected, torch.full_like(chosen, 0.5))
-    return torch.stack([loss, right, chosen - rejected, *rewards / beta, *logps]).detach()
+    return torch.stack([loss, wins(*rewards), chosen - rejected, *rewards / beta, *logps]).detach()
 
 
-def pair_logps(model, chosen, rejected, indices, env):
-    """Summed answer log-probabilities of some pairs and their answer tokens, (2, B) each, in one forward."""
-    batch = to_device(pad_batch([chosen[i] for i in indices] + [rejected[i] for i in indices]), env.device)
+def pair_logps(model, batch, env):
+    """Summed answer log-probabilities of a pair_batch and its answer tokens, (2, B) each, in one forward."""
     mask = batch["loss_mask"][:, 1:]
     with env.autocast():
-        logps = model.token_logps(batch["ids"], mask=mask).sum(1)  # (2B,)
+        logps = model.token_logps(batch["ids"], mask=mask, keep=batch["keep"]).sum(1)  # (2B,)
     return logps.view(2, -1), mask.sum(1).view(2, -1)
 
 
 @torch.no_grad()
 def reference_logps(model, chosen, rejected, env):
-    """The reference's log-probabilities of every pair: (2, N), similar lengths together."""
-    logps = torch.empty(2, len(chosen))
-    for indices in np.array_split(np.argsort(chosen.lengths + rejected.lengths), max(1, len(chosen) // 64)):
-        logps[:, indices] = pair_logps(model, chosen, rejected, indices, env)[0].cpu()
-    return logps
+    """The reference's log-probabilities of every pair: (2, N), similar lengths together; the ranks share the work."""
+    logps = torch.zeros(2, len(chosen), device=env.device)
+    parts = np.array_split(np.argsort(chosen.lengths + rejected.lengths), max(1, len(chosen) // 64))
+    for indices in parts[env.rank :: env.world_size]:
+        (at,) = move([torch.from_numpy(indices)], env.device)
+        logps[:, at] = pair_logps(model, pair_batch(chosen, rejected, indices, env.device), env)[0]
+    return distributed.summed(logps, env).cpu()
 
 
 def read_cache(path, facts, verbose=True):
@@ -104,8 +106,8 @@ def read_cache(path, facts, verbose=True):
 def cached_reference(stage, model, splits):
     """Reference log-probabilities of the pairs of each split [(2, N), (2, M)], from out/ref_logps.npz where they fit.
 
-    Every process reads or computes them; the first one writes. --overwrite keeps the file, since it tells for itself
-    what it was made from.
+    All processes read them, or all compute them and the first one writes. --overwrite keeps the file, since it tells
+    for itself what it was made from.
     """
     env, path = stage.env, stage.out / CACHE
     facts = {
@@ -115,12 +117,12 @@ def cached_reference(stage, model, splits):
         "number of pairs": [len(pairs[0]) for pairs in splits],
     }
     logps = read_cache(path, facts, env.is_main)
-    if logps is None:
+    if distributed.all_sum(logps is None, env):
         logps = [reference_logps(model, *pairs, env) for pairs in splits]
         if env.is_main:
             with atomic_write(path) as file:
                 np.savez(file, facts=json.dumps(facts), train=logps[0].numpy(), val=logps[1].numpy())
-    return [each.to(env.device) for each in logps]
+    return logps
 
 
 @torch.no_grad()
@@ -128,8 +130,8 @@ def evaluate(model, reference, pairs, ref_logps, prompts, tokenizer, objective, 
     """The measures of validation pairs; KL, eos rate and samples from replies to held-out prompts."""
     results, n = [], ref_logps.size(1)
     for indices in np.array_split(np.arange(n), -(-n // 32)):
-        logps, tokens = pair_logps(model, *pairs, indices, env)
-        loss, rewards = objective(logps, ref_logps[:, indices], tokens)
+        logps, tokens = pair_logps(model, pair_batch(*pairs, indices, env.device), env)
+        loss, rewards = objective(logps, ref_logps[:, indices].to(env.device), tokens)
         results.append(measures(loss, logps, rewards, config["beta"]))
     means = torch.cat(results, 1).mean(1).tolist()
     batch = rollout(model, prompts, config["eval_new_tokens"], eos_id=tokenizer.eos_id, seed=config["seed"])
@@ -173,10 +175,18 @@ def main(argv=None):
     accumulation, beta, warned = config["grad_accumulation_steps"], config["beta"], False
     objective = partial(dpo_loss, beta=beta, kind=config["loss"], label_smoothing=config["label_smoothing"])
     order = BatchOrder(len(train[0]), config["batch_size"], config["seed"], sum(side.lengths for side in train))
+
+    def fetch(n):
+        """Micro-batch n of this process with its reference log-probabilities, on its way to the device."""
+        pairs = order[n * env.world_size + env.rank]
+        (reference_of_pairs,) = move([ref_logps[:, pairs]], env.device)
+        return pair_batch(*train, pairs, env.device) | {"ref_logps": reference_of_pairs}
+
     if env.is_main:
         epochs = config["max_steps"] * accumulation * env.world_size / order.per_epoch
         print(f"{len(train[0]):,} training and {len(val[0]):,} validation pairs; {epochs:.2f} epochs")
 
+    batch = fetch(stage.first * accumulation)
     with stage.interrupt:
         for step in range(stage.first, config["max_steps"] + 1):
             lr = set_learning_rate(optimizer, learning_rate(step, config))
@@ -192,15 +202,15 @@ def main(argv=None):
 
             sums, tokens = torch.zeros(len(MEASURES), device=env.device), 0
             for micro in range(accumulation):
-                pairs = order[(step * accumulation + micro) * env.world_size + env.rank]
                 distributed.sync(forward, last=micro == accumulation - 1)
-                logps, answer_tokens = pair_logps(forward, *train, pairs, env)
-                loss, rewards = objective(logps, ref_logps[:, pairs], answer_tokens)
+                logps, answer_tokens = pair_logps(forward, batch, env)
+                loss, rewards = objective(logps, batch["ref_logps"], answer_tokens)
                 loss = loss - config["sft_coef"] * logps[0] / answer_tokens[0]
                 (loss.mean() / accumulation).backward()
                 sums += measures(loss, logps, rewards, beta).mean(1) / accumulation
-                tokens += int(sum(side.lengths[pairs].sum() for side in train))
-            loss, *others = (distributed.mean(x, env) for x in sums.tolist())
+                tokens += batch["tokens"]
+                batch = fetch(step * accumulation + micro + 1)  # while an accelerator still computes
+            loss, *others = (distributed.summed(sums, env) / env.world_size).tolist()
             grad_norm = stage.clip_and_step(step, loss)
             metrics = {"train/loss": loss} | {f"dpo/{k}": x for k, x in zip(MEASURES[1:], others, strict=True)}
             metrics |= {"train/learning_rate": lr, "train/grad_norm": grad_norm}

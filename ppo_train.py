@@ -13,16 +13,17 @@ Reads data/<name>/prompts.pkl, an SFT checkpoint and maybe a reward model; write
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from alignment.objective import add_up, average, entropy_bonus, masked_mean, policy_loss, ratio_stats
 from alignment.rewards import Reward, evaluate_policy
 from alignment.rollout import Watch, in_batches, reply_logps, reply_metrics, rollout
 from alignment.tradeoff import plot_score_kl
-from common import checkpoint
-from common.config import parse_config, run
+from common import checkpoint, distributed
+from common.config import ConfigError, parse_config, run
 from common.optim import build_optimizer, learning_rate, set_learning_rate
 from common.stage import Stage
-from dataset.batches import BatchOrder, load_prompts
+from dataset.batches import BatchOrder, load_prompts, move
 
 PANELS = [
     ("normalised score", ["ppo/score", "val/score"]),
@@ -48,20 +49,19 @@ def gae(rewards, values, mask, gamma, lam):
 
     All (B, T). Returns advantages and returns = advantages + values; the value after the last token is 0.
     """
-    advantages, running = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
-    next_value = torch.zeros_like(running)
-    for t in reversed(range(rewards.size(1))):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        running = (delta + gamma * lam * running) * mask[:, t]
-        advantages[:, t] = running
-        next_value = values[:, t] * mask[:, t]
+    next_values = F.pad((values * mask)[:, 1:], (0, 1))
+    advantages, span = (rewards + gamma * next_values - values) * mask, 1
+    while span < mask.size(1):  # each holds the discounted sum of `span` terms, and takes those of the next span on
+        advantages = advantages + (gamma * lam) ** span * F.pad(advantages[:, span:], (0, span))
+        span *= 2
+    advantages = advantages * mask
     return advantages, (advantages + values) * mask
 
 
-def masked_whiten(x, mask):
-    """x with mean 0 and variance 1 over the entries where mask is 1; zero elsewhere."""
-    centred = (x - masked_mean(x, mask)) * mask
-    return centred * torch.rsqrt(masked_mean(centred.square(), mask) + 1e-8)
+def masked_whiten(x, mask, env=None):
+    """x with mean 0 and variance 1 over the entries where mask is 1, with env of all ranks; zero elsewhere."""
+    centred = (x - masked_mean(x, mask, env)) * mask
+    return centred * torch.rsqrt(masked_mean(centred.square(), mask, env) + 1e-8)
 
 
 def reply_values(model, batch, env, config):
@@ -69,20 +69,21 @@ def reply_values(model, batch, env, config):
 
     def values(rows):
         with env.autocast():
-            return model.values(rows.ids)[:, :-1]
+            return model.values(rows.ids)[:, :-1] * rows.mask
 
-    return in_batches(values, batch, config["micro_batch_size"]) * batch.mask
+    return in_batches(values, batch, config["micro_batch_size"])
 
 
-def explained_variance(values, returns, mask):
+def explained_variance(values, returns, mask, env=None):
     """The share of the variance of returns over real tokens that the values tell beforehand; 1 is all, 0 none."""
-    residual = masked_mean((returns - values).square(), mask)
-    variance = masked_mean((returns - masked_mean(returns, mask)).square(), mask)
+    residual = masked_mean((returns - values).square(), mask, env)
+    variance = masked_mean((returns - masked_mean(returns, mask, env)).square(), mask, env)
     return 1 - (residual / variance).item()
 
 
 def experience(policy, reference, value, reward, prompts, kl_coef, seed, config, env):
-    """Phases 1 to 4: replies to the prompts; (logps, values, advantages, returns), each (B, T-1); metrics by name."""
+    """Phases 1 to 4: replies to this rank's prompts; (logps, values, advantages, returns), each (B, T-1); metrics by
+    name, of all ranks."""
     # 1. rollout
     eos_id = reward.tokenizer.eos_id
     batch = rollout(policy, prompts, config["max_new_tokens"], config["temperature"], eos_id, seed)
@@ -90,15 +91,16 @@ def experience(policy, reference, value, reward, prompts, kl_coef, seed, config,
     scores = reward.scores(batch)  # (B,)
     # 3. penalised rewards
     logps, ref_logps = (reply_logps(model, batch, env, config) for model in (policy, reference))  # (B, T-1)
-    rewards = penalised_rewards(scores, logps, ref_logps, batch.mask, kl_coef)
+    mask = batch.mask.to(env.device)
+    rewards = penalised_rewards(scores, logps, ref_logps, mask, kl_coef)
     # 4. advantages
     values = reply_values(value, batch, env, config)
-    advantages, returns = gae(rewards, values, batch.mask, config["gamma"], config["lam"])
-    advantages = masked_whiten(advantages, batch.mask)
-    advantages += config["entropy_coef"] * entropy_bonus(logps, batch.mask)
+    advantages, returns = gae(rewards, values, mask, config["gamma"], config["lam"])
+    advantages = masked_whiten(advantages, mask, env)
+    advantages += config["entropy_coef"] * entropy_bonus(logps, mask, env)
 
-    metrics = reply_metrics(batch, scores, logps, ref_logps, reward.tokenizer)
-    metrics |= dict(kl_coef=kl_coef, explained_variance=explained_variance(values, returns, batch.mask))
+    metrics = reply_metrics(batch, scores, logps, ref_logps, reward.tokenizer, env)
+    metrics |= dict(kl_coef=kl_coef, explained_variance=explained_variance(values, returns, mask, env))
     metrics["rlhf_reward"] = metrics["score"] - kl_coef * metrics["kl"]
     return batch, (logps, values, advantages, returns), metrics
 
@@ -113,30 +115,34 @@ def value_loss(values, old_values, returns, weights, cliprange):
 def update(stage, step, policy, value, batch, fixed, config, generator):
     """Phase 5: ppo_epochs passes over the replies in shuffled minibatches; returns the metrics' averages over updates.
 
+    policy and value as distributed.wrap gives them; each rank has its part of the replies and of every minibatch.
     fixed: (logps, values, advantages, returns) of the policy and the value model that met the replies, each (B, T-1).
     """
-    updates = []
+    env, updates = stage.env, []
+    size = distributed.per_rank(config, "minibatch_size", env)
     for _ in range(config["ppo_epochs"]):
-        for minibatch in torch.randperm(len(batch.ids), generator=generator).split(config["minibatch_size"]):
-            total = batch.mask[minibatch].sum()
-            parts, loss = [], 0.0
-            for micro in minibatch.split(config["micro_batch_size"]):
+        for minibatch in torch.randperm(len(batch.ids), generator=generator).split(size):
+            # tokens a rank has in the mean, as gradients are averaged over the ranks
+            tokens = distributed.summed(batch.mask[minibatch].sum().to(env.device), env) / env.world_size
+            micros, parts = minibatch.split(config["micro_batch_size"]), []
+            for micro in micros:
+                for model in (policy, value):
+                    distributed.sync(model, last=micro is micros[-1])
                 rows = batch.rows(micro)
-                T = rows.mask.size(1)
-                old_logps, old_values, advantages, returns = (x[micro, :T] for x in fixed)
-                weights = rows.mask / total
-                with stage.env.autocast():
-                    logps = policy.token_logps(rows.ids, config["temperature"], rows.mask)
+                (at,) = move([micro], env.device)
+                old_logps, old_values, advantages, returns = (x[at, : rows.mask.size(1)] for x in fixed)
+                weights = rows.mask / tokens
+                with env.autocast():
+                    logps = policy.token_logps(rows.ids, config["temperature"], rows.mask, rows.keep)
                     values = value.values(rows.ids)[:, :-1]
                 pg_loss = policy_loss(logps, old_logps, advantages, weights, config["cliprange"])
                 vf_loss = value_loss(values, old_values, returns, weights, config["cliprange_value"])
-                micro_loss = pg_loss + config["vf_coef"] * vf_loss
-                micro_loss.backward()
-                loss += micro_loss.item()
+                (pg_loss + config["vf_coef"] * vf_loss).backward()
                 stats = ratio_stats(logps, old_logps, weights, config["cliprange"])
-                parts.append(stats | {"policy_loss": pg_loss.item(), "value_loss": vf_loss.item()})
-            grad_norm = stage.clip_and_step(step, loss)
-            updates.append(add_up(parts) | {"grad_norm": grad_norm})
+                parts.append(stats | {"policy_loss": pg_loss.detach(), "value_loss": vf_loss.detach()})
+            sums = add_up(parts, env)
+            grad_norm = stage.clip_and_step(step, sums["policy_loss"] + config["vf_coef"] * sums["value_loss"])
+            updates.append(sums | {"grad_norm": grad_norm})
     return average(updates)
 
 
@@ -148,12 +154,15 @@ def adapt_kl_coef(kl_coef, kl, target, horizon):
 
 def main(argv=None):
     config = parse_config("ppo_train", argv, __doc__)
-    stage = Stage("ppo", config, PANELS, parallel=False)
+    if config["parallel"] != "ddp":
+        raise ConfigError(f"parallel={config['parallel']}: PPO trains a copy of its models per process; ddp is needed")
+    stage = Stage("ppo", config, PANELS)
     if stage.finished:
         return
     env = stage.env
+    n_prompts, _ = (distributed.per_rank(config, key, env) for key in ("rollout_size", "minibatch_size"))
     parent, tokenizer = stage.load_parent()
-    reward = Reward(config, parent, tokenizer, env.device)
+    reward = Reward(config, parent, tokenizer, env)
     room = reward.context, config["max_new_tokens"]
     train, held_out = load_prompts(Path(config["data"]) / "prompts.pkl", tokenizer.vocab_size, *room)
     held_out = held_out[: config["eval_prompts"]]
@@ -164,14 +173,16 @@ def main(argv=None):
     torch.nn.init.zeros_(value.scalar.weight)  # normalised scores have mean 0 on the reference: so does the first value
     both = torch.nn.ModuleDict({"policy": policy, "value": value})
     both.eval()  # no dropout: a ratio must compare the policy with itself
+    wrapped = [distributed.wrap(model, env, config) for model in (policy, value)]
     optimizer = build_optimizer(both, config)
     stage.start(policy, optimizer, tokenizer, parent, trained=both, files=["prompts.pkl"])
     reward.start(stage, reference, train[: config["norm_prompts"]])
     if stage.resumed:
         value.load_state_dict(stage.extra["value"])
     kl_coef, watch = stage.extra.get("kl_coef", config["kl_coef"]), Watch(stage.extra.get("watch"))
-    print(f"{len(train):,} training and {len(held_out):,} held-out prompts; "
-          f"reference scores {reward.norm[0]:.3f} +- {reward.norm[1]:.3f}")  # fmt: skip
+    if env.is_main:
+        scores = f"reference scores {reward.norm[0]:.3f} +- {reward.norm[1]:.3f}"
+        print(f"{len(train):,} training and {len(held_out):,} held-out prompts; {scores}")
     order = BatchOrder(len(train), config["rollout_size"], config["seed"])
 
     with stage.interrupt:
@@ -187,16 +198,18 @@ def main(argv=None):
             if stage.ends(step):
                 break
 
-            seed = config["seed"] * 1_000_003 + step
-            prompts = [train[i] for i in order[step]]
+            seed = distributed.step_seed(config["seed"], step, env)
+            prompts = [train[i] for i in order[step][env.rank * n_prompts :][:n_prompts]]
             batch, fixed, before = experience(policy, reference, value, reward, prompts, kl_coef, seed, config, env)
             generator = torch.Generator().manual_seed(seed)
-            metrics = update(stage, step, policy, value, batch, fixed, config, generator) | before
-            watch.look(step + 1, metrics)
+            metrics = update(stage, step, *wrapped, batch, fixed, config, generator) | before
+            if env.is_main:
+                watch.look(step + 1, metrics)
             if config["kl_target"] > 0:
                 kl_coef = adapt_kl_coef(kl_coef, metrics["kl"], config["kl_target"], config["kl_horizon"])
             metrics = {f"ppo/{name}": number for name, number in metrics.items()} | {"train/learning_rate": lr}
-            stage.log(step + 1, int(batch.lengths.sum()), metrics, shown=("ppo/score", "ppo/kl"))
+            tokens = int(distributed.all_sum(batch.lengths.sum(), env))
+            stage.log(step + 1, tokens, metrics, shown=("ppo/score", "ppo/kl"))
     stage.close()
 
 

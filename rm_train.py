@@ -16,6 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from alignment.objective import add_up, wins
+from alignment.pairs import pair_batch
 from alignment.rollout import sequence_scores
 from common import checkpoint, distributed
 from common.config import parse_config, run
@@ -24,7 +26,7 @@ from common.metrics import wilson_interval
 from common.optim import build_optimizer, learning_rate, set_learning_rate
 from common.plots import new_figure, png
 from common.stage import Stage
-from dataset.batches import BatchOrder, load_pairs, pad_batch, to_device
+from dataset.batches import BatchOrder, load_pairs
 
 PANELS = [
     ("loss (nats per pair)", ["train/loss", "val/loss"]),
@@ -45,10 +47,8 @@ def reward_loss(chosen_scores, rejected_scores, margin=0.0, centring=0.0):
     return loss + centring * (chosen_scores + rejected_scores).square()
 
 
-def pair_scores(model, chosen, rejected, indices, env):
-    """Scores of both sides of some pairs in one forward: (B,), (B,)."""
-    rows = [chosen[i] for i in indices] + [rejected[i] for i in indices]
-    batch = to_device(pad_batch(rows), env.device)
+def pair_scores(model, batch, env):
+    """Scores of both sides of a pair_batch in one forward: (B,), (B,)."""
     with env.autocast():
         scores = sequence_scores(model, batch["ids"], batch["lengths"])
     return scores.chunk(2)
@@ -61,10 +61,11 @@ def evaluate(model, chosen, rejected, env, n_pairs, objective=reward_loss):
     Accuracy comes with its 95 % interval, next to calling the longer answer better.
     """
     model.eval()
-    scores = [pair_scores(model, chosen, rejected, range(i, min(i + 64, n_pairs)), env) for i in range(0, n_pairs, 64)]
+    parts = [range(i, min(i + 64, n_pairs)) for i in range(0, n_pairs, 64)]
+    scores = [pair_scores(model, pair_batch(chosen, rejected, part, env.device), env) for part in parts]
     model.train()
     chosen_scores, rejected_scores = (torch.cat(side) for side in zip(*scores, strict=True))  # (N,), (N,)
-    right = int((chosen_scores > rejected_scores).sum())
+    right = wins(chosen_scores, rejected_scores).sum().item()
     low, high = wilson_interval(right, n_pairs)
     longer = chosen.lengths[:n_pairs] - rejected.lengths[:n_pairs]
     metrics = {
@@ -84,14 +85,15 @@ def calibration(margins, n_bins=10):
     """What the model claims of pairs and what is so, in bins of as many pairs, by the size of the margin.
 
     margins (N,) are chosen - rejected scores. The answer with the higher score is claimed to be the better one with
-    probability sigmoid(|margin|). Rows: (mean |margin|, mean claim, pairs that it is right of, pairs).
+    probability sigmoid(|margin|). Rows: (mean |margin|, mean claim, pairs that it is right of, pairs); a tie is half
+    right, which is what it claims.
     """
     margins = np.asarray(margins, dtype=np.float64)
     order = np.argsort(np.abs(margins), kind="stable")
     rows = []
     for part in np.array_split(margins[order], min(n_bins, len(margins))):
         size = np.abs(part)
-        rows.append((size.mean(), (1 / (1 + np.exp(-size))).mean(), int((part > 0).sum()), len(part)))
+        rows.append((size.mean(), (1 / (1 + np.exp(-size))).mean(), np.heaviside(part, 0.5).sum(), len(part)))
     return rows
 
 
@@ -103,7 +105,7 @@ def calibration_error(rows):
 def draw_calibration(chosen_scores, rejected_scores):
     """PNG: accuracy by margin beside what the scores claim, with 95 % intervals; the scores of both sides."""
     size, _, right, n = np.array(calibration(chosen_scores - rejected_scores)).T
-    low, high = np.array([wilson_interval(int(hits), int(count)) for hits, count in zip(right, n, strict=True)]).T
+    low, high = np.array([wilson_interval(hits, count) for hits, count in zip(right, n, strict=True)]).T
     figure = new_figure(8.4, 3.6)
     curve, histogram = figure.subplots(1, 2)
     x = np.linspace(0, size.max(), 100)
@@ -143,11 +145,17 @@ def main(argv=None):
     accumulation = config["grad_accumulation_steps"]
     objective = partial(reward_loss, margin=config["margin"], centring=config["centring"])
     order = BatchOrder(len(train[0]), config["batch_size"], config["seed"], sum(side.lengths for side in train))
+
+    def fetch(n):
+        """Micro-batch n of this process, on its way to the device."""
+        return pair_batch(*train, order[n * env.world_size + env.rank], env.device)
+
     if env.is_main:
         picture.unlink(missing_ok=True)  # of an earlier end, which --overwrite or more steps have made untrue
         epochs = config["max_steps"] * accumulation * env.world_size / order.per_epoch
         print(f"{len(train[0]):,} training and {len(val[0]):,} validation pairs; {epochs:.2f} epochs")
 
+    batch = fetch(stage.first * accumulation)
     with stage.interrupt:
         for step in range(stage.first, config["max_steps"] + 1):
             lr = set_learning_rate(optimizer, learning_rate(step, config))
@@ -163,19 +171,17 @@ def main(argv=None):
             if stage.ends(step):
                 break
 
-            loss, right, tokens = 0.0, 0.0, 0
+            parts, tokens = [], 0
             for micro in range(accumulation):
-                pairs = order[(step * accumulation + micro) * env.world_size + env.rank]
                 distributed.sync(forward, last=micro == accumulation - 1)
-                chosen_scores, rejected_scores = pair_scores(forward, *train, pairs, env)
-                micro_loss = objective(chosen_scores, rejected_scores).mean() / accumulation
-                micro_loss.backward()
-                loss += micro_loss.item()
-                right += (chosen_scores > rejected_scores).float().mean().item() / accumulation
-                tokens += int(sum(side.lengths[pairs].sum() for side in train))
-            loss, right = distributed.mean(loss, env), distributed.mean(right, env)
-            grad_norm = stage.clip_and_step(step, loss)
-            metrics = {"train/loss": loss, "rm/accuracy": right}
+                scores = pair_scores(forward, batch, env)
+                loss = objective(*scores).mean() / accumulation
+                loss.backward()
+                parts.append({"train/loss": loss.detach(), "rm/accuracy": wins(*scores).mean() / accumulation})
+                tokens += batch["tokens"]
+                batch = fetch(step * accumulation + micro + 1)  # while an accelerator still computes
+            metrics = add_up(parts, env)
+            grad_norm = stage.clip_and_step(step, metrics["train/loss"])
             metrics |= {"train/learning_rate": lr, "train/grad_norm": grad_norm}
             stage.log(step + 1, int(distributed.all_sum(tokens, env)), metrics, shown=("train/loss", "rm/accuracy"))
     stage.close()

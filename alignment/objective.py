@@ -1,20 +1,31 @@
-"""Arithmetic over real tokens that PPO and GRPO share: means, the clipped loss, and what is measured beside it."""
+"""Arithmetic over real tokens that PPO and GRPO share: means, the clipped loss, and what is measured beside it.
+
+With an `env` a mean is one over all ranks, without one over this rank's entries alone.
+"""
 
 import torch
 
+from common import distributed
 
-def masked_mean(x, mask):
+
+def masked_mean(x, mask, env=None):
     """Mean over the entries where mask is 1, whatever the padding: scalar."""
-    return (x * mask).sum() / mask.sum()
+    total, n = distributed.summed(torch.stack([(x * mask).sum(), mask.sum()]), env)
+    return total / n
 
 
-def entropy_bonus(logps, mask):
+def wins(a, b):
+    """1 where a is above b, 0 where it is below; a tie counts half."""
+    return torch.heaviside(a - b, torch.full_like(a, 0.5))
+
+
+def entropy_bonus(logps, mask, env=None):
     """An advantage of each token whose policy gradient is that of the entropy of the tokens' distributions: (B, T).
 
     grad H = -E[(log p - b) grad log p] for any baseline b, here the mean of log p; only the distributions at the states
     that were met count, so a longer reply earns nothing.
     """
-    return (masked_mean(logps, mask) - logps) * mask
+    return (masked_mean(logps, mask, env) - logps) * mask
 
 
 def policy_loss(logps, old_logps, advantages, weights, cliprange):
@@ -37,15 +48,21 @@ def ratio_stats(logps, old_logps, weights, cliprange):
         "approx_kl": ((ratio - 1 - log_ratio) * weights).sum(),  # k3 of http://joschu.net/blog/kl-approx.html
         "clipfrac": (((ratio - 1).abs() > cliprange) * weights).sum(),
         "ratio": (ratio * weights).sum(),
-        "ratio_max": ratio[weights > 0].max(),
+        "ratio_max": torch.where(weights > 0, ratio, 0).max(),
     }
 
 
-def add_up(parts):
-    """Sums, by name, of dicts of numbers; of a name that ends in _max the largest."""
-    return {name: (max if name.endswith("_max") else sum)(float(part[name]) for part in parts) for name in parts[0]}
+def add_up(parts, env=None):
+    """Sums, by name, of dicts of scalar tensors, then their means over the ranks; of a name that ends in _max the
+    largest. Floats, for which the host waits once."""
+    table = torch.stack([torch.stack(list(part.values())) for part in parts]).detach()  # (parts, names)
+    ranks = distributed.gathered(torch.stack([table.sum(0), table.amax(0)]), env)  # (ranks, 2, names)
+    sums, largest = torch.stack([ranks[:, 0].mean(0), ranks[:, 1].amax(0)]).tolist()
+    pairs = zip(parts[0], sums, largest, strict=True)
+    return {name: most if name.endswith("_max") else total for name, total, most in pairs}
 
 
 def average(parts):
-    """Means, by name, of dicts of numbers; of a name that ends in _max the largest."""
-    return {name: total if name.endswith("_max") else total / len(parts) for name, total in add_up(parts).items()}
+    """Means, by name, of dicts of floats; of a name that ends in _max the largest."""
+    columns = {name: [part[name] for part in parts] for name in parts[0]}
+    return {name: max(some) if name.endswith("_max") else sum(some) / len(some) for name, some in columns.items()}

@@ -4,79 +4,36 @@ A policy is validated by it too.
 """
 
 import hashlib
-import importlib
-import inspect
 import math
-from functools import partial
 
 import torch
 
+from alignment.functions import call, fields_taken, file_identity, reward_function
 from alignment.rollout import in_batches, rollout, sequence_kl, sequence_scores
-from common import checkpoint
+from common import checkpoint, distributed
 from common.config import ConfigError, UserError
 from common.metrics import distinct_2
 
 
-def length_reward(prompts, replies, lo, hi):
-    """1 for a reply of lo to hi characters, falling linearly to 0 at no characters and at twice hi."""
-    return [max(0.0, min(1.0, len(reply) / max(lo, 1), 2 - len(reply) / hi)) for reply in replies]
-
-
-def reward_function(config):
-    """f(prompts, replies, **fields) -> rewards, all lists: what `reward` names, "length" or "module:function"."""
-    name = config["reward"]
-    if name == "length":
-        bounds = config["reward_length"]
-        if len(bounds) != 2 or not bounds[0] <= bounds[1] or bounds[1] < 1:
-            raise ConfigError(f"reward_length={bounds}: the shortest and the longest reply in characters are needed")
-        return lambda prompts, replies: length_reward(prompts, replies, *bounds)
-    module_name, colon, function_name = name.partition(":")
-    if not (module_name and colon and function_name):
-        raise ConfigError(f"reward={name}: model, length or module:function is needed")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(f"reward={name}: cannot import {module_name}: {error}") from None
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise ConfigError(f"reward={name}: {module.__file__} has no function {function_name}")
-    return function
-
-
-def fields_taken(name, function, fields):
-    """Which of the prompts' fields a reward function gets: those it has a parameter of that name for, or with **, all.
-
-    The first two parameters are the prompts and the replies; a field of their names is left out, in a line. Raises
-    ConfigError where it needs one that the prompts do not have.
-    """
-    try:
-        parameters = list(inspect.signature(function).parameters.values())
-    except ValueError:  # some that are written in C
-        return []
-    rest = {p.name: p for p in parameters[2:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    for p in rest.values():
-        if p.default is p.empty and p.name not in fields:
-            has = ", ".join(fields) or "none"
-            raise ConfigError(f"reward={name} needs the field {p.name} of the prompts, which have {has}")
-    taken = list(fields) if any(p.kind is p.VAR_KEYWORD for p in parameters) else [n for n in fields if n in rest]
-    clashes = [p.name for p in parameters[:2] if p.name in taken]
-    if clashes:
-        print(f"reward={name}: not passed, as its own parameters have these names: {', '.join(clashes)} of the prompts")
-    return [field for field in taken if field not in clashes]
-
-
 def checked(name, rewards, n):
-    """The rewards as floats, if they are n finite numbers."""
+    """The rewards as floats, if they are n finite numbers; `name` is what they come from."""
     try:
         rewards = [float(reward) for reward in rewards]
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"reward={name} must return a list of numbers: {error}") from None
+        raise ConfigError(f"{name} must return a list of numbers: {error}") from None
     if len(rewards) != n:
-        raise ConfigError(f"reward={name} returned {len(rewards)} rewards for {n} replies")
+        raise ConfigError(f"{name} returned {len(rewards)} rewards for {n} replies")
     for i, reward in enumerate(rewards):
         if not math.isfinite(reward):
-            raise ConfigError(f"reward={name} returned {reward} for reply {i} of {n}: finite numbers are needed")
+            raise ConfigError(f"{name} returned {reward} for reply {i} of {n}: finite numbers are needed")
     return rewards
+
+
+def check_rows(writer, reader):
+    """Refuse a checkpoint that cannot read every token which another may write: an embedding padded less."""
+    rows, there = (ckpt.model_config["vocab_size"] for ckpt in (writer, reader))
+    if there < rows:
+        raise UserError(f"{writer.path} may write {rows} different tokens, {reader.path} reads {there} of them only")
 
 
 def load_reward_model(path, policy):
@@ -88,6 +45,7 @@ def load_reward_model(path, policy):
     if ckpt.tokenizer != policy.tokenizer:
         here, there = (hashlib.sha256(c.tokenizer).hexdigest()[:16] for c in (ckpt, policy))
         raise UserError(f"tokenizer {here} in {ckpt.path}, {there} in {policy.path}: they must be the same")
+    check_rows(policy, ckpt)
     return ckpt
 
 
@@ -109,59 +67,74 @@ def final_scores(raw_scores, ended, norm, no_eos_score, score_clip=0.0):
 class Reward:
     """What the key `reward` says: the model of `reward_model`, or a function of texts, which needs none.
 
-    `ckpt` is the reward model's checkpoint and `identity` what a resumed run compares of it; None with a function.
+    `ckpt` is the reward model's checkpoint, and `identity` what a resumed run compares of it or of the function's file.
     `context` is how many tokens of prompt and reply both it and the policy can read.
     """
 
-    def __init__(self, config, policy, tokenizer, device):
-        self.config, self.tokenizer = config, tokenizer
+    def __init__(self, config, policy, tokenizer, env):
+        self.config, self.tokenizer, self.env = config, tokenizer, env
         self.ckpt = self.identity = self.norm = None
         self.context, self.fields = policy.model_config["max_seq_len"], []
+        self.name = f"reward={config['reward']}"
         if config["reward"] != "model":
-            self.function = reward_function(config)
+            self.function, module = reward_function(config)
+            self.identity = file_identity(self.function, module)
             return
         self.ckpt = load_reward_model(config["reward_model"], policy)
-        self.identity = checkpoint.parent_of(self.ckpt)
-        self.context = min(self.context, self.ckpt.model_config["max_seq_len"])
-        self.model = checkpoint.build_model(self.ckpt).to(device).eval().requires_grad_(False)
+        self.name, self.identity = f"reward_model={self.ckpt.path}", checkpoint.parent_of(self.ckpt)
+        context = self.ckpt.model_config["max_seq_len"]
+        if context < self.context and env.is_main:
+            print(f"{self.name} reads {context} tokens of {self.context}: prompts and replies must be as short")
+        self.context = min(self.context, context)
+        self.model = checkpoint.build_model(self.ckpt).to(env.device).eval().requires_grad_(False)
 
     def raw(self, batch):
         """In the reward's own unit: (B,)."""
         if self.ckpt:
-            return in_batches(partial(score_rows, self.model), batch, self.config["micro_batch_size"])
+            scores = in_batches(self._score, batch, self.config["micro_batch_size"])
+            checked(self.name, scores.tolist(), len(scores))
+            return scores
         rows = zip(batch.ids.tolist(), batch.lengths.tolist(), batch.replies, strict=True)
         prompts = [self.tokenizer.decode(ids[: length - len(reply)]) for ids, length, reply in rows]
         replies = [self.tokenizer.decode(reply) for reply in batch.replies]
         fields = {name: [row[name] for row in batch.fields] for name in self.fields}
-        rewards = checked(self.config["reward"], self.function(prompts, replies, **fields), len(replies))
-        return torch.tensor(rewards, device=batch.ids.device)
+        rewards = checked(self.name, call(self.name, self.function, prompts, replies, fields), len(replies))
+        return torch.tensor(rewards, device=batch.device)
+
+    def _score(self, rows):
+        with self.env.autocast():
+            return score_rows(self.model, rows)
 
     def start(self, stage, reference, prompts):
         """Take the unit of scores from the run that is resumed, else from the reference's replies to some prompts."""
         if not self.ckpt:
             self.fields = fields_taken(self.config["reward"], self.function, prompts[0].fields)
         if stage.resumed:
-            checkpoint.same_file(stage.resumed, stage.extra["reward_model"], self.identity)
-            self.norm = stage.extra["norm"]
-        else:
-            config, eos_id = self.config, self.tokenizer.eos_id
-            replies = rollout(
-                reference, prompts, config["max_new_tokens"], config["temperature"], eos_id, config["seed"]
-            )
-            self.normalise_on(replies)
+            self.norm, before = stage.extra["norm"], stage.extra["reward_model"]
+            if self.ckpt:
+                checkpoint.same_file(stage.resumed, before, self.identity)
+            elif before and self.identity and before["sha256"] != self.identity["sha256"] and self.env.is_main:
+                print(f"{self.identity['path']} has changed since this run began: it goes on with the reward of now")
+            return
+        config, eos_id, env = self.config, self.tokenizer.eos_id, self.env
+        mine = prompts[env.rank :: env.world_size]
+        sampling = config["max_new_tokens"], config["temperature"], eos_id, config["seed"] + env.rank
+        self.normalise_on(rollout(reference, mine, *sampling) if mine else None)
 
     def normalise_on(self, batch):
-        """Take mean and standard deviation from replies of the reference."""
-        raw = self.raw(batch)
+        """Take mean and standard deviation from replies of the reference, those of all ranks."""
+        raw = distributed.joined(self.raw(batch).tolist() if batch else [], self.env)
+        raw = torch.tensor(raw, dtype=torch.float64)
         self.norm = [raw.mean().item(), raw.std().item()]
         if not self.norm[1] > 1e-6 * max(1, abs(self.norm[0])):  # a constant's is rounding, and one reply's is nan
-            print(f"the reward is {self.norm[0]:.3f} for every reply of the reference: scores are not scaled")
+            if self.env.is_main:
+                print(f"the reward is {self.norm[0]:.3f} for every reply of the reference: scores are not scaled")
             self.norm[1] = 1.0
 
     def scores(self, batch):
         """As final_scores: (B,)."""
-        no_eos_score, score_clip = self.config["no_eos_score"], self.config["score_clip"]
-        return final_scores(self.raw(batch), batch.ended, self.norm, no_eos_score, score_clip)
+        raw, config = self.raw(batch), self.config
+        return final_scores(raw, batch.ended.to(raw.device), self.norm, config["no_eos_score"], config["score_clip"])
 
 
 def evaluate_policy(policy, reference, reward, prompts, config):

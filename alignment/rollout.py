@@ -6,16 +6,18 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from alignment.objective import masked_mean
+from alignment.objective import add_up, masked_mean
+from common import distributed
 from common.metrics import distinct_2
-from dataset.batches import pad_batch
+from dataset.batches import keep_multiple, kept, move, pad_batch
 
 
 @dataclass
 class Rollout:
     """B prompts with their replies, padded on the right; token-level tensors are aligned with model.token_logps(ids).
 
-    Entry t of a (B, T-1) tensor belongs to the choice of ids[:, t+1] after ids[:, :t+1].
+    Entry t of a (B, T-1) tensor belongs to the choice of ids[:, t+1] after ids[:, :t+1]. The tensors stay on the CPU,
+    where they are made and chosen from; `rows` brings some to the device of the models.
     """
 
     ids: torch.Tensor  # (B, T)
@@ -24,13 +26,18 @@ class Rollout:
     ended: torch.Tensor  # (B,) whether eos came
     replies: list[list[int]]
     fields: list[dict] | None = None  # of the prompts' rows, for reward functions
+    device: torch.device = torch.device("cpu")
+    keep: torch.Tensor | None = None  # of `rows`: the flat positions in mask that count, for token_logps
 
     def rows(self, index):
-        """The same for some rows (a list or tensor of indices), cut to their longest."""
-        lengths = self.lengths[index]
-        T = int(lengths.max())
+        """The same for some rows (a list or tensor of indices), cut to their longest, on the device."""
+        T = int(self.lengths[index].max())
+        mask = self.mask[index, : T - 1]
+        chosen = self.ids[index, :T], self.lengths[index], mask, self.ended[index]
+        keep = kept(mask, keep_multiple(self.device))
+        *chosen, keep = move((*chosen, keep), self.device)
         replies, fields = (rows and [rows[i] for i in index] for rows in (self.replies, self.fields))
-        return Rollout(self.ids[index, :T], lengths, self.mask[index, : T - 1], self.ended[index], replies, fields)
+        return Rollout(*chosen, replies, fields, self.device, keep)
 
 
 def rollout(model, prompts, max_new_tokens, temperature=1.0, eos_id=2, seed=None, top_p=1.0):
@@ -41,12 +48,11 @@ def rollout(model, prompts, max_new_tokens, temperature=1.0, eos_id=2, seed=None
     replies = model.generate(
         prompts, max_new_tokens, temperature=temperature, top_p=top_p, eos_id=eos_id, seed=seed
     ).tokens
-    rows = [(p + r, [0] * len(p) + [1] * len(r)) for p, r in zip(prompts, replies, strict=True)]
-    device = model.norm.weight.device
-    batch = {name: tensor.to(device) for name, tensor in pad_batch(rows).items()}
-    ended = torch.tensor([r[-1] == eos_id for r in replies], device=device)
+    batch = pad_batch([(p + r, [0] * len(p) + [1] * len(r)) for p, r in zip(prompts, replies, strict=True)])
+    ended = torch.tensor([r[-1] == eos_id for r in replies])
     fields = [getattr(prompt, "fields", {}) for prompt in prompts]
-    return Rollout(batch["ids"], batch["lengths"], batch["loss_mask"][:, 1:], ended, replies, fields)
+    mask, device = batch["loss_mask"][:, 1:], model.norm.weight.device
+    return Rollout(batch["ids"], batch["lengths"], mask, ended, replies, fields, device)
 
 
 @torch.no_grad()
@@ -60,9 +66,8 @@ def in_batches(function, batch, batch_size=32):
             part = torch.nn.functional.pad(part, (0, batch.ids.size(1) - 1 - part.size(1)))
         parts.append(part)
     joined = torch.cat(parts)
-    out = torch.empty_like(joined)
-    out[order] = joined
-    return out
+    (back,) = move([order.argsort()], joined.device)
+    return joined[back]
 
 
 def sequence_scores(model, ids, lengths):
@@ -75,8 +80,8 @@ def sequence_kl(policy, reference, batch, temperature=1.0, batch_size=32):
     """log policy - log reference of each reply, summed over its tokens: (B,); its mean estimates the KL in nats."""
 
     def difference(rows):
-        logps = policy.token_logps(rows.ids, temperature, rows.mask)
-        return logps - reference.token_logps(rows.ids, temperature, rows.mask)
+        logps = policy.token_logps(rows.ids, temperature, rows.mask, rows.keep)
+        return logps - reference.token_logps(rows.ids, temperature, rows.mask, rows.keep)
 
     return in_batches(difference, batch, batch_size).sum(1)
 
@@ -86,26 +91,27 @@ def reply_logps(model, batch, env, config):
 
     def logps(rows):
         with env.autocast():  # as in the updates, so that the first ratio is 1 in bfloat16 too
-            return model.token_logps(rows.ids, config["temperature"], rows.mask)
+            return model.token_logps(rows.ids, config["temperature"], rows.mask, rows.keep)
 
     return in_batches(logps, batch, config["micro_batch_size"])
 
 
-def reply_metrics(batch, scores, logps, ref_logps, tokenizer):
-    """What a step's replies were like before its updates; means over real tokens or over replies.
+def reply_metrics(batch, scores, logps, ref_logps, tokenizer, env=None):
+    """What a step's replies were like before its updates; means over real tokens or over replies, of all ranks.
 
-    ref_logps None: the KL to the reference is nan.
+    Each rank has as many replies. ref_logps None: the KL to the reference is nan.
     """
-    texts = [tokenizer.decode(reply) for reply in batch.replies]
-    kl = float("nan") if ref_logps is None else ((logps - ref_logps) * batch.mask).sum(1).mean().item()
-    return {
-        "score": scores.mean().item(),
-        "kl": kl,  # nats per reply
-        "entropy": -masked_mean(logps, batch.mask).item(),  # nats per token, estimated on its own samples
-        "length": batch.mask.sum(1).mean().item(),
-        "eos_rate": batch.ended.float().mean().item(),
-        "distinct_2": distinct_2(texts, sum(map(len, texts))),
+    texts = distributed.joined([tokenizer.decode(reply) for reply in batch.replies], env)
+    mask, ended = batch.mask.to(logps.device), batch.ended.to(logps)
+    kl = torch.full_like(scores, torch.nan) if ref_logps is None else ((logps - ref_logps) * mask).sum(1)
+    means = {
+        "score": scores.mean(),
+        "kl": kl.mean(),  # nats per reply
+        "entropy": -masked_mean(logps, mask, env),  # nats per token, estimated on its own samples
+        "length": mask.sum(1).mean(),
+        "eos_rate": ended.mean(),
     }
+    return add_up([means], env) | {"distinct_2": distinct_2(texts, sum(map(len, texts)))}
 
 
 class Watch:

@@ -321,7 +321,8 @@ def _refuse_changes(ckpt: Checkpoint, config: dict) -> None:
     there, here = (UNWRITTEN | flatten(each) for each in (ckpt.config, config))
     processes = here.pop("processes", 1)
     before = there.pop("processes", processes)  # older files do not say
-    if processes != before:  # then what they share, the batch of a step, must be the same
+    # then what they share, the batch of a step, must be the same; PPO and GRPO count theirs over all processes
+    if processes != before and "grad_accumulation_steps" in here:
         for values, n in ((there, before), (here, processes)):
             values["grad_accumulation_steps * processes"] = values.pop("grad_accumulation_steps", 1) * n
     # where the data lies does not matter if Stage.start can compare what it is

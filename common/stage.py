@@ -69,12 +69,10 @@ class Stage:
     A step's number is how many optimizer steps were done: metrics of the first update stand at step 1.
     """
 
-    def __init__(self, name, config, panels, parallel=True):
+    def __init__(self, name, config, panels):
         self.started = time.perf_counter()
         self.name, self.config, self.panels = name, config, panels
         self.env = distributed.setup(config["device"], config["dtype"], config["seed"])
-        if self.env.world_size > 1 and not parallel:
-            raise UserError(f"stage {name} runs in one process: start it without torchrun")
         config["processes"] = self.env.world_size
         if distributed.restarted(self.env):
             config.update(resume=True, overwrite=False)

@@ -11,7 +11,7 @@ PROMPTS = [[5, 6, 1], [7, 1], [8, 9, 10, 11, 1], [12, 13, 14, 1], [15, 1], [16, 
 
 
 def logps_of(model, rows):
-    return model.token_logps(rows.ids, TEMPERATURE, rows.mask)
+    return model.token_logps(rows.ids, TEMPERATURE, rows.mask, rows.keep)
 
 
 class Bandit(torch.nn.Module):
@@ -21,7 +21,7 @@ class Bandit(torch.nn.Module):
         super().__init__()
         self.logits, self.value = (torch.nn.Parameter(x) for x in (logits.clone(), torch.zeros(1)))
 
-    def token_logps(self, ids, temperature, mask):
+    def token_logps(self, ids, temperature, mask, keep):
         return (self.logits / temperature).log_softmax(0)[ids[:, 1:]]
 
     def values(self, ids):

@@ -20,6 +20,7 @@ from chains import (
 from tiny import ENV, assert_same, conversations, examples, float64, gradients, tiny
 
 import dpo_train
+from alignment.pairs import pair_batch
 from common import checkpoint
 from common.config import ConfigError
 from common.ranges import CHOICES
@@ -37,7 +38,7 @@ def stacked(*rows):
 def reference(seed=5):
     """Reference log-probabilities that PAIRS do not have under tiny()."""
     with torch.no_grad():
-        return dpo_train.pair_logps(tiny(seed), *PAIRS, range(len(PAIRS[0])), ENV)[0]
+        return dpo_train.pair_logps(tiny(seed), pair_batch(*PAIRS, range(len(PAIRS[0])), ENV.device), ENV)[0]
 
 
 # the losses
@@ -139,7 +140,7 @@ def test_loss_gradients_and_metrics_are_trls(kind, sft_coef):
     expected.backward()
     expected_gradients = gradients(model)
 
-    logps, tokens = dpo_train.pair_logps(model, chosen, PAIRS[1], range(4), ENV)
+    logps, tokens = dpo_train.pair_logps(model, pair_batch(chosen, PAIRS[1], range(4), ENV.device), ENV)
     loss, rewards = dpo_train.dpo_loss(logps, ref_logps, tokens, beta, kind)
     loss = loss - sft_coef * logps[0] / tokens[0]
     loss.mean().backward()
@@ -159,7 +160,7 @@ def test_loss_gradients_and_metrics_are_trls(kind, sft_coef):
 @torch.no_grad()
 def test_the_answer_tokens_of_each_side_are_summed():
     model, logps_of = tiny(), lambda ids: model(torch.tensor([ids])).log_softmax(-1)[0]
-    logps, tokens = dpo_train.pair_logps(model, *PAIRS, [1, 0], ENV)
+    logps, tokens = dpo_train.pair_logps(model, pair_batch(*PAIRS, [1, 0], ENV.device), ENV)
     assert tokens.tolist() == [[12, 3], [2, 8]]
     for side, found in zip(PAIRS, logps, strict=True):
         for (ids, mask), logp in zip((side[1], side[0]), found, strict=True):
@@ -171,7 +172,7 @@ def test_the_answer_tokens_of_each_side_are_summed():
 @float64
 def test_one_forward_of_both_sides_equals_two():
     model = tiny()
-    logps, _ = dpo_train.pair_logps(model, *PAIRS, range(4), ENV)
+    logps, _ = dpo_train.pair_logps(model, pair_batch(*PAIRS, range(4), ENV.device), ENV)
     logps.square().sum().backward()
     together = gradients(model)
     sides = [pad_batch(side) for side in PAIRS]
@@ -190,7 +191,8 @@ def test_gradient_does_not_depend_on_micro_batches_or_padding(kind):
     def gradient(parts, beside=()):
         for part in parts:
             sides = [[*side, *beside] for side in PAIRS]
-            logps, tokens = dpo_train.pair_logps(model, *sides, [*part, *range(4, 4 + len(beside))], ENV)
+            batch = pair_batch(*sides, [*part, *range(4, 4 + len(beside))], ENV.device)
+            logps, tokens = dpo_train.pair_logps(model, batch, ENV)
             logps, tokens = logps[:, : len(part)], tokens[:, : len(part)]
             loss, _ = dpo_train.dpo_loss(logps, ref_logps[:, part], tokens, 0.3, kind, 0.1)
             (loss.mean() / len(parts)).backward()
@@ -209,7 +211,7 @@ def test_reference_stands_in_the_order_of_the_pairs():
     sizes = np.random.default_rng(3).integers(1, 9, (130, 2))
     model, chosen, rejected = tiny(), conversations(*sizes), conversations(*sizes[::-1], seed=1)
     found = dpo_train.reference_logps(model, examples(chosen), examples(rejected), ENV)
-    expected, tokens = dpo_train.pair_logps(model, chosen, rejected, range(130), ENV)
+    expected, tokens = dpo_train.pair_logps(model, pair_batch(chosen, rejected, range(130), ENV.device), ENV)
     assert_same(found, expected)
     loss, rewards = dpo_train.dpo_loss(expected, found, tokens, beta=0.1)
     assert_same(loss, torch.full((130,), LOG_2))

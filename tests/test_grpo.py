@@ -32,14 +32,20 @@ CONFIG = dict(temperature=TEMPERATURE, epochs=1, minibatch_size=4, micro_batch_s
 
 
 def test_group_advantages_on_numbers():
-    rewards = torch.tensor([1.0, 2, 3, 6, 5, 5, 5, 5])
-    above = [-2, -1, 0, 3, 0, 0, 0, 0]
-    std = (14 / 3) ** 0.5
-    found = {loss: grpo_train.group_advantages(rewards, 4, loss).tolist() for loss in LOSSES}
-    assert found["dr_grpo"] == above
-    assert found["grpo"] == pytest.approx([x / (std + 1e-4) for x in above])
-    assert found["rloo"] == pytest.approx([1 - 11 / 3, 2 - 10 / 3, 0, 6 - 6 / 3, 0, 0, 0, 0])
-    assert grpo_train.zero_variance(rewards, 4) == 0.5
+    scores = torch.tensor([1.0, 2, 3, 6, 5, 5, 5, 5])
+    penalties = torch.tensor([0.5, 0, 0, -0.5, -2, -1, 0, 3])
+    above, std = [-2, -1, 0, 3, 0, 0, 0, 0], (14 / 3) ** 0.5
+    alone, found = (
+        {loss: grpo_train.group_advantages(torch.stack([scores, p]), 4, loss).tolist() for loss in LOSSES}
+        for p in (0 * penalties, penalties)
+    )
+    assert alone["dr_grpo"] == above
+    assert alone["grpo"] == pytest.approx([x / (std + 1e-4) for x in above])
+    assert alone["rloo"] == pytest.approx([1 - 11 / 3, 2 - 10 / 3, 0, 6 - 6 / 3, 0, 0, 0, 0])
+    for loss, factor in dict(grpo=1, dr_grpo=1, rloo=4 / 3).items():  # penalties are in no other unit
+        expected = [a + factor * p for a, p in zip(alone[loss], penalties.tolist(), strict=True)]
+        assert found[loss] == pytest.approx(expected)
+    assert grpo_train.zero_variance(scores, 4) == 0.5
 
 
 @float64
@@ -52,15 +58,37 @@ def test_group_advantages_are_trls():
     baselines = ((groups.sum(1, keepdim=True) - groups) / (g - 1)).view(-1)
     expected = dict(grpo=(rewards - mean) / (std + 1e-4), dr_grpo=rewards - mean, rloo=rewards - baselines)
     for loss in LOSSES:
-        assert_same(grpo_train.group_advantages(rewards, g, loss), expected[loss])
+        parts = torch.stack([rewards, torch.zeros(24)])
+        assert_same(grpo_train.group_advantages(parts, g, loss), expected[loss])
+
+
+@float64
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("kl_coef", [1e-3, 0.5])
+def test_a_group_of_equal_scores_is_moved_by_the_gradient_of_the_kl(kind, kl_coef):
+    """The mean over all groups of two one-token replies, each as likely as the policy makes it.
+
+    The mean of a group holds the reply itself, so that (n - 1) / n of the gradient is left, but for rloo's.
+    """
+    logits = torch.tensor([0.5, -1.0, 2.0, 0.0], requires_grad=True)
+    logps, ref_logps = logits.log_softmax(0), torch.tensor([1.0, 0, 0, -1]).log_softmax(0)
+    kl_gradient = torch.autograd.grad((logps.exp() * (logps - ref_logps)).sum(), logits, retain_graph=True)[0]
+    tokens = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flatten()  # 16 groups
+    likely = logps.detach().exp()[tokens].view(-1, 2).prod(1).repeat_interleave(2) / 2
+    old, ref, mask = logps.detach()[tokens, None], ref_logps[tokens, None], torch.ones(32, 1)
+    rewards = grpo_train.penalised_rewards(torch.full((32,), 0.7), old, ref, mask, kl_coef)
+    advantages = grpo_train.group_advantages(rewards, 2, kind)
+    (found,) = torch.autograd.grad(-(likely * advantages * logps[tokens]).sum(), logits)
+    assert_same(found, kl_coef * kl_gradient * (1 if kind == "rloo" else 0.5))
 
 
 def test_penalised_rewards_take_the_whole_replys_kl():
     mask = torch.tensor([[0.0, 1, 1, 0], [1, 1, 1, 1]])
     logps, ref_logps = torch.tensor([[9.0, -1, -2, 9], [-1, -1, -1, -3]]), torch.full((2, 4), -1.0)
     scores = torch.tensor([10.0, -4])
-    assert grpo_train.penalised_rewards(scores, logps, ref_logps, mask, 0.1).tolist() == pytest.approx([10.1, -3.8])
-    assert grpo_train.penalised_rewards(scores, logps, None, mask, 0) is scores
+    found = grpo_train.penalised_rewards(scores, logps, ref_logps, mask, 0.1)
+    assert found[0].tolist() == [10, -4] and found[1].tolist() == pytest.approx([0.1, 0.2])
+    assert grpo_train.penalised_rewards(scores, logps, None, mask, 0).tolist() == [[10, -4], [0, 0]]
 
 
 # losses
@@ -170,7 +198,7 @@ def test_first_minibatch_has_ratio_1_and_the_plain_policy_gradient(kind):
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize("kind, entropy_coef", [("grpo", 0), ("dr_grpo", 0), ("rloo", 0), ("dr_grpo", 0.3)])
+@pytest.mark.parametrize("kind, entropy_coef", [("dr_grpo", 0), ("rloo", 0), ("dr_grpo", 0.3)])
 def test_one_token_bandit_learns_the_tilted_reference(kind, entropy_coef):
     config = dict(temperature=1.0, epochs=2, minibatch_size=480, micro_batch_size=480, cliprange=0.2)
     config |= dict(loss=kind, max_new_tokens=1)
@@ -298,7 +326,7 @@ def test_prompts_must_leave_room_for_replies(small, tmp_path, capsys):
         ),
         (dict(score_clip=-1), "score_clip=-1.0: at least 0 is needed"),
         (dict(reward="length", reward_length="9,3"), "reward_length=[9, 3]"),
-        (dict(reward="nothing"), "reward=nothing: model, length or module:function is needed"),
+        (dict(reward="nothing"), "reward=nothing: model, length, module:function or"),
     ],
 )
 def test_a_wrong_option_is_named(small, tmp_path, capsys, changes, words):

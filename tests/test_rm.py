@@ -12,6 +12,7 @@ from chains import argv
 from tiny import ENV, assert_same, conversations, examples, float64, gradients, tiny
 
 import rm_train
+from alignment.pairs import pair_batch
 from common.config import ConfigError
 from common.metrics import wilson_interval
 
@@ -71,7 +72,7 @@ def test_loss_and_gradients_are_trls(margin, centring):
 @torch.no_grad()
 def test_pair_scores_keeps_the_sides_apart():
     model = tiny(scalar_head=True)
-    scores = rm_train.pair_scores(model, *PAIRS, [1, 0], ENV)
+    scores = rm_train.pair_scores(model, pair_batch(*PAIRS, [1, 0], ENV.device), ENV)
     for side, score in zip(PAIRS, scores, strict=True):
         alone = torch.cat([model.values(torch.tensor([side[i][0]]))[:, -1] for i in (1, 0)])
         assert_same(score, alone)
@@ -85,7 +86,8 @@ def test_gradient_does_not_depend_on_micro_batches_or_padding(margin, centring):
     def gradient(parts, beside=()):
         for part in parts:
             sides = [[*side, *beside] for side in PAIRS]
-            scores = rm_train.pair_scores(model, *sides, [*part, *range(4, 4 + len(beside))], ENV)
+            batch = pair_batch(*sides, [*part, *range(4, 4 + len(beside))], ENV.device)
+            scores = rm_train.pair_scores(model, batch, ENV)
             loss = rm_train.reward_loss(*(side[: len(part)] for side in scores), margin, centring)
             (loss.mean() / len(parts)).backward()
         return gradients(model)
@@ -102,7 +104,7 @@ def test_evaluation_counts_right_pairs_and_longer_answers():
     model = tiny(scalar_head=True)
     chosen, rejected = conversations((4, 6), (4, 2), (4, 3)), conversations((4, 5), (4, 4), (4, 3), seed=1)
     with torch.no_grad():
-        scores = rm_train.pair_scores(model, chosen, rejected, range(3), ENV)
+        scores = rm_train.pair_scores(model, pair_batch(chosen, rejected, range(3), ENV.device), ENV)
     sides = examples(chosen), examples(rejected)
     metrics, *found = rm_train.evaluate(model, *sides, ENV, 3)
     for side, expected in zip(found, scores, strict=True):
@@ -119,6 +121,19 @@ def test_evaluation_counts_right_pairs_and_longer_answers():
     assert strict["val/loss"] == pytest.approx(rm_train.reward_loss(*scores, 1.0, 0.1).mean().item())
 
 
+@float64
+def test_a_tie_is_half_right():
+    model = tiny(scalar_head=True)
+    same, other = conversations((4, 6), (4, 2)), conversations((4, 5), (4, 4), seed=1)
+    chosen, rejected = [*same, other[0]], [*same, same[0]]  # two ties
+    metrics, *scores = rm_train.evaluate(model, examples(chosen), examples(rejected), ENV, 3)
+    last = float(scores[0][2] > scores[1][2])
+    assert metrics["val/accuracy"] == pytest.approx((1 + last) / 3)
+    assert rm_train.calibration(scores[0] - scores[1], 1)[0][2] == 1 + last
+    blank, *_ = rm_train.evaluate(tiny(scalar_head=True).requires_grad_(False), *[examples(same)] * 2, ENV, 2)
+    assert blank["val/accuracy"] == 0.5 and blank["val/ece"] == 0  # half is what a tie claims
+
+
 # calibration
 
 
@@ -128,8 +143,8 @@ def test_calibration_on_numbers():
     sizes, claims, right, n = zip(*rows, strict=True)
     assert sizes == pytest.approx([math.log(1.5) / 2, math.log(3), math.log(9)])
     assert claims == pytest.approx([(0.5 + 0.6) / 2, 0.75, 0.9])
-    assert right == (0, 1, 2) and n == (2, 2, 2)  # a tie is not right, as in val/accuracy
-    assert rm_train.calibration_error(rows) == pytest.approx((0.55 + 0.25 + 0.1) / 3)
+    assert right == (0.5, 1, 2) and n == (2, 2, 2)  # a tie is half right, as in val/accuracy
+    assert rm_train.calibration_error(rows) == pytest.approx((0.3 + 0.25 + 0.1) / 3)
 
 
 def test_fewer_pairs_than_bins_are_a_bin_each():

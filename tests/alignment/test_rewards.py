@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import ragged
+from tiny import ENV, ragged
 
+from alignment.functions import length_reward, reward_function
 from alignment.objective import add_up, average
-from alignment.rewards import Reward, checked, final_scores, length_reward, reward_function
+from alignment.rewards import Reward, checked, final_scores
 from alignment.rollout import Watch, reply_metrics, rollout
 from alignment.tradeoff import plot_score_kl
 from common import checkpoint
@@ -19,8 +20,9 @@ from tokenizer import Tokenizer
 
 
 def test_numbers_add_up_and_average_but_for_the_largest():
-    parts = [dict(loss=torch.tensor(1.0), ratio_max=3.0), dict(loss=torch.tensor(2.0), ratio_max=torch.tensor(2.0))]
-    assert add_up(parts) == dict(loss=3.0, ratio_max=3.0)
+    parts = [dict(loss=1.0, ratio_max=3.0), dict(loss=2.0, ratio_max=2.0)]
+    tensors = [{name: torch.tensor(number) for name, number in part.items()} for part in parts]
+    assert add_up(tensors) == dict(loss=3.0, ratio_max=3.0)
     assert average(parts) == dict(loss=1.5, ratio_max=3.0)
 
 
@@ -89,20 +91,21 @@ def test_final_scores_are_normalised_and_unended_replies_get_theirs():
 def test_length_reward_falls_to_nothing_at_none_and_twice_the_longest():
     replies = ["", "字" * 10, "字" * 20, "字" * 60, "字" * 90, "字" * 130]
     assert length_reward([""] * 6, replies, 20, 60) == pytest.approx([0, 0.5, 1, 1, 0.5, 0])
-    function = reward_function(dict(reward="length", reward_length=[0, 1]))
+    function, module = reward_function(dict(reward="length", reward_length=[0, 1]))
+    assert module is None
     assert function(["", ""], ["", "字"]) == [0, 1]
 
 
 def test_own_function_is_found(own_rewards):
-    function = reward_function(dict(reward="own_rewards:starts"))
-    assert checked("own_rewards:starts", function(["", ""], ["好", "差"]), 2) == [1, 0]
+    function, _ = reward_function(dict(reward="own_rewards:starts"))
+    assert checked("reward=own_rewards:starts", function(["", ""], ["好", "差"]), 2) == [1, 0]
 
 
 @pytest.mark.parametrize(
     "reward, words",
     [
-        ("modle", "reward=modle: model, length or module:function is needed"),
-        ("own_rewards:", "module:function is needed"),
+        ("modle", "reward=modle: model, length, module:function or path/to/file.py:function is needed"),
+        ("own_rewards:", "reward=own_rewards:: model, length"),
         ("no_such_module:f", "reward=no_such_module:f: cannot import no_such_module: No module named"),
         ("own_rewards:ends", "own_rewards.py has no function ends"),
     ],
@@ -130,7 +133,7 @@ def test_bounds_that_no_reply_meets_are_refused(bounds):
 )
 def test_rewards_that_are_no_finite_numbers_are_refused(rewards, words):
     with pytest.raises(ConfigError, match=words):
-        checked("f", rewards, 2)
+        checked("reward=f", rewards, 2)
 
 
 def test_score_kl_picture_is_drawn_from_what_there_is(tmp_path):
@@ -151,7 +154,7 @@ def test_score_kl_picture_is_drawn_from_what_there_is(tmp_path):
 def test_a_function_reads_the_texts_and_a_constant_one_is_not_scaled(small, capsys):
     ckpt = checkpoint.load(small / "sft")
     words, seen = Tokenizer(ckpt.tokenizer), []
-    reward = Reward(dict(reward="length", reward_length=[2, 8], score_clip=0.0), ckpt, words, "cpu")
+    reward = Reward(dict(reward="length", reward_length=[2, 8], score_clip=0.0), ckpt, words, ENV)
     reward.function = lambda prompts, replies: seen.append((prompts, replies)) or [0.7] * len(replies)
     questions = [words.encode("写一条酒店好评。"), words.encode("你好")]
     batch = rollout(checkpoint.build_model(ckpt), questions, 6, eos_id=words.eos_id, seed=1)

@@ -1,0 +1,109 @@
+"""Rewards that are Python functions: the built-in one, those of a user's module or file, and how they are called."""
+
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from common.config import ConfigError
+from common.files import file_sha256
+
+
+def length_reward(prompts, replies, lo, hi):
+    """1 for a reply of lo to hi characters, falling linearly to 0 at no characters and at twice hi."""
+    return [max(0.0, min(1.0, len(reply) / max(lo, 1), 2 - len(reply) / hi)) for reply in replies]
+
+
+def reward_function(config):
+    """(f(prompts, replies, **fields) -> rewards, all lists; its module) of `reward`: "length", or "module:function".
+
+    The module, or a path to its .py file, is sought from the current directory too. "length" has no module.
+    """
+    name = config["reward"]
+    if name == "length":
+        bounds = config["reward_length"]
+        if len(bounds) != 2 or not bounds[0] <= bounds[1] or bounds[1] < 1:
+            raise ConfigError(f"reward_length={bounds}: the shortest and the longest reply in characters are needed")
+        return lambda prompts, replies: length_reward(prompts, replies, *bounds), None
+    place, _, function_name = name.rpartition(":")
+    if not (place and function_name):
+        raise ConfigError(f"reward={name}: model, length, module:function or path/to/file.py:function is needed")
+    try:
+        module = load_file(Path(place)) if place.endswith(".py") else load_module(place)
+    except (ImportError, FileNotFoundError) as error:
+        raise ConfigError(f"reward={name}: cannot import {place}: {error}") from None
+    except Exception as error:
+        raise ConfigError(f"reward={name}: cannot import {place}: {told(error)}") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ConfigError(f"reward={name}: {getattr(module, '__file__', place)} has no function {function_name}")
+    return function, module
+
+
+def load_module(name):
+    if os.getcwd() not in sys.path:
+        sys.path.insert(1, os.getcwd())  # after the project's own folder, before what is installed
+    return importlib.import_module(name)
+
+
+def load_file(path):
+    """The module in a file, whose folder it may import from, as if Python had been called with it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    if str(path.resolve().parent) not in sys.path:
+        sys.path.insert(1, str(path.resolve().parent))
+    spec = importlib.util.spec_from_file_location(f"reward_of_{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look for it there
+    spec.loader.exec_module(module)
+    return module
+
+
+def told(error):
+    """`KeyError: 'x' (mine.py:3)`: an error and the line that raised it."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    syntax = isinstance(error, SyntaxError)
+    file, line = (error.filename, error.lineno) if syntax else (frame.filename, frame.lineno)
+    return f"{type(error).__name__}: {error.msg if syntax else error} ({file}:{line})"
+
+
+def file_identity(function, module):
+    """What a resumed run compares of a function: path and sha256 of the file it stands in; None if there is none."""
+    try:
+        path = inspect.getsourcefile(inspect.unwrap(function)) if module else None
+    except TypeError:  # an object that can be called
+        path = None
+    path = path or getattr(module, "__file__", None)
+    return dict(path=path, sha256=file_sha256(Path(path))) if path and Path(path).is_file() else None
+
+
+def fields_taken(name, function, fields):
+    """Which of the prompts' fields a reward function gets: those it has a parameter of that name for, or with **, all.
+
+    The first two parameters are the prompts and the replies; a field of their names is left out, in a line. Raises
+    ConfigError where it needs one that the prompts do not have.
+    """
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except ValueError:  # some that are written in C
+        return []
+    rest = {p.name: p for p in parameters[2:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    for p in rest.values():
+        if p.default is p.empty and p.name not in fields:
+            has = ", ".join(fields) or "none"
+            raise ConfigError(f"reward={name} needs the field {p.name} of the prompts, which have {has}")
+    taken = list(fields) if any(p.kind is p.VAR_KEYWORD for p in parameters) else [n for n in fields if n in rest]
+    clashes = [p.name for p in parameters[:2] if p.name in taken]
+    if clashes and os.environ.get("RANK", "0") == "0":
+        print(f"reward={name}: not passed, as its own parameters have these names: {', '.join(clashes)} of the prompts")
+    return [field for field in taken if field not in clashes]
+
+
+def call(name, function, prompts, replies, fields):
+    """What a reward function returns; what it raises as one line."""
+    try:
+        return function(prompts, replies, **fields)
+    except Exception as error:
+        raise ConfigError(f"{name} raised {told(error)}") from error
