@@ -39,7 +39,9 @@ def reward_function(config):
         raise ConfigError(f"reward={name}: cannot import {place}: {told(error)}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise ConfigError(f"reward={name}: {getattr(module, '__file__', place)} has no function {function_name}")
+        raise ConfigError(
+            f"reward={name}: {getattr(module, '__file__', None) or place} has no function {function_name}"
+        )
     return function, module
 
 

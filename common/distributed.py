@@ -304,8 +304,8 @@ def per_rank(config: dict, key: str, env: Env, multiple: int = 1) -> int:
     """This rank's part of what config[key] counts over all of them, a multiple of `multiple`."""
     part, rest = divmod(config[key], env.world_size * multiple)
     if rest:
-        groups = f" whole groups of {multiple}" if multiple > 1 else ""
-        raise ConfigError(f"{key}={config[key]}: {env.world_size} processes cannot share it evenly,{groups}")
+        groups = f", in whole groups of {multiple}" if multiple > 1 else ""
+        raise ConfigError(f"{key}={config[key]}: {env.world_size} processes cannot share it evenly{groups}")
     return part * multiple
 
 

@@ -20,6 +20,7 @@ import grpo_train
 from alignment.objective import entropy_bonus
 from alignment.rollout import Rollout, in_batches, rollout
 from common import checkpoint
+from common.files import file_sha256
 from common.ranges import CHOICES
 from dataset.batches import load_prompts
 from dataset.formats import load_pkl, save_pkl
@@ -331,6 +332,21 @@ def test_prompts_must_leave_room_for_replies(small, tmp_path, capsys):
 )
 def test_a_wrong_option_is_named(small, tmp_path, capsys, changes, words):
     assert words in failure(capsys, grpo_train.main, options_of(small, tmp_path / "out", **changes))
+
+
+def test_another_text_of_the_function_is_told_on_resuming(small, tmp_path, capsys):
+    path = tmp_path / "mine.py"
+    path.write_text("def score(prompts, replies):\n    return [len(reply) % 3 for reply in replies]\n")
+    options = dict(reward=f"{path}:score", reward_model="none")
+    grpo_train.main(options_of(small, tmp_path / "out", **options, max_steps=1))
+    identity = checkpoint.load(tmp_path / "out").training["extra"]["reward_model"]
+    assert identity == dict(path=str(path), sha256=file_sha256(path))
+    said = f"{path} has changed since this run began"
+    grpo_train.main(options_of(small, tmp_path / "out", **options, max_steps=2, resume=True))
+    assert said not in capsys.readouterr().out
+    path.write_text(path.read_text() + "# the same, but who knows\n")
+    grpo_train.main(options_of(small, tmp_path / "out", **options, max_steps=3, resume=True))
+    assert said in capsys.readouterr().out
 
 
 def test_another_reward_model_is_refused_on_resuming(small, tmp_path, capsys):

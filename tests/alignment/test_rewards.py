@@ -2,20 +2,24 @@
 
 import json
 import math
+import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import ENV, ragged
 
-from alignment.functions import length_reward, reward_function
+from alignment.functions import call, file_identity, length_reward, reward_function
 from alignment.objective import add_up, average
 from alignment.rewards import Reward, checked, final_scores
 from alignment.rollout import Watch, reply_metrics, rollout
 from alignment.tradeoff import plot_score_kl
 from common import checkpoint
-from common.config import ConfigError
+from common.config import ConfigError, UserError
+from common.files import file_sha256
 from common.metrics import MetricLog
+from model import Llama, ModelConfig
 from tokenizer import Tokenizer
 
 
@@ -101,9 +105,61 @@ def test_own_function_is_found(own_rewards):
     assert checked("reward=own_rewards:starts", function(["", ""], ["好", "差"]), 2) == [1, 0]
 
 
+def test_a_function_is_found_beside_the_user_and_by_its_path(tmp_path, monkeypatch):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "helpers_of_mine.py").write_text("OFFSET = 2\n")
+    text = "from helpers_of_mine import OFFSET\ndef score(prompts, replies):\n    return [OFFSET for _ in replies]\n"
+    for name in ("score_of_mine.py", "model.py"):  # the second has the name of a module of ours
+        (folder / name).write_text(text)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("helpers_of_mine", "score_of_mine"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(ConfigError, match="cannot import score_of_mine: No module named 'score_of_mine'"):
+        reward_function(dict(reward="score_of_mine:score"))
+    for path in (folder / "score_of_mine.py", folder / "model.py"):
+        function, module = reward_function(dict(reward=f"{path}:score"))
+        assert function([""], ["", ""]) == [2, 2]
+        assert file_identity(function, module) == dict(path=str(path), sha256=file_sha256(path))
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(folder)])
+    assert reward_function(dict(reward="score_of_mine:score"))[0]([""], [""]) == [2]
+    assert reward_function(dict(reward="score_of_mine.py:score"))[0]([""], [""]) == [2]
+    assert Llama.__module__ == "model" and sys.modules["model"].Llama is Llama
+
+
+def test_the_file_of_a_function_is_known_whatever_kind_it_is(own_rewards):
+    import own_rewards as module
+
+    path = module.__file__
+    for function in (module.starts, partial(module.starts, replies=[]), SimpleNamespace(__call__=0)):
+        assert file_identity(function, module)["path"] == path
+    assert file_identity(*reward_function(dict(reward="length", reward_length=[1, 2]))) is None
+    assert file_identity(*reward_function(dict(reward="sys:exc_info"))) is None
+
+
+def test_what_a_users_code_raises_is_one_line(tmp_path):
+    cases = dict(syntax="def score(:\n", raises="\n1 / 0\n", imports="import no_such_package\n")
+    words = dict(
+        syntax=r"SyntaxError: invalid syntax \(.*syntax.py:1\)",
+        raises=r"ZeroDivisionError: division by zero \(.*raises.py:2\)",
+        imports="cannot import .*imports.py: No module named 'no_such_package'",
+    )
+    for name, text in cases.items():
+        (tmp_path / f"{name}.py").write_text(text)
+        with pytest.raises(ConfigError, match=words[name]):
+            reward_function(dict(reward=f"{tmp_path / name}.py:score"))
+    (tmp_path / "called.py").write_text("def score(prompts, replies, answer):\n    return [{}[a] for a in answer]\n")
+    function, _ = reward_function(dict(reward=f"{tmp_path / 'called.py'}:score"))
+    with pytest.raises(ConfigError, match=r"reward=mine raised KeyError: 'x' \(.*called.py:2\)"):
+        call("reward=mine", function, [""], [""], dict(answer=["x"]))
+
+
 @pytest.mark.parametrize(
     "reward, words",
     [
+        ("nowhere.py:f", "reward=nowhere.py:f: cannot import nowhere.py: there is no file nowhere.py"),
+        ("sys:f", "reward=sys:f: sys has no function f"),
         ("modle", "reward=modle: model, length, module:function or path/to/file.py:function is needed"),
         ("own_rewards:", "reward=own_rewards:: model, length"),
         ("no_such_module:f", "reward=no_such_module:f: cannot import no_such_module: No module named"),
@@ -162,3 +218,41 @@ def test_a_function_reads_the_texts_and_a_constant_one_is_not_scaled(small, caps
     assert seen == [(["写一条酒店好评。", "你好"], [words.decode(reply) for reply in batch.replies])]
     assert reward.norm == [pytest.approx(0.7), 1.0]
     assert "the reward is 0.700 for every reply of the reference: scores are not scaled" in capsys.readouterr().out
+
+
+def reward_of(small, folder, change=lambda model: None, **shape):
+    """A Reward whose model is like small's but for its shape, and what `change` does to it."""
+    ckpt = checkpoint.load(small / "rm")
+    model = Llama(ModelConfig(**ckpt.model_config | shape))
+    change(model)
+    facts = dict(stage="rm", step=1, tokens_seen=1, tokenizer=ckpt.tokenizer, config={})
+    checkpoint.save(folder / "ckpt.pt", model=model, **facts)
+    policy = checkpoint.load(small / "sft")
+    config = dict(reward="model", reward_model=folder, micro_batch_size=2)
+    return Reward(config, policy, Tokenizer(policy.tokenizer), ENV), policy
+
+
+def test_a_reward_model_that_cannot_read_all_tokens_is_refused(small, tmp_path):
+    rows = checkpoint.load(small / "sft").model_config["vocab_size"]
+    with pytest.raises(UserError, match=rf"may write {rows} different tokens, .* reads {rows - 3} of them only"):
+        reward_of(small, tmp_path, vocab_size=rows - 3)
+    assert reward_of(small, tmp_path, vocab_size=rows + 8)[0].context == 64
+
+
+def test_a_reward_model_with_a_shorter_context_is_told(small, tmp_path, capsys):
+    reward, _ = reward_of(small, tmp_path, max_seq_len=48)
+    assert (
+        reward.context == 48
+        and "reads 48 tokens of 64: prompts and replies must be as short" in capsys.readouterr().out
+    )
+
+
+def test_scores_that_are_not_finite_are_refused_by_name(small, tmp_path):
+    def swell(model):  # its weights are finite
+        torch.nn.init.constant_(model.scalar.weight, 3e38)
+        torch.nn.init.constant_(model.norm.weight, 3e38)
+
+    reward, policy = reward_of(small, tmp_path, swell)
+    batch = rollout(checkpoint.build_model(policy), [[5, 6], [7]], 4, seed=1)
+    with pytest.raises(ConfigError, match=r"reward_model=.*ckpt.pt returned (nan|-?inf) for reply 0 of 2"):
+        reward.raw(batch)
