@@ -17,7 +17,7 @@ from alignment.rollout import Rollout, sequence_scores
 from common.distributed import Env
 from configs.grpo_train import config as grpo_defaults
 from configs.ppo_train import config as ppo_defaults
-from dataset.batches import pad_batch, to_device
+from dataset.batches import keep_multiple, pad_batch, to_device
 from dataset.corpus import document_numbers
 from dpo_train import dpo_loss, pair_logps
 from lowbit.layers import GROUP_SIZES, LowBitWeight, build
@@ -79,7 +79,7 @@ def sft_step(env, packed=False):
     """Packed or padded it is the same loss, and for EXACT always the padded one."""
     model, rows = build_model(env), conversations()
     chosen = [[0, 2], [1, 5], [3], [4]] if packed and env is not EXACT else range(len(rows))
-    batch = to_device(make_batch(rows, chosen), env.device)
+    batch = to_device(make_batch(rows, chosen, keep_multiple(env.device)), env.device)
     weights = loss_weights(batch["loss_mask"], "example", batch.get("documents"))
     with env.autocast():
         loss = answer_loss(model, batch, weights / len(rows))
