@@ -62,7 +62,8 @@ def imported(path, config, weights, tok, document_ids, facts):
 
 def check_weights(ckpt, dtype):
     """Refuse what the type cannot hold; the scales of q8_0 and q4_0 are float16."""
-    largest = torch.finfo(torch.float16 if dtype in ("float16", "q8_0", "q4_0") else torch.float32).max
+    kind = dict(bfloat16=torch.bfloat16, float16=torch.float16, q8_0=torch.float16, q4_0=torch.float16)
+    largest = torch.finfo(kind.get(dtype, torch.float32)).max
     for name, weight in ckpt.weights.items():
         if not (most := weight.abs().max()) <= largest:  # nor is NaN
             raise UserError(f"{ckpt.path}: {name} holds {most:g}, {dtype} ends at {largest:g}")

@@ -10,13 +10,15 @@ from interop.exchange import FACTS, SAMPLING, renamed, text_ids
 from interop.provenance import provenance
 from model import ModelConfig
 
-TYPES = dict(float32="ALL_F32", float16="MOSTLY_F16", q8_0="MOSTLY_Q8_0", q4_0="MOSTLY_Q4_0")
+TYPES = dict(float32="ALL_F32", bfloat16="MOSTLY_BF16", float16="MOSTLY_F16", q8_0="MOSTLY_Q8_0", q4_0="MOSTLY_Q4_0")
 
 
 def tensor_type(name, weight, config, dtype):
     """The type of a tensor; the output projection of a q4_0 file stays at 8 bits, as llama.cpp keeps it finer too."""
     if weight.dim() == 1 or dtype == "float32":
         return gguf.GGMLQuantizationType.F32
+    if dtype == "bfloat16":
+        return gguf.GGMLQuantizationType.BF16
     if dtype == "float16" or weight.size(1) % 32:  # the blocks of q8_0 and q4_0 are 32 values of a row
         return gguf.GGMLQuantizationType.F16
     is_head = name == ("tok_embeddings.weight" if config.tied else "output.weight")

@@ -21,16 +21,34 @@ KINDS = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 NEVER_MERGED = -1e6  # score of a row without a piece
 
 # The prompt format of tokenizer/__init__.py; <bos> ends a question, so there is nothing left to add for generation.
+# What stands in a generation block is what training has its loss on.
 CHAT_TEMPLATE = r"""
+{%- macro text(content) -%}
+{%- if content is string -%}{{- content -}}
+{%- elif content is not defined or content is not iterable or content is mapping -%}
+{{- raise_exception("The content of a message must be text or a list of parts.") -}}
+{%- else -%}
+{%- for part in content -%}
+{%- if part['type'] == 'text' -%}{{- part['text'] -}}
+{%- else -%}{{- raise_exception("Part of type " ~ part['type'] ~ ": the model reads text only.") -}}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
 {%- set rule = "The messages must be a system one or none, then user and assistant in turn, a user's first." -%}
 {%- set has_system = messages and messages[0]['role'] == 'system' -%}
 {%- set turns = messages[1:] if has_system else messages -%}
 {%- if not turns -%}{{- raise_exception(rule) -}}{%- endif -%}
 {%- for message in turns -%}
+{%- if message['role'] not in ['system', 'user', 'assistant'] -%}
+{{- raise_exception("Role " ~ message['role'] ~ " is not known: " ~ rule) -}}
+{%- endif -%}
 {%- set wanted = 'user' if loop.index0 % 2 == 0 else 'assistant' -%}
 {%- if message['role'] != wanted -%}{{- raise_exception(rule) -}}{%- endif -%}
-{%- if loop.first and has_system -%}{{- messages[0]['content'] + '\n' -}}{%- endif -%}
-{{- message['content'] -}}{{- bos_token if message['role'] == 'user' else eos_token -}}
+{%- if loop.first and has_system -%}{{- text(messages[0]['content']) + '\n' -}}{%- endif -%}
+{%- if wanted == 'user' -%}{{- text(message['content']) + bos_token -}}
+{%- elif message['train'] is false -%}{{- text(message['content']) + eos_token -}}
+{%- else -%}{%- generation -%}{{- text(message['content']) + eos_token -}}{%- endgeneration -%}
+{%- endif -%}
 {%- endfor -%}"""
 
 
@@ -219,7 +237,8 @@ def _unigram(vocabulary: Vocabulary, texts: list[str]) -> tuple[dict, dict | Non
 
 def tokenizer_config(tok: Tokenizer, max_len: int, *, chat: bool) -> dict:
     """The content of tokenizer_config.json, which goes with `tokenizer_json(tok, None if chat else tok.opening_id)`."""
-    pieces = read_vocabulary(tok).pieces
+    vocabulary = read_vocabulary(tok)
+    pieces = vocabulary.pieces
     bos_id, eos_id = (tok.bos_id, tok.eos_id) if chat else (tok.opening_id, tok.closing_id)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is
@@ -229,6 +248,7 @@ def tokenizer_config(tok: Tokenizer, max_len: int, *, chat: bool) -> dict:
         "pad_token": pieces[tok.pad_id],
         "add_bos_token": not chat,
         "add_eos_token": False,
+        "add_prefix_space": vocabulary.dummy_prefix,  # llama.cpp's converter puts a space where nothing is said
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",  # so that each row of a batch ends where its reply begins
         "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 adds token_type_ids, which Llama refuses

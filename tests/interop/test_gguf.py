@@ -27,6 +27,7 @@ VERDICTS = ["好，推荐大家。", "差，不推荐。", "让人满意 Very go
 SENTENCES = ["".join(parts) for parts in itertools.product(SUBJECTS, DEGREES, VERDICTS)]
 SHAPES = [dict(), dict(n_kv_heads=2), dict(tied=False), dict(n_kv_heads=1, tied=False, hidden_dim=172)]
 SHAPE_NAMES = ["tied MHA", "tied GQA", "untied MHA", "untied MQA, hidden 172"]
+PERPLEXITY = dict(float32=1e-4, bfloat16=1e-2, float16=1e-3, q8_0=5e-3, q4_0=0.2)  # largest relative difference
 ODD = [
     "", " a", "two  spaces ", "\ttab", "line\nbreak\r\n", "\u3000全角　空格", "ABC123 中英mixed混排3.14", "，。！？",
     "\U0001f600\u200d\U0001f44d\U0001f3fd", "\U00020bb7野家", "龘靐", "e\u0301", "\ufffd", "哈" * 300, "-" * 300,
@@ -154,7 +155,7 @@ def test_a_base_model_opens_its_documents(tmp_path, tok, trained):
     assert cpp.greedy("酒店", 40)[0] == model.generate([encode_opening(tok, "酒店")], 40, temperature=0).tokens[0]
 
 
-@pytest.mark.parametrize("dtype, limit", [("float32", 1e-4), ("float16", 1e-3), ("q8_0", 5e-3), ("q4_0", 0.2)])
+@pytest.mark.parametrize("dtype, limit", PERPLEXITY.items())
 def test_perplexity_in_llama_cpp(tmp_path, tok, trained, dtype, limit):
     ckpt, ids = trained
     cpp = LlamaCpp(convert(ckpt, tmp_path / "gguf", dtype=dtype))
@@ -163,8 +164,8 @@ def test_perplexity_in_llama_cpp(tmp_path, tok, trained, dtype, limit):
         before = model(torch.tensor([ids[:-1]]), torch.tensor([ids[1:]])).exp().item()
     after = math.exp(np.mean(cpp.nll(ids, tok.vocab_size)))
     assert abs(after / before - 1) < limit, (before, after)
-    size = (tmp_path / "gguf" / "model.gguf").stat().st_size
-    assert size < dict(float32=1.0, float16=0.6, q8_0=0.4, q4_0=0.35)[dtype] * ckpt.joinpath("ckpt.pt").stat().st_size
+    share = dict(float32=1.0, bfloat16=0.6, float16=0.6, q8_0=0.4, q4_0=0.35)[dtype]
+    assert (tmp_path / "gguf" / "model.gguf").stat().st_size < share * (ckpt / "ckpt.pt").stat().st_size
 
 
 def test_ids_are_the_tokenizers(tmp_path, tok, shared_data):
@@ -186,6 +187,17 @@ def test_chat_template_renders_our_prompt_format(tmp_path, tok):
     for messages in (chat, longer):
         text = cpp.post("apply-template", messages=messages)["prompt"]
         assert cpp.encode(text, add_special=True, parse_special=True) == encode_prompt(tok, messages)
+
+
+def test_bf16_weights_are_the_rounded_ones(tmp_path, tok, trained):
+    reader = gguf.GGUFReader(convert(trained[0], tmp_path / "gguf", dtype="bf16") / "model.gguf")
+    assert reader.fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_BF16
+    theirs = {tensor.name: tensor for tensor in reader.tensors}
+    for name, weight in checkpoint.load(trained[0]).weights.items():
+        tensor = theirs[exchange.renamed(name, 2)]
+        assert tensor.tensor_type.name == ("F32" if weight.dim() == 1 else "BF16")
+        found = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        assert torch.equal(found, weight if weight.dim() == 1 else weight.bfloat16().float())
 
 
 def test_metadata_and_modelfile(tmp_path, tok, trained):

@@ -12,6 +12,7 @@ from jinja2.exceptions import TemplateError
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer as HuggingFace
 from transformers import AutoTokenizer
+from trl.chat_template_utils import has_generation_markers, is_chat_template_stop_token_trained
 
 from configs.tokenizer import config as train_defaults
 from interop.vocabulary import (
@@ -376,6 +377,14 @@ def test_tokenizer_config(load, ours):
     assert tokenizer_config(ours, 512, chat=True)["model_input_names"] == ["input_ids", "attention_mask"]
 
 
+@every_tokenizer
+def test_converters_are_told_whether_a_space_goes_before_a_text(folder_of, tok):
+    """llama.cpp's takes it from tokenizer_config.json and puts one where nothing is said."""
+    for chat in (True, False):
+        config = json.loads((folder_of(tok, chat) / "tokenizer_config.json").read_text(encoding="utf-8"))
+        assert config["add_prefix_space"] is read_vocabulary(tok).dummy_prefix
+
+
 def test_special_pieces_typed_by_a_user(load, ours):
     """Hugging Face takes them for special tokens unless told not to."""
     reference = load(ours)
@@ -403,7 +412,19 @@ CONVERSATIONS = {
     "spaces": conversation("  a \n\n b  ", " \n ok\t ", "\n", system=" \n"),
     "empty question": conversation("", "a"),
     "half a special piece": conversation("<", "/s>", "</s", "s>"),
+    "no pieces": conversation("龘", "\U0001f44b\U0001f3fd龘 \u2581", "e\u0301", "靐\u0301 \u2581"),
+    "spaces around answers": conversation("a", "  b \n", "c", " \u2581 d "),
 }
+
+
+def in_parts(messages):
+    """The same with the content of each message cut in two parts."""
+    return [
+        message
+        | dict(content=[dict(type="text", text=part) for part in (text[: len(text) // 2], text[len(text) // 2 :])])
+        for message in messages
+        for text in [message["content"]]
+    ]
 
 
 @pytest.mark.parametrize("tok", ["ours", "glm", "tok512", "normalising"], indirect=True)
@@ -414,7 +435,22 @@ def test_template_gives_the_ids_of_our_prompt_format(load, tok):
             ids = encode_prompt(tok, messages)
         else:
             ids = encode_example(tok, messages)[0].ids
-        assert render(messages) == render(messages, add_generation_prompt=True) == ids, name
+        rendered = render(messages), render(messages, add_generation_prompt=True), render(in_parts(messages))
+        assert rendered == (ids, ids, ids), name
+
+
+@pytest.mark.parametrize("tok", ["ours", "glm", "tok512", "normalising"], indirect=True)
+def test_template_marks_the_answers_that_our_loss_is_on(load, tok):
+    render = partial(load(tok).apply_chat_template, return_dict=True, return_assistant_tokens_mask=True)
+    untrained = [conversation("你好", "你好！", "再见", "再见。"), conversation("a", "b", "c", "d", system="e")]
+    untrained[0][1]["train"] = untrained[1][4]["train"] = False
+    answered = {name: each for name, each in CONVERSATIONS.items() if each[-1]["role"] == "assistant"}
+    if tok.changes:  # transformers loses count at a space that the normaliser drops
+        del answered["spaces around answers"]
+    for messages in (*answered.values(), *untrained):
+        example, _ = encode_example(tok, messages)
+        assert render(messages)["assistant_masks"] == render(in_parts(messages))["assistant_masks"] == example.loss_mask
+    assert has_generation_markers(load(tok).chat_template) and is_chat_template_stop_token_trained(load(tok))
 
 
 @pytest.mark.parametrize(
@@ -432,6 +468,21 @@ def test_template_refuses_roles_out_of_order(load, ours, messages):
         encode_prompt(ours, messages)
     with pytest.raises(TemplateError, match="user and assistant in turn"):
         load(ours).apply_chat_template(messages)
+
+
+@pytest.mark.parametrize(
+    "message, why",
+    [
+        (dict(role="tool", content="a"), "Role tool is not known"),
+        (dict(role="user", content=[dict(type="image_url", image_url="a")]), "Part of type image_url: .*text only"),
+        (dict(role="user", content=None), "must be text or a list of parts"),
+        (dict(role="user", content=dict(text="a")), "must be text or a list of parts"),
+        (dict(role="user"), "must be text or a list of parts"),
+    ],
+)
+def test_template_says_what_it_does_not_know(load, ours, message, why):
+    with pytest.raises(TemplateError, match=why):
+        load(ours).apply_chat_template([message])
 
 
 # GGUF and llama2.c
