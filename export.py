@@ -28,6 +28,7 @@ from interop.gguf import TYPES as GGUF_TYPES
 from interop.gguf import export_gguf
 from interop.hf import export_hf, import_hf
 from interop.llama2c import export_llama2c, import_llama2c
+from tokenizer import TokenizerError
 
 DTYPES = dict(hf=("float32", "bfloat16", "float16"), gguf=tuple(GGUF_TYPES), llama2c=("float32", "int8"))
 ALIASES = dict(fp32="float32", f32="float32", bf16="bfloat16", fp16="float16", f16="float16")
@@ -68,13 +69,17 @@ def write_format(config, out):
     check_weights(ckpt, config["dtype"])
     write = dict(hf=export_hf, gguf=export_gguf, llama2c=export_llama2c)[config["format"]]
     with new_folder(out, config["overwrite"]) as folder:
-        return write(ckpt, checkpoint.tokenizer_of(ckpt), folder, config["dtype"], **options)
+        try:
+            return write(ckpt, checkpoint.tokenizer_of(ckpt), folder, config["dtype"], **options)
+        except TokenizerError as error:
+            raise TokenizerError(f"{ckpt.path}: {error}") from None
 
 
 def write_run(config, out):
     """--import_hf and --import_llama2c: a run directory with a checkpoint."""
+    notes = []
     if config["import_hf"]:
-        ckpt = import_hf(Path(config["import_hf"]), config["tokenizer"])
+        ckpt, notes = import_hf(Path(config["import_hf"]), config["tokenizer"])
     else:
         ckpt = import_llama2c(Path(config["import_llama2c"]), config["tokenizer"])
     model = checkpoint.build_model(ckpt)
@@ -84,7 +89,8 @@ def write_run(config, out):
     with new_folder(out, config["overwrite"]) as folder:
         checkpoint.save(folder, model=model, config=ckpt.config or config, **history)
         save_config(config, folder)
-    return [f"it {'continues documents' if checkpoint.continues(ckpt) else 'answers questions'} (stage {ckpt.stage})"]
+    what = "continues documents" if checkpoint.continues(ckpt) else "answers questions"
+    return [f"it {what} (stage {ckpt.stage})", *notes]
 
 
 def main(argv=None):

@@ -1,5 +1,6 @@
 """What every foreign format needs: the names of tensors, the ids around a text, a Checkpoint of what was read."""
 
+import json
 from dataclasses import asdict
 
 import torch
@@ -11,6 +12,7 @@ from configs.eval_generate import config as chat_defaults
 from model import Llama
 
 FACTS = "tiny_llama2_zh.provenance"  # our key in the metadata of safetensors and GGUF
+HISTORY = dict(stage=str, step=int, tokens_seen=int, config=dict, parent=dict | None, git_commit=str | None)
 SAMPLING = {key: chat_defaults[key] for key in ("temperature", "top_k", "top_p")}
 # our names of tensors, Hugging Face's, GGUF's; those of a layer in the order of a llama2.c file
 NAMES = [
@@ -55,9 +57,32 @@ def imported(path, config, weights, tok, document_ids, facts):
     if config.vocab_size < tok.n_pieces:
         raise UserError(f"{path}: vocab_size is {config.vocab_size}, its tokenizer has {tok.n_pieces} pieces")
     history = dict(stage="pretrain", step=0, tokens_seen=0, config={}, parent=None, git_commit=None)
-    history |= {key: facts[key] for key in history if key in facts}
+    history |= {key: facts[key] for key in HISTORY if key in facts}
     contents = dict(model_config=asdict(config), weights=weights, tokenizer=tok.model_bytes)
     return Checkpoint(path, **history, **contents, document_ids=list(document_ids), quant=None, training=None)
+
+
+def read_facts(path, text, vocab_size):
+    """Our facts that travelled with a model, {} of one that is not ours; UserError if they are not what was written."""
+    try:
+        facts = json.loads(text)
+        right = all(isinstance(facts[key], kind) for key, kind in HISTORY.items() if key in facts)
+        ids = facts.get("document_ids", [0, 0])
+        right &= len(ids) == 2 and all(type(i) is int and 0 <= i < vocab_size for i in ids)
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        right = False
+    if not right:
+        raise UserError(f"{path}: its metadata {FACTS} was changed or damaged: take it out, or export the model again")
+    return facts
+
+
+def check_finite(path, tensors):
+    """Refuse what is not a number by the name of its tensor."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise UserError(f"{path}: {name} is {tensor.dtype}, only float weights are imported")
+        if not tensor.float().isfinite().all():
+            raise UserError(f"{path}: {name} holds values that are not finite")
 
 
 def check_weights(ckpt, dtype):

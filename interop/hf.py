@@ -4,7 +4,10 @@ wq and wk need their rows in another order, as transformers rotates the halves o
 """
 
 import json
+import math
+import re
 from functools import partial
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,7 +18,7 @@ from common.config import UserError
 from common.files import read_json, write_json
 from configs.eval_generate import config as chat_defaults
 from interop import compressed, vocabulary
-from interop.exchange import FACTS, SAMPLING, imported, renamed, shapes_of, text_ids
+from interop.exchange import FACTS, SAMPLING, check_finite, imported, read_facts, renamed, shapes_of, text_ids
 from interop.provenance import model_card, provenance
 from model import ModelConfig
 from tokenizer import MODEL_FILE, Tokenizer
@@ -32,6 +35,9 @@ KEYS = dict(
     norm_eps="rms_norm_eps",
     tied="tie_word_embeddings",
 )
+SIZES = [theirs for ours, theirs in KEYS.items() if ours not in ("norm_eps", "tied")]
+WEIGHTS = ("model.safetensors",)
+ROTARY_TABLE = re.compile(r"rotary_emb\.(?:inv_freq|cos_cached|sin_cached)$")
 FIXED = dict(model_type="llama", hidden_act="silu", attention_bias=False, mlp_bias=False, rope_scaling=None)
 
 
@@ -101,7 +107,10 @@ def export_hf(ckpt, tok, folder, dtype, packable=None):
         if not packable or name.removesuffix(".weight") not in packable:
             weight = reorder(name, weight, ModelConfig(**ckpt.model_config), pairs_to_halves)
             weights[renamed(name, 1)] = weight.to(getattr(torch, dtype)).contiguous()
-    save_file(weights, folder / "model.safetensors", {"format": "pt", FACTS: json.dumps(provenance(ckpt))})
+    try:
+        save_file(weights, folder / WEIGHTS[0], {"format": "pt", FACTS: json.dumps(provenance(ckpt))})
+    except SafetensorError as error:  # of a full disk
+        raise OSError(str(error)) from None
     write_json(folder / "config.json", config)
     if not ckpt.model_config["scalar_head"]:
         # sampling as eval_generate.py does it; transformers would keep the 50 likeliest tokens by itself
@@ -116,21 +125,51 @@ def export_hf(ckpt, tok, folder, dtype, packable=None):
     return notes
 
 
-def read_safetensors(folder):
-    """(tensors by name, metadata) of model.safetensors or of the shards that its index names."""
-    index = folder / "model.safetensors.index.json"
-    files = sorted(set(read_json(index).get("weight_map", {}).values())) if index.exists() else ["model.safetensors"]
+def weight_files(folder):
+    """The files with the weights of a folder, one or the shards that an index names."""
+    for name in WEIGHTS:
+        index = folder / f"{name}.index.json"
+        if index.exists():
+            names = read_json(index).get("weight_map")
+            names = list(names.values()) if isinstance(names, dict) else []
+            if not names or not all(isinstance(each, str) and Path(each).name == each for each in names):
+                raise UserError(f"{index}: its weight_map names no files of this folder")
+            return [folder / each for each in sorted(set(names))]
+        if (folder / name).exists():
+            return [folder / name]
+    raise UserError(f"{folder / WEIGHTS[0]}: no such file, nor {', '.join(WEIGHTS[1:])} or an index of shards")
+
+
+def read_weights(folder):
+    """(float32 tensors by name, metadata) of all files with weights; what is no finite number is refused."""
     tensors, metadata = {}, {}
-    for path in (folder / name for name in files):
-        if not path.is_file():
-            raise UserError(f"{path}: no such file (weights are read from safetensors only)")
-        try:
-            with safe_open(path, "pt") as file:
-                metadata |= file.metadata() or {}
-                tensors |= {key: file.get_tensor(key) for key in file.keys()}
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: cut short or not safetensors: {error}") from None
+    for path in weight_files(folder):
+        found, said = read_safetensors(path)
+        check_finite(path, found)
+        tensors |= {name: tensor.float() for name, tensor in found.items()}
+        metadata |= said
     return tensors, metadata
+
+
+def read_safetensors(path):
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: cut short or not safetensors: {error}") from None
+
+
+def without_rotary_tables(tensors, config, path):
+    """The tensors without the tables of angles that old versions of transformers saved, if those are rope_theta's."""
+    angles = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
+    for name, tensor in tensors.items():
+        if name.endswith("rotary_emb.inv_freq"):
+            # in 16 bits the smallest are off by a hundredth
+            if tensor.shape != angles.shape or not torch.allclose(tensor, angles, rtol=0.02, atol=1e-6):
+                raise UserError(f"{path}: {name} is not what rope_theta={config.rope_theta:g} gives: other rotations")
+    return {name: tensor for name, tensor in tensors.items() if not ROTARY_TABLE.search(name)}
 
 
 def read_config(path):
@@ -140,6 +179,8 @@ def read_config(path):
         raise UserError(f"{path}: it has a quantization_config, only models with float weights are imported")
     values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
     rope = values.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: rope_parameters is {rope!a:.40}, no object")
     if rope.get("rope_type", "default") != "default":
         values["rope_scaling"] = rope
     for key, needed in FIXED.items():
@@ -148,32 +189,72 @@ def read_config(path):
     missing = [key for key in KEYS.values() if values.get(key) is None]
     if missing:
         raise UserError(f"{path}: no {', '.join(missing)}")
+    for key in SIZES:
+        if type(values[key]) is not int or not 0 < values[key] < 1 << 31:
+            raise UserError(f"{path}: {key} is {values[key]!a:.40}, no size")
     try:
         config = ModelConfig(
-            **{ours: values[theirs] for ours, theirs in KEYS.items()},
+            **{ours: values[theirs] for ours, theirs in KEYS.items()} | dict(norm_eps=float(values["rms_norm_eps"])),
             rope_theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10000),
             scalar_head=values.get("architectures") == ["LlamaForSequenceClassification"],
         )
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from None
+    if not (0 < config.norm_eps < 1 and 0 < config.rope_theta < math.inf):
+        raise UserError(f"{path}: rms_norm_eps is {config.norm_eps}, rope_theta {config.rope_theta}")
     if values.get("head_dim") not in (None, config.head_dim):
         raise UserError(f"{path}: head_dim is {values['head_dim']}, Llama 2 has {config.head_dim} (dim / n_heads)")
     return config
 
 
-def read_document_ids(folder):
-    """What documents of a foreign base model open and close with, by its config.json and tokenizer_config.json."""
-    config, path = read_json(folder / "config.json"), folder / "tokenizer_config.json"
-    bos, eos = (config.get(f"{name}_token_id") for name in ("bos", "eos"))
-    eos = eos[0] if isinstance(eos, list) else Tokenizer.eos_id if eos is None else eos
-    adds_bos = read_json(path).get("add_bos_token", True) if path.exists() else True
-    return (Tokenizer.bos_id if bos is None else bos) if adds_bos else eos, eos
+def read_document_ids(folder, vocab_size):
+    """((what documents of a foreign base model open and close with), notes), by its three JSON files."""
+    files = {name: folder / f"{name}.json" for name in ("config", "generation_config", "tokenizer_config")}
+    config, generation, tokenizer = (read_json(path) if path.exists() else {} for path in files.values())
+    bos = token_ids(config, "bos_token_id", vocab_size, files["config"]) or [Tokenizer.bos_id]
+    ends = token_ids(config, "eos_token_id", vocab_size, files["config"])
+    ends += token_ids(generation, "eos_token_id", vocab_size, files["generation_config"])
+    ends = list(dict.fromkeys(ends)) or [Tokenizer.eos_id]
+    end = Tokenizer.eos_id if Tokenizer.eos_id in ends else ends[0]
+    notes = [f"of its eos ids {', '.join(map(str, ends))} only {end} ends a text here"] if len(ends) > 1 else []
+    return (bos[0] if tokenizer.get("add_bos_token", True) else end, end), notes
+
+
+def token_ids(values, key, vocab_size, path):
+    """The ids under a key that may be absent, one, or a list."""
+    found = values.get(key)
+    found = [] if found is None else found if isinstance(found, list) else [found]
+    for each in found:
+        if type(each) is not int or not 0 <= each < vocab_size:
+            raise UserError(f"{path}: {key} is {each!a}, its vocabulary has 0 to {vocab_size - 1}")
+    return found
+
+
+def sampling_notes(path):
+    """What of a generation_config.json this project does not keep, as its sampling is asked for with every command."""
+    theirs = read_json(path) if path.exists() else {}
+    usual = SAMPLING | dict(repetition_penalty=1.0)
+    asked = {key: theirs[key] for key in usual if theirs.get(key) not in (None, usual[key])}
+    if theirs.get("do_sample") is False:
+        asked = dict(temperature=0)
+    options = " ".join(f"--{key}={value!a:.20}" for key, value in asked.items() if key in SAMPLING)
+    notes = [f"{path.name} is not kept: sample as it asks with eval_generate.py {options}"] if options else []
+    if "repetition_penalty" in asked:
+        notes.append(f"{path.name} asks for repetition_penalty={asked['repetition_penalty']!a:.20}, which is not known")
+    return notes
 
 
 def import_hf(folder, tokenizer_path):
-    """A Checkpoint from a Hugging Face folder; one that we exported is what it was, another continues documents."""
+    """(Checkpoint of a Hugging Face folder, what is to be said of it).
+
+    One that we exported is what it was, another continues documents.
+    """
     config = read_config(folder / "config.json")
-    tensors, metadata = read_safetensors(folder)
+    tensors, metadata = read_weights(folder)
+    tensors = without_rotary_tables(tensors, config, folder)
+    if config.n_layers > len(tensors):  # before that many are made
+        problem = f"num_hidden_layers is {config.n_layers}, but there are {len(tensors)} tensors"
+        raise UserError(f"{folder / 'config.json'}: {problem}")
     if config.tied:
         tensors.pop("lm_head.weight", None)  # some write the shared tensor twice
     ours = {renamed(name, 1): (name, shape) for name, shape in shapes_of(config).items()}
@@ -181,7 +262,9 @@ def import_hf(folder, tokenizer_path):
     for name, weight in tensors.items():
         name, shape = ours.get(name, (name, None))
         right = weight.shape == shape  # what does not fit, the checkpoint refuses by name
-        weights[name] = reorder(name, weight.float(), config, halves_to_pairs) if right else weight
-    facts = json.loads(metadata.get(FACTS, "{}"))
-    ids = facts.get("document_ids") or read_document_ids(folder)
-    return imported(folder, config, weights, Tokenizer.load(tokenizer_path or folder), ids, facts)
+        weights[name] = reorder(name, weight, config, halves_to_pairs) if right else weight
+    facts = read_facts(folder, metadata.get(FACTS, "{}"), config.vocab_size)
+    ids, notes = read_document_ids(folder, config.vocab_size)
+    ids, notes = (facts["document_ids"], []) if "document_ids" in facts else (ids, notes)
+    notes += sampling_notes(folder / "generation_config.json")
+    return imported(folder, config, weights, Tokenizer.load(tokenizer_path or folder), ids, facts), notes

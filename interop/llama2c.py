@@ -8,7 +8,7 @@ import torch
 
 from common.config import UserError
 from interop import vocabulary
-from interop.exchange import NAMES, imported, shapes_of
+from interop.exchange import NAMES, check_finite, imported, shapes_of
 from model import ModelConfig
 from tokenizer import Tokenizer
 
@@ -92,4 +92,5 @@ def import_llama2c(path, tokenizer_path):
         values = np.frombuffer(raw, "<f4", math.prod(shapes[name]), at)
         weights[name], at = torch.from_numpy(values.reshape(shapes[name]).copy()), at + values.nbytes
     weights = {name: weight for name, weight in weights.items() if not name.startswith("rope")}
+    check_finite(path, weights)
     return imported(path, config, weights, tok, (tok.bos_id, tok.bos_id), {})

@@ -1,0 +1,160 @@
+"""What export.py imports of folders that others wrote, what it says of them, and what it refuses by file and name."""
+
+import json
+import math
+import resource
+import struct
+
+import pytest
+import torch
+import transformers
+from chains import failure
+from safetensors.torch import load_file, save_file
+from test_hf import make, run, train
+
+import export
+from common import checkpoint
+from common.config import UserError
+from interop import exchange
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return train()
+
+
+def change(folder, name, **values):
+    """Set keys of a JSON file."""
+    path = folder / name
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | values))
+
+
+def foreign(folder, tok, dtype=torch.float32, **changes):
+    """(folder of a Llama as transformers writes it, its tensors)."""
+    torch.manual_seed(0)
+    shape = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6)
+    shape |= dict(vocab_size=352, max_position_embeddings=128, rope_theta=20000.0)
+    hf = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape | changes)).to(dtype)
+    hf.save_pretrained(folder)
+    (folder / "tokenizer.model").write_bytes(tok.model_bytes)
+    return folder, load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rotary_tables_of_old_files_are_compared_and_left_out(tmp_path, tok, dtype):
+    folder, tensors = foreign(tmp_path / "hf", tok, dtype)
+    wanted = checkpoint.load(run(import_hf=folder, out=tmp_path / "run")).weights
+    angles = (20000.0 ** (-torch.arange(0, 8, 2) / 8)).to(dtype)
+    tables = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": angles.clone() for i in range(2)}
+    tables |= {"model.layers.0.self_attn.rotary_emb.cos_cached": torch.ones(1, 1, 128, 8)}
+    for more in (tables, {"model.rotary_emb.inv_freq": angles}):
+        save_file(tensors | more, folder / "model.safetensors")
+        found = checkpoint.load(run(import_hf=folder, out=tmp_path / "run", overwrite=True)).weights
+        assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    for other in (angles / 2, angles[:2], 10000.0 ** (-torch.arange(0, 8, 2) / 8)):
+        save_file(tensors | {"model.rotary_emb.inv_freq": other.contiguous()}, folder / "model.safetensors")
+        with pytest.raises(UserError, match="hf: model.rotary_emb.inv_freq is not what rope_theta=20000 gives"):
+            run(import_hf=folder, out=tmp_path / "other")
+
+
+def test_several_eos_ids_and_generation_config_are_taken_in_or_told(tmp_path, tok, capsys):
+    folder, _ = foreign(tmp_path / "hf", tok)
+    for config, generation, ids, notes in [
+        (dict(eos_token_id=2), dict(eos_token_id=2), [1, 2], []),
+        (dict(eos_token_id=[7, 2]), dict(), [1, 2], ["of its eos ids 7, 2 only 2 ends a text here"]),
+        (dict(eos_token_id=7), dict(eos_token_id=[7, 9]), [1, 7], ["of its eos ids 7, 9 only 7 ends a text here"]),
+        (dict(eos_token_id=None), dict(eos_token_id=5), [1, 5], []),
+        (dict(eos_token_id=None), dict(eos_token_id=None), [1, 2], []),
+        (
+            dict(eos_token_id=2),
+            dict(temperature=0.6, top_p=0.9, top_k=0, repetition_penalty=1.1),
+            [1, 2],
+            [
+                "generation_config.json is not kept: sample as it asks with eval_generate.py --temperature=0.6",
+                "generation_config.json asks for repetition_penalty=1.1, which is not known",
+            ],
+        ),
+        (dict(), dict(do_sample=False), [1, 2], ["generation_config.json is not kept: sample as it asks with "
+                                                 "eval_generate.py --temperature=0"]),
+    ]:  # fmt: skip
+        change(folder, "config.json", **config)
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+        capsys.readouterr()
+        assert checkpoint.load(run(import_hf=folder, out=tmp_path / "run", overwrite=True)).document_ids == ids
+        said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+        assert said == ["note: it continues documents (stage pretrain)", *(f"note: {note}" for note in notes)]
+    (folder / "generation_config.json").unlink()
+    for bad in (352, -1, "2", True, [2, 9999], 2.0):
+        change(folder, "config.json", eos_token_id=bad)
+        with pytest.raises(UserError, match="config.json: eos_token_id is .*, its vocabulary has 0 to 351"):
+            run(import_hf=folder, out=tmp_path / "other")
+
+
+def test_import_refuses_what_is_no_number_or_no_weight(tmp_path, tok, shared_data):
+    folder, tensors = foreign(tmp_path / "hf", tok)
+    name = "model.layers.1.mlp.up_proj.weight"
+    for value, message in [(math.nan, "not finite"), (math.inf, "not finite")]:
+        spoilt = tensors[name].clone()
+        spoilt[3, 4] = value
+        save_file(tensors | {name: spoilt}, folder / "model.safetensors")
+        with pytest.raises(UserError, match=f"model.safetensors: {name} holds values that are {message}"):
+            run(import_hf=folder, out=tmp_path / "run")
+    save_file(tensors | {name: tensors[name].to(torch.int8)}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=f"model.safetensors: {name} is torch.int8, only float weights"):
+        run(import_hf=folder, out=tmp_path / "run")
+    source = shared_data / "llama2c"
+    raw = bytearray((source / "stories260K.bin").read_bytes())
+    raw[1000:1004] = struct.pack("<f", math.nan)
+    (tmp_path / "nan.bin").write_bytes(raw)
+    with pytest.raises(UserError, match="nan.bin: tok_embeddings.weight holds values that are not finite"):
+        run(import_llama2c=tmp_path / "nan.bin", tokenizer=source / "tok512.model", out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (dict(hidden_size="48"), "config.json: hidden_size is '48', no size"),
+        (dict(hidden_size=48.0), "config.json: hidden_size is 48.0, no size"),
+        (dict(vocab_size=0), "config.json: vocab_size is 0, no size"),
+        (dict(num_hidden_layers=10**9), "config.json: num_hidden_layers is 1000000000, but there are 21 tensors"),
+        (dict(rope_parameters=[1]), "config.json: rope_parameters is .1., no object"),
+        (dict(rms_norm_eps=0), "config.json: rms_norm_eps is 0.0, rope_theta 20000.0"),
+        (dict(rms_norm_eps="a"), "config.json: could not convert"),
+    ],
+)
+def test_import_refuses_a_config_that_is_none(tmp_path, tok, values, message):
+    folder, _ = foreign(tmp_path / "hf", tok, rope_parameters=dict(rope_type="default", rope_theta=20000.0))
+    change(folder, "config.json", **values)
+    with pytest.raises(UserError, match=message):
+        run(import_hf=folder, out=tmp_path / "run")
+
+
+def test_import_refuses_forged_facts_and_shards_from_elsewhere(tmp_path, tok):
+    folder, tensors = foreign(tmp_path / "hf", tok)
+    for facts in ("{", "[]", '{"step": "a"}', '{"document_ids": [1, 352]}', '{"document_ids": 3}', '{"parent": 1}'):
+        save_file(tensors, folder / "model.safetensors", {exchange.FACTS: facts})
+        with pytest.raises(UserError, match="hf: its metadata tiny_llama2_zh.provenance was changed"):
+            run(import_hf=folder, out=tmp_path / "run")
+    for files in ({"a": "../model.safetensors"}, {"a": 1}, {}, [], "x"):
+        change(folder, "model.safetensors.index.json", weight_map=files)
+        with pytest.raises(UserError, match="index.json: its weight_map names no files of this folder"):
+            run(import_hf=folder, out=tmp_path / "run")
+
+
+@pytest.mark.parametrize("format", ["hf", "gguf", "llama2c", "import_hf"])
+def test_a_full_disk_ends_in_one_line_and_leaves_nothing(tmp_path, tok, capsys, format):
+    ckpt = make(tmp_path / "base", tok, "pretrain")
+    options = dict(format=format, ckpt=ckpt)
+    if format == "import_hf":
+        options = dict(import_hf=run(format="hf", ckpt=ckpt, out=tmp_path / "hf"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # the kernel stops the write half-way
+    try:
+        line = failure(
+            capsys, export.main, [f"--{key}={value}" for key, value in (options | dict(out=tmp_path / "o")).items()]
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "cannot " in line and str(tmp_path) in line
+    assert {path.name for path in tmp_path.iterdir()} <= {"base", "hf"}
