@@ -1,8 +1,19 @@
-"""model.generate: prompts of any lengths in one batch, keys and values cached, finished rows leaving."""
+"""model.generate: prompts of any lengths in one batch, keys and values cached, finished rows leaving.
 
+A GPU is not kept waiting: the host looks at the tokens once in FETCH_EVERY, and a step has the same shapes for up to
+BUCKET tokens, so that it is captured as a CUDA graph and replayed. A CPU has nothing to gain from either.
+"""
+
+import copy
+import sys
 from dataclasses import dataclass
 
 import torch
+import torch.nn as nn
+
+FETCH_EVERY = 16  # tokens; rows that ended meanwhile went on for nothing, and what they got is cut away
+BUCKET = 128  # keys; attention reads half of it too many, in the mean
+REPAID = 16  # tokens that repay a capture, which takes as long as a few steps without a graph
 
 
 @dataclass
@@ -10,56 +21,144 @@ class Generation:
     tokens: list[list[int]]  # the new tokens of each prompt, its eos included when it came
     logps: list[list[float]] | None  # of those tokens, under softmax(logits / temperature) before top-k and top-p
 
-    def add(self, rows, tokens, logps=None, on_token=None):
-        """One token more for some of the prompts: all (n,)."""
-        for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
-            self.tokens[row].append(token)
-            if on_token:
-                on_token(row, token)
-        if logps is not None:
-            for row, logp in zip(rows.tolist(), logps.tolist(), strict=True):
-                self.logps[row].append(logp)
-
 
 class KVCache:
-    """Keys and values already computed. Row b holds `lengths[b]` tokens, so ragged prompts need no left padding."""
+    """Keys and values already computed. Row b holds `lengths[b]` tokens, so ragged prompts need no left padding.
 
-    def __init__(self, config, batch_size, capacity, device, dtype):
-        shape = (config.n_layers, 2, batch_size, config.n_kv_heads, capacity, config.head_dim)
-        self.kv, self.capacity = torch.zeros(shape, device=device, dtype=dtype), capacity
+    With a bucket above 1, steps of the same `shape` run the same kernels on the same memory: where their tokens stand
+    is known on the device alone.
+    """
+
+    def __init__(self, config, batch_size, capacity, device, dtype, bucket=1):
+        self.capacity, self.bucket = capacity, bucket
+        shape = (config.n_layers, 2, batch_size, config.n_kv_heads, self.rounded(capacity), config.head_dim)
+        self.kv = torch.zeros(shape, device=device, dtype=dtype)
         self.set_lengths([0] * batch_size)
+
+    def rounded(self, keys):
+        return -(-keys // self.bucket) * self.bucket
 
     def set_lengths(self, lengths):
         """Row b keeps its first lengths[b] tokens. `longest` and `even` spare each step a look at the tensor."""
         self.lengths = torch.tensor(lengths, device=self.kv.device)  # (B,)
         self.longest, self.even = max(lengths), min(lengths) == max(lengths)
 
+    def shape(self):
+        """Rows of the next step, and keys that each sees."""
+        return len(self.lengths), self.rounded(min(self.longest + 1, self.capacity))
+
     def append(self, T):
-        """Make room for T tokens more in every row. Their positions (B, T), or a slice where that says all: the same
-        for every row, and no key to hide but those that causal attention hides."""
+        """Make room for T tokens more in every row. Their positions (B, T), and what attention adds to their scores
+        (B, 1, T, keys); or a slice and None where that says all: the same positions for every row, and no key to hide
+        but those that causal attention hides."""
         first, device = self.longest, self.kv.device
         self.longest = min(first + T, self.capacity)
-        if self.even and (T == 1 or first == 0):
-            self.lengths = self.lengths + T
+        if first == 0 or (T == 1 and self.even and self.bucket == 1):
+            self.keys, mask = self.longest, None
             self.positions = slice(first, self.longest)
         else:
+            self.keys, self.rows = self.rounded(self.longest), torch.arange(len(self.lengths), device=device)[:, None]
             # a row that goes on although the cache is full writes over its last slot
             self.positions = (self.lengths[:, None] + torch.arange(T, device=device)).clamp(max=self.capacity - 1)
-            self.lengths = self.positions[:, -1] + 1
-        return self.positions
+            later = torch.arange(self.keys, device=device) > self.positions[..., None]  # (B, T, keys)
+            mask = torch.zeros_like(later, dtype=self.kv.dtype).masked_fill_(later, -torch.inf).unsqueeze(1)
+        self.lengths += T  # in place, so that a replay counts on
+        return self.positions, mask
 
     def write(self, layer, k, v):
-        """Store the keys and values of those tokens (B, Hkv, T, D/H); returns all up to the longest row."""
+        """Store the keys and values of those tokens (B, Hkv, T, D/H); returns all that they see."""
         for cached, new in zip(self.kv[layer], (k, v), strict=True):
             if isinstance(self.positions, slice):
                 cached[:, :, self.positions] = new
             else:
-                rows = torch.arange(len(new), device=new.device)[:, None]
-                cached[rows, :, self.positions] = new.transpose(1, 2).to(cached.dtype)
-        return self.kv[layer, :, :, :, : self.longest].unbind()
+                cached[self.rows, :, self.positions] = new.transpose(1, 2).to(cached.dtype)
+        return self.kv[layer, :, :, :, : self.keys].unbind()
 
     def keep(self, rows):
         self.kv, self.lengths = self.kv[:, :, rows], self.lengths[rows]
+
+
+class Graphed:
+    """step(token), captured as a CUDA graph when a shape of the cache comes again, and replayed while it lasts.
+
+    The first step of a shape is the warm-up that a capture needs. A replay writes over the logits of the one before.
+    Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+    """
+
+    def __init__(self, step, cache):
+        self.step, self.cache, self.stream = step, cache, torch.cuda.Stream()
+        self.shape, self.graph, self.failed = None, None, False
+
+    def __call__(self, token):
+        cache, longest = self.cache, self.cache.longest
+        rows, keys = shape = cache.shape()
+        if shape != self.shape:  # the old one never comes back: rows leave, keys grow
+            self.shape, self.graph, self.logits = shape, None, None
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                logits = self.step(token)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return logits
+        if self.graph is None and not self.failed and min(keys, cache.capacity) - longest >= REPAID:
+            self.capture(token)
+        if self.graph is None:
+            return self.step(token)
+        self.token.copy_(token)
+        self.graph.replay()
+        cache.longest = longest + 1  # as no Python runs in a replay
+        return self.logits
+
+    def capture(self, token):
+        self.token, graph, longest = token.clone(), torch.cuda.CUDAGraph(), self.cache.longest
+        # thread_local: what threads do that pin batches or write a checkpoint is no error
+        recording = torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local")
+        try:
+            with torch.cuda.stream(self.stream), recording:  # the outer one: a failed capture leaves its stream set
+                self.logits = self.step(self.token)
+            self.graph = graph
+        except RuntimeError as error:
+            self.failed, reason = True, str(error).strip().partition("\n")[0]
+            print(f"warning: generation goes on without a CUDA graph, and slower: {reason}", file=sys.stderr)
+        self.cache.longest = longest  # as no kernel runs in a capture
+
+
+class Sampler:
+    """Draws the next token of each row, and keeps on the device what it drew until it is fetched."""
+
+    def __init__(self, prompts, vocab_size, device, options, penalty, seed, return_logps):
+        self.options, self.penalty, self.return_logps = options, penalty, return_logps
+        self.generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        self.seen = None if penalty == 1.0 else prompt_tokens(prompts, vocab_size, device)
+        self.rows = torch.arange(len(prompts), device=device)  # the prompt that each row continues
+        self.n_prompts, self.drawn, self.logps = len(prompts), [], []
+
+    def draw(self, logits):
+        """logits (B, V) -> the next token of each row (B,)."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # for softmax and sums
+        logits = penalise(logits, self.seen, self.penalty)
+        temperature, uniform = self.options["temperature"], None
+        if temperature:  # a number for every prompt, also those that left: when they leave changes nothing for the rest
+            uniform = torch.rand(self.n_prompts, 1, generator=self.generator, device=logits.device)[self.rows]
+        self.drawn.append(sample(logits, uniform, **self.options))
+        self.token = self.drawn[-1].clamp(min=0)
+        if self.return_logps:
+            logps = (logits / (temperature or 1.0)).log_softmax(-1)
+            self.logps.append(logps.gather(1, self.token[:, None]).squeeze(1))
+        if self.seen is not None:
+            self.seen.scatter_(1, self.token[:, None], True)
+        return self.token
+
+    def fetch(self):
+        """What was drawn since the last time, row by row and step by step, and its logps or nothing; with one wait."""
+        flat = torch.cat(self.drawn + self.logps).tolist()  # ids beside logps are floats, exact up to 2^24
+        n = len(self.drawn) * len(self.rows)
+        self.drawn, self.logps = [], []
+        return flat[:n], flat[n:]
+
+    def keep(self, rows):
+        self.rows, self.token = self.rows[rows], self.token[rows]
+        self.seen = None if self.seen is None else self.seen[rows]
+        return self.token
 
 
 @torch.no_grad()
@@ -75,58 +174,114 @@ def generate(
     seed=None,
     on_token=None,
     return_logps=False,
+    dtype=None,
+    fetch_every=None,
+    bucket=None,
 ):
     """Continue prompts (a list of id lists of any lengths) until eos, max_new_tokens or the end of the context.
 
     temperature 0 is greedy; top_k 0 and top_p 1 are off; repetition_penalty as in CTRL (arXiv:1909.05858, 4.1).
-    on_token(row, id) is called as each token comes. The same seed and prompts give the same tokens.
+    on_token(row, id) is called for each token when it is fetched. The same seed and prompts give the same tokens.
+    dtype of weights and cache: None is bfloat16 on a CUDA device that computes in it, else the model's own.
+    fetch_every and bucket as above: None is 1 on a CPU. Bucket 1 goes without CUDA graphs.
     """
-    limit, device, was_training = model.config.max_seq_len, model.norm.weight.device, model.training
+    limit, device = model.config.max_seq_len, model.norm.weight.device
     if not all(0 < len(prompt) < limit for prompt in prompts):
         raise ValueError(f"a prompt must have 1 to {limit - 1} tokens; got {sorted({len(p) for p in prompts})}")
-    model.eval()
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    fetch_every = fetch_every or (1 if device.type == "cpu" else FETCH_EVERY)
+    bucket = bucket or (BUCKET if device.type == "cuda" else 1)
     out = Generation([[] for _ in prompts], [[] for _ in prompts] if return_logps else None)
-    seen = None if repetition_penalty == 1.0 else prompt_tokens(prompts, model.config.vocab_size, device)
-    wide = torch.promote_types(model.norm.weight.dtype, torch.float32)  # for softmax and sums
-    h, cache = prefill(model, prompts, max_new_tokens)  # (B, D)
-    rows = torch.arange(len(prompts), device=device)  # which prompt each row of the batch still continues
-    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    for _ in range(max_new_tokens):
-        logits = penalise(model.head(h).to(wide), seen, repetition_penalty)  # (B, V)
-        token = sample(logits, temperature, top_k, top_p, generator)  # (B,)
-        live, logps = ~done, None
-        if return_logps:
-            logps = (logits / (temperature or 1.0)).log_softmax(-1).gather(1, token[:, None])[live, 0]
-        out.add(rows[live], token[live], logps, on_token)
-        if seen is not None:
-            seen.scatter_(1, token[:, None], True)
-        # the text, its newest token included, never outgrows max_seq_len, so that token_logps can score it
-        done = done | (token == eos_id) | (cache.lengths + 1 >= cache.capacity)
-        if done.all():
-            break
-        if done.sum() * 2 >= len(done):  # finished rows leave when they are half the batch
-            alive = (~done).nonzero().squeeze(1)
-            cache.keep(alive)
-            rows, token, done = rows[alive], token[alive], done[alive]
-            seen = seen[alive] if seen is not None else None
-        h = model.hidden(token[:, None], cache)[:, -1]
-    model.train(was_training)
-    return out
+    # the text, its newest token included, never outgrows max_seq_len, so that token_logps can score it
+    room = [min(max_new_tokens, limit - len(prompt)) for prompt in prompts]
+    if max(room, default=0) <= 0:
+        return out
+    model = decoder(model, dtype or decoding_dtype(model))
+    options = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    sampler = Sampler(prompts, model.config.vocab_size, device, options, repetition_penalty, seed, return_logps)
+    logits, cache = prefill(model, prompts, max_new_tokens, bucket)  # (B, V)
+
+    def step(token):
+        return model.head(model.hidden(token[:, None], cache)[:, -1])
+
+    if bucket > 1 and has_graphs(device):
+        step = Graphed(step, cache)
+    rows, due = list(range(len(prompts))), min(fetch_every, max(room))
+    while True:
+        token = sampler.draw(logits)
+        if len(sampler.drawn) == due:
+            alive = take(out, rows, *sampler.fetch(), room, eos_id, on_token)
+            if not alive:
+                return out
+            due = min(fetch_every, max(room[rows[i]] - len(out.tokens[rows[i]]) for i in alive))
+            if len(alive) * 2 <= len(rows):  # finished rows leave when they are half the batch
+                rows, kept = [rows[i] for i in alive], torch.tensor(alive, device=device)
+                cache.keep(kept)
+                token = sampler.keep(kept)
+        logits = step(token)
 
 
-def prefill(model, prompts, max_new_tokens):
-    """The state after the last token of each prompt (B, D), and a cache that holds them and has room to go on."""
-    lengths, device = [len(prompt) for prompt in prompts], model.norm.weight.device
+def take(out, rows, tokens, logps, room, eos_id, on_token):
+    """Append to `out` what each of its `rows` got until its end. Returns the numbers of those that go on."""
+
+    def goes_on(row):
+        text = out.tokens[row]
+        return len(text) < room[row] and text[-1:] != [eos_id]
+
+    for i, token in enumerate(map(int, tokens)):
+        row = rows[i % len(rows)]
+        if goes_on(row):
+            if token < 0:
+                raise ValueError("cannot sample: the logits are not finite")
+            out.tokens[row].append(token)
+            if logps:
+                out.logps[row].append(logps[i])
+            if on_token:
+                on_token(row, token)
+    return [i for i, row in enumerate(rows) if goes_on(row)]
+
+
+def has_graphs(device):
+    return device.type == "cuda" and torch.cuda.is_available()
+
+
+def decoding_dtype(model):
+    """bfloat16 for float32 weights on a GPU that computes in it, without emulation; else as they are."""
+    weight = model.norm.weight
+    half = weight.dtype == torch.float32 and weight.device.type == "cuda"
+    if half and torch.cuda.is_available():
+        half = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if half else weight.dtype
+
+
+def decoder(module, dtype):
+    """The model for decoding: parameters in dtype, no dropout, not compiled, as each length would be compiled anew.
+
+    The modules are copies, so that nothing changes for those who train it; buffers and low-bit layers are shared.
+    """
+
+    def cast(p):
+        return p if p is None else nn.Parameter(p.to(dtype), requires_grad=False)
+
+    if module._buffers and not module._parameters and not module._modules:
+        return module
+    twin = copy.copy(module)
+    twin._parameters = {name: cast(p) for name, p in module._parameters.items()}
+    twin._modules = {name: decoder(child, dtype) for name, child in module._modules.items()}
+    twin.training = False
+    return twin
+
+
+def prefill(model, prompts, max_new_tokens, bucket):
+    """The logits after the last token of each prompt (B, V), and a cache that holds them and has room to go on."""
+    lengths, weight = [len(prompt) for prompt in prompts], model.norm.weight
     longest = max(lengths)
     # right padding is harmless: causal attention never looks at it, and decoding overwrites it in the cache
-    ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)  # (B, T)
+    ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=weight.device)  # (B, T)
     capacity = min(longest + max_new_tokens, model.config.max_seq_len)
-    cache = KVCache(model.config, len(prompts), capacity, device, model.norm.weight.dtype)
-    last = torch.tensor(lengths, device=device) - 1
-    h = model.hidden(ids, cache)[torch.arange(len(prompts), device=device), last]
+    cache = KVCache(model.config, len(prompts), capacity, weight.device, weight.dtype, bucket)
+    h = model.hidden(ids, cache)  # (B, T, D)
     cache.set_lengths(lengths)
-    return h, cache
+    return model.head(h[torch.arange(len(prompts), device=weight.device), cache.lengths - 1]), cache
 
 
 def prompt_tokens(prompts, vocab_size, device):
@@ -144,8 +299,11 @@ def penalise(logits, seen, penalty):
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """Draw one token a row from logits (B, V): (B,)."""
+def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
+    """Draw one token a row from logits (B, V) by a number in [0, 1) each, uniform (B, 1): (B,).
+
+    It is -1 where logits are not finite: to raise an error would be to wait for the device.
+    """
     if temperature == 0:
         return logits.max(-1).indices  # argmax is three times slower on a CPU
     logits = logits / temperature
@@ -162,8 +320,5 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         logits = torch.empty_like(ranked).scatter(1, order, ranked)
     # inverse CDF: one uniform number a row; on a CPU torch.multinomial draws one a token, which is slower
     cdf = logits.softmax(-1).cumsum(-1)  # (B, V)
-    if not cdf[:, -1].isfinite().all():
-        raise ValueError("cannot sample: the logits are not finite")
-    # the last of a row is 1 but for rounding
-    draw = torch.rand(len(cdf), 1, generator=generator, device=cdf.device) * cdf[:, -1:]
-    return torch.searchsorted(cdf, draw, right=True).squeeze(1)
+    total = cdf[:, -1:]  # 1 but for rounding, or not a number
+    return torch.searchsorted(cdf, uniform * total, right=True).where(total > 0, -1).squeeze(1)

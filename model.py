@@ -99,9 +99,11 @@ class Attention(nn.Module):
         v = self.wv(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # (B, Hkv, T, D/H)
         if cache is not None:
             k, v = (kv.type_as(q) for kv in cache.write(layer, k, v))
-        causal, gqa = mask is None and T > 1, self.n_heads != self.n_kv_heads
+        if T == 1:  # the heads that share keys stand as positions of one head, and no kernel needs to know of groups
+            q = q.reshape(B, self.n_kv_heads, -1, self.head_dim)
+        causal, gqa = mask is None and T > 1, q.size(1) != self.n_kv_heads
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=gqa)
-        return self.wo(y.transpose(1, 2).reshape(B, T, -1))
+        return self.wo(y.reshape(B, self.n_heads, T, -1).transpose(1, 2).reshape(B, T, -1))
 
 
 class SwiGLU(torch.autograd.Function):
@@ -276,15 +278,11 @@ class Llama(nn.Module):
         B, T = ids.shape
         if T > self.config.max_seq_len:
             raise ValueError(f"{T} tokens are longer than max_seq_len={self.config.max_seq_len}")
-        positions = slice(T) if cache is None else cache.append(T)
-        mask = None
-        if not isinstance(positions, slice):
-            keys = torch.arange(cache.longest, device=ids.device)
-            mask = (keys <= positions[..., None]).unsqueeze(1)  # (B, 1, T, keys)
-        elif documents is not None:
+        positions, mask = (slice(T), None) if cache is None else cache.append(T)
+        if documents is not None:
             mask = (documents[:, :, None] == documents[:, None, :]).tril().unsqueeze(1)  # (B, 1, T, T)
         cos, sin = self.rope_cos[positions], self.rope_sin[positions]
-        h = self.dropout(self.tok_embeddings(ids))
+        h = self.dropout(self.tok_embeddings(ids).to(self.norm.weight.dtype))  # a low-bit embedding's is float32
         for i, layer in enumerate(self.layers):
             if self.recompute and torch.is_grad_enabled():
                 h = checkpoint(layer, h, cos, sin, cache, i, mask, use_reentrant=False)

@@ -1,0 +1,397 @@
+"""model.generate beside a loop without a cache: whenever tokens are fetched, in whatever shapes, replayed or not."""
+
+import contextlib
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import float64, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import generate
+from generate import KVCache, sample
+from lowbit import layers
+from model import Llama, ModelConfig
+
+# fetch_every and bucket: a CPU's, a GPU's but that its bucket is small enough to be outgrown, and others
+MODES = [(1, 1), (16, 8), (3, 128)]
+modes = pytest.mark.parametrize("mode", [dict(fetch_every=n, bucket=bucket) for n, bucket in MODES], ids=str)
+
+
+def random_ids(n, seed=1):
+    return torch.randint(3, 24, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def talker(**changes):
+    """So few words that sampled and greedy texts meet an eos soon."""
+    return tiny(**dict(vocab_size=24, tied=False, max_seq_len=40) | changes).eval()
+
+
+PROMPTS = [random_ids(n, seed=10 + n) for n in (3, 11, 1, 7, 5, 2, 9, 4)]
+
+
+@torch.no_grad()
+def greedy_reference(model, prompt, max_new_tokens):
+    """Without a cache and without eos: the whole text again for every token."""
+    ids = list(prompt)
+    while len(ids) < min(len(prompt) + max_new_tokens, model.config.max_seq_len):
+        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+    return ids[len(prompt) :]
+
+
+def cut(text, eos):
+    return text[: text.index(eos) + 1] if eos in text else text
+
+
+@float64
+@modes
+@pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
+def test_cached_generation_equals_uncached(n_kv_heads, mode):
+    model = talker(n_kv_heads=n_kv_heads, tied=n_kv_heads == 4)
+    for prompt in PROMPTS[:2]:
+        expected = greedy_reference(model, prompt, 20)
+        assert model.generate([prompt], 20, temperature=0, eos_id=-1, **mode).tokens == [expected]
+    assert model.generate([prompt, prompt], 20, temperature=0, eos_id=-1, **mode).tokens == [expected] * 2
+
+
+@float64
+@modes
+def test_ragged_batch_equals_single_rows_as_rows_stop_and_leave(monkeypatch, mode):
+    model, left, keep = talker(), [], KVCache.keep
+    monkeypatch.setattr(KVCache, "keep", lambda cache, rows: (left.append(len(rows)), keep(cache, rows))[1])
+    free = [greedy_reference(model, prompt, 25) for prompt in PROMPTS]
+    eos = max(range(24), key=lambda eos: len({len(cut(text, eos)) for text in free}))
+    expected = [cut(text, eos) for text in free]
+    assert len(set(map(len, expected))) >= 4 and sum(len(text) < 25 for text in expected) >= 4
+    assert model.generate(PROMPTS, 25, temperature=0, eos_id=eos, **mode).tokens == expected
+    assert left and left[0] <= 4  # rows did leave the batch
+
+    options = dict(temperature=0, eos_id=eos, repetition_penalty=1.2, return_logps=True)
+    batch = model.generate(PROMPTS, 25, **options, **mode)
+    for prompt, text, logps in zip(PROMPTS, batch.tokens, batch.logps, strict=True):
+        alone = model.generate([prompt], 25, **options)
+        assert alone.tokens == [text]
+        assert logps == pytest.approx(alone.logps[0], abs=1e-9)
+
+
+@float64
+@modes
+def test_generation_ends_with_the_context(mode):
+    model = talker(max_seq_len=14)
+    tokens = model.generate(PROMPTS, 100, temperature=0, eos_id=-1, **mode).tokens
+    assert [len(p) + len(t) for p, t in zip(PROMPTS, tokens, strict=True)] == [14] * len(PROMPTS)
+    assert tokens == [greedy_reference(model, prompt, 100) for prompt in PROMPTS]
+    longest = random_ids(13)
+    out = model.generate([longest], 5, temperature=0, eos_id=-1, **mode)
+    assert out.tokens == [greedy_reference(model, longest, 1)]
+
+
+@float64
+@modes
+def test_a_seed_gives_the_same_text_in_every_mode(mode):
+    model, streams = talker(max_seq_len=30), ([], [])
+    options = dict(seed=3, top_p=0.95, top_k=20, repetition_penalty=1.1, return_logps=True)
+    expected = model.generate(PROMPTS, 25, **options, on_token=lambda *token: streams[0].append(token))
+    assert len(set(map(len, expected.tokens))) > 3  # rows end at different times and leave
+    found = model.generate(PROMPTS, 25, **options, on_token=lambda *token: streams[1].append(token), **mode)
+    assert found.tokens == expected.tokens and streams[0] == streams[1]
+    for logps, expected_logps in zip(found.logps, expected.logps, strict=True):
+        assert logps == pytest.approx(expected_logps, abs=1e-9)
+    longest = max(map(len, found.tokens))  # step after step, and in each row after row
+    assert streams[1] == [(row, ids[i]) for i in range(longest) for row, ids in enumerate(found.tokens) if i < len(ids)]
+
+
+@float64
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+def test_returned_logps_score_the_finished_text(temperature):
+    model = talker(max_seq_len=30)
+    out = model.generate(PROMPTS, 25, temperature=temperature, seed=3, return_logps=True)
+    assert {len(t) for t in out.tokens} != {25}  # some end early, or by the context
+    for prompt, text, logps in zip(PROMPTS, out.tokens, out.logps, strict=True):
+        with torch.no_grad():
+            expected = model.token_logps(torch.tensor([prompt + text]), temperature or 1.0)[0, -len(text) :]
+        assert logps == pytest.approx(expected.tolist(), abs=1e-9)
+    assert model.generate(PROMPTS, 1).logps is None
+
+
+@pytest.mark.parametrize("new, fetches", [(1, [1]), (16, [16]), (17, [16, 1]), (40, [16, 16, 8])])
+def test_tokens_are_fetched_once_in_sixteen(new, fetches, monkeypatch):
+    found, take = [], generate.take
+    monkeypatch.setattr(
+        generate, "take", lambda out, rows, ids, *args: found.append(len(ids)) or take(out, rows, ids, *args)
+    )
+    model = talker(max_seq_len=64)
+    tokens = model.generate([[5], [6, 7]], new, eos_id=-1, fetch_every=16).tokens
+    assert list(map(len, tokens)) == [new, new] and found == [2 * n for n in fetches]
+
+
+@float64
+def test_all_rows_end_within_one_fetch_or_one_long_before_the_others():
+    model = talker()
+    free = [greedy_reference(model, prompt, 25) for prompt in PROMPTS]
+    ends = {eos: sorted(text.index(eos) if eos in text else 99 for text in free) for eos in range(24)}
+    early = min(ends, key=lambda eos: ends[eos][0] - ends[eos][1])  # the first row ends long before the second
+    assert ends[early][1] - ends[early][0] > 3
+    tokens = model.generate(PROMPTS, 25, temperature=0, eos_id=early, fetch_every=16, bucket=8).tokens
+    assert tokens == [cut(text, early) for text in free]
+    rows = [i for i, text in enumerate(free) if early in text[:15]]
+    tokens = model.generate(
+        [PROMPTS[i] for i in rows], 25, temperature=0, eos_id=early, fetch_every=16, bucket=8
+    ).tokens
+    assert tokens == [cut(free[i], early) for i in rows] and max(map(len, tokens)) < 16
+
+
+def test_one_candidate_is_greedy():
+    model = talker()
+    greedy = model.generate(PROMPTS, 15, temperature=0).tokens
+    for options in (dict(top_k=1), dict(top_p=1e-6), dict(top_p=0.0)):
+        assert model.generate(PROMPTS, 15, **options).tokens == greedy
+
+
+def test_seed_gives_the_same_text_whatever_the_global_generator():
+    model = talker()
+    first = model.generate(PROMPTS, 15, seed=7).tokens
+    state = torch.get_rng_state()
+    assert model.generate(PROMPTS, 15, seed=7).tokens == first
+    model.generate(PROMPTS, 15, temperature=0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.generate(PROMPTS, 15, seed=8).tokens != first
+
+
+def test_streamed_tokens_are_the_returned_ones():
+    model, streamed = talker(), [[] for _ in PROMPTS]
+    tokens = model.generate(PROMPTS, 25, seed=7, on_token=lambda row, token: streamed[row].append(token)).tokens
+    assert len({len(t) for t in tokens}) > 2  # rows ended at different times
+    assert streamed == tokens
+    assert model.generate(PROMPTS, 0).tokens == [[] for _ in PROMPTS]
+    assert model.generate([], 5).tokens == []
+
+
+@pytest.mark.parametrize("prompts, lengths", [([[]], "0"), ([[3], []], "0, 1"), ([[3], [3] * 40], "1, 40")])
+def test_empty_or_too_long_prompts_are_refused(prompts, lengths):
+    with pytest.raises(ValueError, match=rf"1 to 39 tokens; got \[{lengths}\]"):
+        talker().generate(prompts, 5)
+
+
+def test_generation_is_without_dropout_and_leaves_the_model_alone():
+    model = talker(dropout=0.5)
+    expected = model.generate(PROMPTS, 15, temperature=0).tokens
+    assert not model.training
+    before = {name: (p, p.dtype) for name, p in model.named_parameters()}
+    assert model.train().generate(PROMPTS, 15, temperature=0, dtype=torch.bfloat16).tokens
+    assert model.generate(PROMPTS, 15, temperature=0).tokens == expected
+    assert all(module.training for module in model.modules())
+    assert all(before[name] == (p, p.dtype) and p.requires_grad for name, p in model.named_parameters())
+
+
+def test_generation_does_not_run_what_was_compiled():
+    def refuse(graph, inputs):
+        raise AssertionError("a length of text was compiled")
+
+    model = talker()
+    expected = model.generate(PROMPTS, 5, temperature=0).tokens
+    for layer in model.layers:
+        layer.compile(backend=refuse)
+    assert model.generate(PROMPTS, 5, temperature=0).tokens == expected
+
+
+def test_dtype_is_that_of_weights_and_cache(monkeypatch):
+    model, dtypes, write = talker(), set(), KVCache.write
+    monkeypatch.setattr(
+        KVCache, "write", lambda cache, i, k, v: dtypes.update((cache.kv.dtype, k.dtype)) or write(cache, i, k, v)
+    )
+    half = copy.deepcopy(model)
+    for p in half.parameters():
+        p.data = p.data.bfloat16()
+    expected = half.generate(PROMPTS, 15, seed=1)
+    assert dtypes == {torch.bfloat16}
+    found = model.generate(PROMPTS, 15, seed=1, dtype=torch.bfloat16, return_logps=True)
+    assert dtypes == {torch.bfloat16} and found.tokens == expected.tokens
+    assert all(logp < 0 for logps in found.logps for logp in logps)
+    model.generate(PROMPTS, 5, seed=1)
+    assert dtypes == {torch.bfloat16, torch.float32}
+
+
+@pytest.mark.parametrize("quant", [dict(method="int8"), dict(method="int4", group_size=32, symmetric=True)])
+def test_quantized_models_decode_in_half_precision_with_the_layers_they_have(quant):
+    model = layers.build(talker(), quant)
+    low = [module for module in model.modules() if isinstance(module, layers.LowBitWeight)]
+    for module in low:
+        module.q.random_(0, 100)
+        module.scale.fill_(1e-3)
+    twin = generate.decoder(model, torch.bfloat16)
+    assert [module for module in twin.modules() if isinstance(module, layers.LowBitWeight)] == low
+    assert twin.norm.weight.dtype == torch.bfloat16
+    h = twin.hidden(torch.tensor([[3, 4, 5]]))
+    assert h.dtype == torch.bfloat16
+    torch.testing.assert_close(h.float(), model.hidden(torch.tensor([[3, 4, 5]])), atol=0.1, rtol=0.1)
+    assert model.generate(PROMPTS, 5, dtype=torch.bfloat16, fetch_every=16, bucket=8).tokens
+
+
+class Recorded(TorchDispatchMode):
+    """What a CUDA graph is, on a CPU: capture runs nothing and lets the host look at nothing; replay runs on the memory
+    that the capture saw, whatever Python thinks of by then."""
+
+    captured, replayed = [], 0
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.before = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            raise RuntimeError("operation not permitted when stream is capturing\nand more lines")
+        if function._schema.is_mutable:
+            self.before += [
+                (tensor, tensor.clone()) for tensor in (args[0], (kwargs or {}).get("out")) if tensor is not None
+            ]
+        out = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, out))
+        return out
+
+    @contextlib.contextmanager
+    def capture(self):
+        self.captured.append(self)
+        with self:
+            yield
+        for tensor, content in reversed(self.before):
+            tensor.copy_(content)
+
+    def replay(self):
+        type(self).replayed += 1
+        for function, args, kwargs, out in self.calls:
+            again = function(*args, **kwargs)
+            if not any(result.alias_info for result in function._schema.returns):  # neither a view nor in place
+                for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                    if isinstance(old, torch.Tensor):
+                        old.copy_(new)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """CUDA's graphs and streams on a CPU."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    names = dict(
+        CUDAGraph=Recorded, graph=lambda graph, **_: graph.capture(), stream=lambda _: contextlib.nullcontext()
+    )
+    names |= dict(Stream=lambda: stream, current_stream=lambda: stream)
+    for name, value in names.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(generate, "has_graphs", lambda device: True)
+    monkeypatch.setattr(Recorded, "captured", [])
+    monkeypatch.setattr(Recorded, "replayed", 0)
+    return Recorded
+
+
+@float64
+@pytest.mark.parametrize(
+    "options", [dict(temperature=0), dict(seed=5), dict(seed=5, repetition_penalty=1.2, top_p=0.9)]
+)
+@pytest.mark.parametrize("n_kv_heads", [4, 2])
+def test_replayed_graphs_give_the_same_text(graphs, options, n_kv_heads):
+    model = talker(max_seq_len=100, n_kv_heads=n_kv_heads)
+    options = options | dict(eos_id=3, return_logps=True)
+    expected = model.generate(PROMPTS, 80, **options, bucket=1)
+    assert not graphs.captured and len(set(map(len, expected.tokens))) >= 3
+    found = model.generate(PROMPTS, 80, **options, bucket=32, fetch_every=4)
+    assert found.tokens == expected.tokens
+    for logps, expected_logps in zip(found.logps, expected.logps, strict=True):
+        assert logps == pytest.approx(expected_logps, abs=1e-9)
+    assert 1 <= len(graphs.captured) <= 7 <= graphs.replayed  # 4 buckets and the batches of 8, 4, 2 and 1 rows
+
+
+def test_a_graph_is_captured_only_where_it_is_repaid(graphs):
+    talker().generate(PROMPTS, 12, eos_id=-1, bucket=32)
+    assert not graphs.captured
+    talker(max_seq_len=64).generate([[5]], 60, eos_id=-1, bucket=32)
+    # the first token is prefill's; of each bucket one step is the warm-up
+    assert len(graphs.captured) == 2 and graphs.replayed == 59 - 2
+
+
+def test_without_a_graph_generation_goes_on_with_one_warning(graphs, capsys):
+    class Looks(Llama):
+        def hidden(self, ids, cache=None):
+            assert ids.max().item() < 24  # the host looks at the device
+            return super().hidden(ids, cache)
+
+    model = talker(max_seq_len=100)
+    model.__class__ = Looks
+    expected = model.generate(PROMPTS, 80, temperature=0, bucket=1).tokens
+    assert model.generate(PROMPTS, 80, temperature=0, bucket=32).tokens == expected
+    line = "warning: generation goes on without a CUDA graph, and slower: operation not permitted when stream is captur"
+    assert capsys.readouterr().err == line + "ing\n" and not graphs.replayed
+
+
+def always(logits):
+    """A model that gives these logits after any text."""
+    model = Llama(ModelConfig(dim=4, n_layers=1, n_heads=1, n_kv_heads=1, vocab_size=len(logits), tied=False))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(1)  # so that the last state is (1, 1, 1, 1)
+        model.output.weight.copy_(torch.tensor(logits)[:, None] / 4)
+    return model
+
+
+def test_repetition_penalty_divides_positive_logits_and_multiplies_negative_ones():
+    def greedy(model, prompt, penalty):
+        return model.generate([prompt], 3, temperature=0, eos_id=-1, repetition_penalty=penalty).tokens[0]
+
+    positive = always([2.0, 1.5, 0.5, -3.0])
+    assert greedy(positive, [0], 1.0) == [0, 0, 0]
+    assert greedy(positive, [0], 1.6) == [1, 0, 0]  # 2 / 1.6 = 1.25 < 1.5; then 1.5 / 1.6 = 0.94 < 1.25
+    assert greedy(positive, [3], 1.6) == [0, 1, 0]
+    negative = always([-1.0, -1.2, -9.0, -9.0])
+    assert greedy(negative, [3], 1.5) == [0, 1, 0]  # -1 * 1.5 < -1.2; then -1.2 * 1.5 < -1.5
+    logps = positive.generate([[0]], 1, temperature=0, repetition_penalty=1.6, return_logps=True).logps
+    assert logps[0] == pytest.approx([torch.tensor([1.25, 1.5, 0.5, -3.0]).log_softmax(0)[1].item()], abs=1e-4)
+
+
+def uniform(n):
+    return torch.rand(n, 1, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (dict(), [0.1, 0.5, 0.15, 0.25]),
+        (dict(temperature=0.5), [0.01 / 0.345, 0.25 / 0.345, 0.0225 / 0.345, 0.0625 / 0.345]),
+        (dict(top_k=2), [0, 2 / 3, 0, 1 / 3]),
+        (dict(top_k=9), [0.1, 0.5, 0.15, 0.25]),
+        (dict(top_p=0.49), [0, 1, 0, 0]),
+        (dict(top_p=0.7), [0, 2 / 3, 0, 1 / 3]),  # 0.5 does not reach 0.7, 0.75 does
+        (dict(top_p=0.8), [0, 0.5 / 0.9, 0.15 / 0.9, 0.25 / 0.9]),
+        (dict(top_p=0.7, top_k=2), [0, 2 / 3, 0, 1 / 3]),
+        (dict(top_p=0.6, top_k=2), [0, 1, 0, 0]),  # of the two, one has 2 / 3
+        (dict(top_p=0.6, temperature=0.5), [0, 1, 0, 0]),  # 0.25 / 0.345 = 0.72 reaches 0.6 alone
+        (dict(temperature=0), [0, 1, 0, 0]),
+    ],
+)
+def test_sample_draws_from_the_right_set_in_the_right_shares(options, expected):
+    logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log().expand(20_000, 4)
+    drawn = sample(logits, uniform(20_000), **options)
+    shares = (drawn.bincount(minlength=4) / len(drawn)).tolist()
+    assert shares == pytest.approx(expected, abs=0.02)  # 5 standard deviations
+    assert [share == 0 for share in shares] == [share == 0 for share in expected]
+
+
+def test_sample_reaches_both_ends_of_the_vocabulary_and_never_a_token_without_probability():
+    allowed = torch.tensor([0, 1, 777, 2000, 3998])  # 1 of 4,000 to each side of what may not come
+    logits = torch.full((4000,), -torch.inf)
+    logits[allowed] = torch.tensor([0.2, 0.1, 0.3, 0.1, 0.3]).log()
+    drawn = sample(logits.expand(5_000, -1), uniform(5_000))
+    assert drawn.unique().tolist() == allowed.tolist()
+
+
+@pytest.mark.parametrize("options", [dict(), dict(top_k=2), dict(top_p=0.5), dict(temperature=0.5)], ids=str)
+def test_sample_marks_logits_that_are_not_finite(options):
+    drawn = sample(torch.tensor([[0.0, 1], [0, torch.nan], [0, torch.inf], [-torch.inf] * 2]), uniform(4), **options)
+    assert drawn.tolist()[1:] == [-1] * 3 and drawn[0] >= 0
+
+
+@modes
+def test_generation_says_that_logits_are_not_finite(mode):
+    for options in (dict(), dict(repetition_penalty=1.5, return_logps=True)):
+        with pytest.raises(ValueError, match="cannot sample: the logits are not finite"):
+            always([0.0, torch.nan]).generate([[1], [0, 1]], 30, eos_id=-1, **options, **mode)
