@@ -40,18 +40,20 @@ class Tokenizer:
         self.sha256 = hashlib.sha256(self.model_bytes).hexdigest()
         try:
             # an empty proto would leave the processor silently uninitialised
-            sp = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes or b"empty")
-        except RuntimeError:
-            raise TokenizerError(f"not a SentencePiece model ({len(self.model_bytes)} bytes)") from None
-        found = (sp.unk_id(), sp.bos_id(), sp.eos_id())
+            self._sp = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes or b"empty")
+            self._read_pieces(self._sp)
+        except (RuntimeError, ValueError, LookupError):  # also of text that is no UTF-8
+            raise TokenizerError(f"not a SentencePiece model, or damaged ({len(self.model_bytes)} bytes)") from None
+        found = (self._sp.unk_id(), self._sp.bos_id(), self._sp.eos_id())
         if found != (0, 1, 2):
             raise TokenizerError(f"the tokenizer's unk, bos and eos ids are {found}; (0, 1, 2) is needed")
-        self.n_pieces = sp.get_piece_size()
         self.vocab_size = CHATGLM_ROWS if self.n_pieces == CHATGLM_PIECES else self.n_pieces
-        self._sp = sp
-        every_id = list(range(self.n_pieces))
-        self._special = {i for i in every_id if sp.is_control(i) or sp.is_unknown(i)}
-        self._byte_of = {i: int(sp.id_to_piece(i)[1:-1], 16) for i in every_id if sp.is_byte(i)}
+
+    def _read_pieces(self, sp):
+        pieces = [sp.id_to_piece(i) for i in range(sp.get_piece_size())]
+        self.n_pieces = len(pieces)
+        self._special = {i for i in range(self.n_pieces) if sp.is_control(i) or sp.is_unknown(i)}
+        self._byte_of = {i: int(piece[1:-1], 16) for i, piece in enumerate(pieces) if sp.is_byte(i)}
         # Characters that SentencePiece would not give back, and the bytes written for them. With a dummy prefix
         # (ChatGLM3, Llama 2) the text cannot be cut into parts, and a literal U+2581 comes back as a space, as in the
         # reference. Without one it is written in bytes, as are spaces where the vocabulary has no piece for them.

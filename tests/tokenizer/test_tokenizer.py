@@ -12,6 +12,7 @@ from collections import Counter
 import pytest
 import sentencepiece
 from chains import ROOT
+from sentencepiece import sentencepiece_model_pb2
 
 from configs.tokenizer import config as train_defaults
 from tokenizer import (
@@ -216,6 +217,16 @@ def test_load_refuses_what_is_no_model(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(TokenizerError, match="tokenizer.model: not a SentencePiece model"):
         Tokenizer.load(path)
+
+
+def test_load_refuses_pieces_that_are_no_text_and_missing_bytes(tok):
+    spoilt = tok.model_bytes.replace("酒".encode(), b"\xff\x85\x92")
+    model = sentencepiece_model_pb2.ModelProto.FromString(tok.model_bytes)
+    next(piece for piece in model.pieces if piece.piece == "<0xE2>").type = 1  # of U+2581, a normal piece now
+    for content in (spoilt, model.SerializeToString()):
+        assert content != tok.model_bytes
+        with pytest.raises(TokenizerError, match=r"not a SentencePiece model, or damaged \(\d+ bytes\)"):
+            Tokenizer(content)
 
 
 def test_load_names_the_missing_path(tmp_path):
