@@ -35,6 +35,9 @@ class ModelConfig:
     def __post_init__(self):
         if self.hidden_dim is None:
             self.hidden_dim = 32 * math.ceil(int(8 * self.dim / 3) / 32)
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len", "hidden_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: at least 1 is needed")
         for a, b in (("dim", "n_heads"), ("n_heads", "n_kv_heads")):
             if getattr(self, a) % getattr(self, b):
                 raise ValueError(f"{a}={getattr(self, a)} is not a multiple of {b}={getattr(self, b)}")

@@ -77,7 +77,9 @@ def main(argv=None):
     check_data(tokenizer, config["tokenizer"], meta, data / "meta.json")
     train, val = Corpus(data, "train", mixture=config["mixture"]), Corpus(data, "val")
 
-    model = Llama(plan.shape_of(config, tokenizer.vocab_size)).to(env.device)
+    shape = plan.shape_of(config, tokenizer.vocab_size)
+    plan.check_fits(shape, config, env)
+    model = Llama(shape).to(env.device)
     model.recompute = config["recompute"]
     forward = distributed.wrap(model, env, config)
     forward = distributed.compiled(forward, env) if config["compile"] else forward

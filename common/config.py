@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from common.ranges import CHOICES, contradiction, fault
-from dataset.formats import DataError
+from dataset.formats import DataError, escaped
 from tokenizer import TokenizerError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -57,7 +57,7 @@ def parse_config(
     if os.environ.get("RANK", "0") == "0":  # torchrun starts this once per process
         for key, value in config.items():
             if value != defaults[key]:
-                print(f"{key} = {_text(value)} (default {_text(defaults[key])})", file=file)
+                print(escaped(f"{key} = {_text(value)} (default {_text(defaults[key])})"), file=file)
     return _unflatten(config)
 
 
@@ -74,7 +74,9 @@ def run(main: Callable[[], Any]) -> None:
         message = str(error)
         if isinstance(error, OSError) and error.filename is not None:
             message = f"{error.strerror}: {error.filename}"
-        print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
+        if _is_out_of_memory(error):
+            message = f"out of memory: fewer rows at once, such as batch_size, or a smaller model need less: {message}"
+        print(f"error: {escaped(' '.join(message.splitlines()))}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -83,7 +85,13 @@ def _is_users(error: Exception) -> bool:
     kinds = (UserError, DataError, TokenizerError, FileNotFoundError, PermissionError)
     kinds += (IsADirectoryError, NotADirectoryError)
     disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return isinstance(error, kinds) or disk_full
+    return isinstance(error, kinds) or disk_full or _is_out_of_memory(error)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Python's and NumPy's MemoryError, torch's OutOfMemoryError of a GPU and its RuntimeError of a CPU."""
+    torchs = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return torchs or isinstance(error, MemoryError)
 
 
 def _read_file(path: Path, defaults: dict, configs_dir: Path) -> dict:

@@ -5,6 +5,7 @@ what CUDA itself needs, comes on top.
 """
 
 import math
+import os
 import time
 from pathlib import Path
 
@@ -39,6 +40,29 @@ def shape_of(config: dict, vocab_size: int) -> ModelConfig:
     if config["seq_len"] > shape.max_seq_len:
         raise ConfigError(f"seq_len={config['seq_len']} exceeds model.max_seq_len={shape.max_seq_len}")
     return shape
+
+
+def machine_memory(device: torch.device) -> float:
+    """Bytes of a GPU, or of this machine's RAM; inf where the system does not tell."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "cuda" or not hasattr(os, "sysconf"):  # Windows has none
+        return math.inf
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_fits(shape: ModelConfig, config: dict, env) -> None:
+    """ConfigError for a model that cannot be trained here, instead of a machine that swaps until it is killed."""
+    D, kv = shape.dim, shape.n_kv_heads * shape.head_dim
+    block = 2 * D * D + 2 * D * kv + 3 * D * shape.hidden_dim + 2 * D  # wq, wo; wk, wv; w1, w2, w3; two norms
+    total = shape.n_layers * block + D + shape.vocab_size * D * (1 if shape.tied else 2)
+    shards = env.world_size if config["parallel"] == "fsdp" else 1
+    needed = total * 4 * (3 if config["optimizer"] == "muon" else 4) / shards  # weights, gradients, one state or two
+    if needed > (has := machine_memory(env.device)):
+        raise ConfigError(
+            f"model: {total:,} parameters need {needed / 1e9:,.0f} GB with their gradients and the optimizer's state, "
+            f"and {env.device} has {has / 1e9:,.0f} GB: choose a smaller model.dim, model.n_layers or vocabulary"
+        )
 
 
 def skeleton(shape: ModelConfig) -> Llama:

@@ -10,7 +10,7 @@ import re
 import zlib
 from contextlib import contextmanager
 
-from dataset.formats import DataError
+from dataset.formats import DataError, escaped
 
 LEGACY = {"gb18030": "GB18030", "big5hkscs": "Big5"}
 WIDE = {f"utf-{n}{end}": f"UTF-{n}" for n in (16, 32) for end in ("", "-le", "-be")}  # no byte ends a line
@@ -27,8 +27,6 @@ COMMON = frozenset(
     "这個們來為國說時會對於過發後裡種經麼學現當沒動還進樣開從實軍無與長機關點業將兩間問應頭體見產曰矣乎此言何"
     "，。、：；！？“”《》（）「」…—　"
 )
-
-_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 class Doubtful(DataError):
@@ -83,16 +81,6 @@ def is_clean(text):
     except UnicodeEncodeError:
         return False
     return True
-
-
-def writable(text):
-    """Text that can be written and hashed: what is not UTF-8 in file names, and lone surrogates, as backslashes."""
-    return os.fspath(text).encode(errors="backslashreplace").decode()
-
-
-def escaped(name):
-    """A name as it can stand in a line of a message: line breaks and what else steers a terminal as backslashes too."""
-    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), writable(name))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import re
 import numpy as np
 
 from corpora.clean import clean_document, clean_text, content_key, text_hash
-from corpora.encodings import writable
+from dataset.formats import writable
 from tokenizer import encode_documents, encode_examples, encode_pair, fit_prompt
 
 STREAMS = dict(

@@ -25,8 +25,8 @@ import numpy as np
 
 from common.config import UserError
 from common.report import Progress
-from corpora.encodings import reading, writable
-from dataset.formats import DataError
+from corpora.encodings import reading
+from dataset.formats import DataError, writable
 
 SAMPLES = 20  # dropped records kept of each reason, to look at
 SHOWN = 500  # characters of a sample

@@ -19,11 +19,22 @@ import numpy as np
 from dataset.plain_pickle import read_pickle
 
 FORMAT_VERSION = 2
+CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 OWN = re.compile(r"corpus\.txt|(?:train|val)\.[\w.-]+\.bin|(?:sft|rm|prompts)\.pkl")  # what data_process.py writes
 
 
 class DataError(Exception):
     """Data that cannot be used: the message names the file and what is wrong with it."""
+
+
+def writable(text):
+    """Text that can be written and hashed: what is not UTF-8 in file names, and lone surrogates, as backslashes."""
+    return os.fspath(text).encode(errors="backslashreplace").decode()
+
+
+def escaped(text):
+    """A text as it can stand in a line of a message: line breaks and what else steers a terminal as backslashes too."""
+    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), writable(text))
 
 
 def is_running(pid):

@@ -95,6 +95,13 @@ def test_config_refuses_impossible_heads(bad):
         ModelConfig(**dict(dim=32, n_heads=4, n_kv_heads=4) | bad)
 
 
+@pytest.mark.parametrize("name", "dim n_layers n_heads n_kv_heads vocab_size max_seq_len hidden_dim".split())
+def test_config_refuses_sizes_below_one(name):
+    for size in (0, -32):
+        with pytest.raises(ValueError, match=f"{name}={size}: at least 1 is needed"):
+            ModelConfig(**dict(dim=32, n_heads=4, n_kv_heads=4, hidden_dim=96) | {name: size})
+
+
 @pytest.mark.parametrize(
     "dim, n_heads, vocab_size, tied",
     [(64, 8, 64793, True), (160, 5, 6144, True), (512, 8, 6144, False), (1024, 16, 64793, True)],

@@ -5,7 +5,9 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 from chains import ROOT
 
 from common.config import ConfigError, UserError, parse_config, run
@@ -265,6 +267,14 @@ def test_write_file_keeps_the_old_file_on_failure(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
 
+def test_what_would_steer_a_terminal_is_escaped(configs, capsys):
+    parse(configs, "--out=a\x1b[31m\nb\x9b\udcff")
+    assert capsys.readouterr().out == "out = a\\x1b[31m\\nb\\x9b\\udcff (default out/demo)\n"
+    with pytest.raises(SystemExit):
+        run(lambda: parse(configs, "--max_steps=\x1b[2J"))
+    assert "\\x1b[2J" in (err := capsys.readouterr().err) and "\x1b" not in err
+
+
 def raising(error):
     def main():
         raise error
@@ -283,6 +293,10 @@ def raising(error):
         ),
         (PermissionError("no way"), "error: no way"),
         (OSError(28, "No space left on device"), "error: [Errno 28] No space left on device"),
+        (
+            MemoryError("7 PiB"),
+            "error: out of memory: fewer rows at once, such as batch_size, or a smaller model need less: 7 PiB",
+        ),
     ],
 )
 def test_run_ends_bad_input_in_one_line(capsys, failure, line):
@@ -299,6 +313,15 @@ def test_run_knows_the_errors_of_the_lower_modules(capsys, module, name):
         run(raising(kind("half a file")))
     assert caught.value.code == 2
     assert capsys.readouterr().err == "error: half a file\n"
+
+
+def test_run_knows_when_memory_is_out(capsys):
+    gpu = raising(torch.OutOfMemoryError("CUDA\nGPU"))
+    for allocate in (lambda: torch.empty(10**15), lambda: np.empty(10**15), gpu):
+        with pytest.raises(SystemExit):
+            run(allocate)
+        line = capsys.readouterr().err
+        assert line.startswith("error: out of memory: fewer rows at once") and line.count("\n") == 1
 
 
 def test_run_lets_bugs_through():

@@ -220,6 +220,23 @@ def test_what_cannot_be_trained_is_not_planned(changes, message):
         plan.report(config_of(**changes))
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_that_this_machine_cannot_hold_is_refused(monkeypatch, tied):
+    shape, env = ModelConfig(**SHAPE, tied=tied), Env(0, 2, torch.device("cpu"))
+    n = sum(plan.count_parameters(shape).values())
+    for bytes_each, changes in ((16, {}), (12, dict(optimizer="muon")), (8, dict(parallel="fsdp"))):
+        config = dict(optimizer="adamw", parallel="ddp") | changes
+        monkeypatch.setattr(plan, "machine_memory", lambda device, has=bytes_each * n: has)
+        plan.check_fits(shape, config, env)
+        monkeypatch.setattr(plan, "machine_memory", lambda device, has=bytes_each * n - 1: has)
+        with pytest.raises(ConfigError, match=f"^model: {n:,} parameters need 0 GB .* and cpu has 0 GB: choose"):
+            plan.check_fits(shape, config, env)
+
+
+def test_memory_of_this_machine():
+    assert 1e8 < plan.machine_memory(torch.device("cpu"))
+
+
 def test_utilisation_is_beside_the_measured_peak(monkeypatch):
     monkeypatch.setattr(plan, "measured_peak", lambda: 80e9)
     line = plan.utilisation(20e9, Env(0, 1, torch.device("cpu")))

@@ -4,7 +4,7 @@ import importlib
 import math
 
 import pytest
-from chains import ROOT
+from chains import ROOT, failure
 
 from common.config import ConfigError, flatten, parse_config
 from common.distributed import DTYPES
@@ -118,3 +118,26 @@ def test_the_line_says_what_is_needed(stage, value, line):
     with pytest.raises(ConfigError) as caught:
         parse_config(stage, [value], "")
     assert str(caught.value) == line
+
+
+@pytest.mark.parametrize(
+    ("script", "option"),
+    [
+        ("tokenizer.train", "--vocab_size=-1"),
+        ("data_process", "--val_share=1"),
+        ("pretrain", "--model.dim=0"),
+        ("sft", "--grad_clip=-1"),
+        ("rm_train", "--seed=-1"),
+        ("dpo_train", "--beta=0"),
+        ("ppo_train", "--ppo_epochs=0"),
+        ("grpo_train", "--temperature=0"),
+        ("quantize", "--damping=inf"),
+        ("eval_generate", "--top_p=0"),
+        ("export", "--format=gguf --dtype=int3"),
+    ],
+)
+def test_every_script_refuses_before_it_reads_or_writes(script, option, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = [*option.split(), *([] if script == "eval_generate" else ["--out=made"])]
+    line = failure(capsys, importlib.import_module(script).main, options)
+    assert option.split()[-1].removeprefix("--").split("=")[0] + "=" in line and list(tmp_path.iterdir()) == []
