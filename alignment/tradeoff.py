@@ -11,6 +11,7 @@ from common.plots import new_figure, png
 
 # of the KL axis, those that are in view
 TICKS = [-1, -0.1, 0, 0.1, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000]
+LABELS = {"positive": "share of positive replies", "score": "mean score of the replies"}
 # where a label may stand beside its point: points to the right or left, points up
 PLACES = [(x, y) for y in (5, -12, 17, -24, 29, -36, 41, -48, 53, -60) for x in (8, -8)]
 GRAY = "0.35"
@@ -37,8 +38,8 @@ def signed_sqrt(x):
     return np.sign(x) * np.sqrt(np.abs(x))
 
 
-def draw(checkpoints, yardstick, title):
-    """(figure, labels) of the positive share against KL; rows as in the JSON of a comparison.
+def draw(checkpoints, yardstick, title, judge="positive"):
+    """(figure, labels) of the positive share, or the score, against KL; rows as in the JSON of a comparison.
 
     The yardstick's points, best of n, are joined by a dashed line that starts at the first checkpoint, best of one.
     """
@@ -48,32 +49,32 @@ def draw(checkpoints, yardstick, title):
     names = short_names([row["checkpoint"] for row in checkpoints]) + [row["checkpoint"] for row in yardstick]
     styles = [dict(color=f"C{i % 10}", markersize=6) for i in range(len(checkpoints))]
     styles += [dict(color=GRAY, markersize=4)] * len(yardstick)
-    points = [(row["kl"], row["positive"]) for row in checkpoints + yardstick]
+    points = [(row["kl"], row[judge]) for row in checkpoints + yardstick]
     line = [points[0], *points[len(checkpoints) :]]
     axes.plot(*zip(*line, strict=True), "--", color=GRAY, linewidth=1.2, zorder=1)
     for row, point, style in zip(checkpoints + yardstick, points, styles, strict=True):
-        low, high = row["positive"] - row["positive_low"], row["positive_high"] - row["positive"]
+        low, high = row[judge] - row[f"{judge}_low"], row[f"{judge}_high"] - row[judge]
         errors = [[max(low, 0)], [max(high, 0)]]  # rounding may leave -1e-17
         axes.errorbar(*point, errors, fmt="o", capsize=2, linewidth=1, **style)
     axes.margins(x=0.12, y=0.08)
     least, high = min(kl for kl, _ in points), axes.get_xlim()[1]
     axes.set_xticks(ticks := [tick for tick in TICKS if least <= tick <= high], [f"{tick:g}" for tick in ticks])
     axes.set_xlabel("KL to the first checkpoint (nats per reply, square-root scale)")
-    axes.set_ylabel("share of positive replies, 95 % interval")
+    axes.set_ylabel(f"{LABELS[judge]}, 95 % interval")
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.25)
     figure.draw_without_rendering()  # now it is known where the points are
     texts = [(*point, name, style["color"]) for point, name, style in zip(points, names, styles, strict=True)]
-    return figure, label(axes, texts, obstacles(axes, checkpoints + yardstick, line))
+    return figure, label(axes, texts, obstacles(axes, checkpoints + yardstick, line, judge))
 
 
-def obstacles(axes, rows, line):
+def obstacles(axes, rows, line, judge="positive"):
     """Boxes, in pixels, over the points with their intervals, and along a line of (x, y)."""
     from matplotlib.transforms import Bbox
 
     boxes = []
     for row in rows:
-        ends = [[row["kl"], row[key]] for key in ("positive_low", "positive", "positive_high")]
+        ends = [[row["kl"], row[key]] for key in (f"{judge}_low", judge, f"{judge}_high")]
         (x, low), (_, y), (_, high) = axes.transData.transform(ends)
         boxes += [Bbox.from_extents(x - 3, low, x + 3, high), Bbox.from_extents(x - 8, y - 8, x + 8, y + 8)]
     corners = axes.transData.transform(line)

@@ -21,7 +21,7 @@ from alignment.rollout import rollout
 from common import checkpoint
 from common.checkpoint import CheckpointError
 from common.config import ConfigError, UserError
-from common.metrics import distinct_2, wilson_interval
+from common.metrics import distinct_2
 from dataset.formats import BinWriter, DataError, save_meta, save_pkl, token_dtype
 from model import Llama, ModelConfig
 from tokenizer import Tokenizer, encode_example, encode_prompt
@@ -353,13 +353,13 @@ EXAMPLES = [
 
 
 def compare(capsys, paths, data, *options):
-    pytest.importorskip("snownlp")
     out, _ = run(capsys, f"--compare={','.join(map(str, paths))}", f"--data={data}", *options)
     markdown, _, figures = out.rstrip("\n").rpartition("\n\n")
     return markdown, json.loads(figures)
 
 
 def test_comparison_by_hand(tmp_path, tok, capsys):
+    pytest.importorskip("snownlp")
     data = save_data(tmp_path / "data", tok, {}, PROMPTS, EXAMPLES)
     a, b = tok.encode("酒店")[0], tok.encode("书")[0]
     endless = chain_model(tok.vocab_size, [tok.bos_id, a, b, a])
@@ -381,7 +381,7 @@ def test_comparison_by_hand(tmp_path, tok, capsys):
     assert good["kl"] == 0.0
     assert bad["kl"] == pytest.approx(GAP + len(tok.encode("差评")) * math.log(tok.vocab_size), rel=1e-3)
     # of 10 characters: 很好 好看, 差评
-    assert figures["distinct_2_characters"] == 10
+    assert figures["distinct_2_characters"] == 10 and figures["judge"] == "positive"
     assert (good["distinct_2"], bad["distinct_2"]) == (0.2, 0.1)
 
     good, bad, endless = figures["tasks"]
@@ -424,7 +424,39 @@ def test_comparison_with_empty_replies(tmp_path, tok, capsys):
     silent = save(tmp_path / "silent", tok, says(tok, ""))
     _, figures = compare(capsys, [silent], data, "--compare_temperature=0")
     row = figures["replies"][0]
-    assert (row["positive"], row["characters"], row["eos_rate"], row["distinct_2"]) == (0, 0, 1, None)
+    assert (row["bits_per_char"], row["characters"], row["eos_rate"], row["distinct_2"]) == (None, 0, 1, None)
+
+
+def test_replies_to_other_than_reviews_are_not_judged_by_their_polarity(tmp_path, tok, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "snownlp", None)
+    examples = [example for example in EXAMPLES if example[0] == "write"]
+    data = save_data(tmp_path / "data", tok, {}, PROMPTS, examples)
+    first = save(tmp_path / "alike", tok, chain_model(tok.vocab_size, [tok.bos_id]))  # finds all tokens alike
+    good, bad = (save(tmp_path / name, tok, says(tok, text)) for name, text in (("good", "很好看"), ("bad", "差评")))
+    judge = random_model(tok.vocab_size, seed=1, scalar_head=True)
+    rm = save(tmp_path / "rm", tok, judge, "rm")
+    paths, options = [first, good, bad], ["--max_new_tokens=12", "--compare_samples=0"]
+    markdown, figures = compare(capsys, paths, data, *options)
+    assert figures["judge"] == "bits_per_char" and "SnowNLP" not in markdown
+    assert not [key for row in figures["replies"] for key in row if key.startswith(("positive", "score"))]
+    for row, text in zip(figures["replies"][1:], ("很好看", "差评"), strict=True):
+        nats = (len(tok.encode(text)) + 1) * math.log(tok.vocab_size)  # eos too
+        assert row["bits_per_char"] == pytest.approx(nats / math.log(2) / len(text), rel=1e-4)
+        assert f" {row['bits_per_char']:.2f} | {row['kl']:.2f} | {len(text)}.0 | " in markdown
+    with pytest.raises(ConfigError, match=r"picture: .*data has no reviews .* give a reward_model"):
+        compare(capsys, paths, data, *options, f"--picture={tmp_path / 'a.png'}")
+
+    picture = tmp_path / "a.png"
+    markdown, figures = compare(capsys, paths, data, *options, f"--reward_model={rm}", f"--picture={picture}")
+    assert figures["judge"] == "score" and f"score by {rm}; " in markdown and picture.exists()
+    prompts = [encode_prompt(tok, user(text)) for text, is_val in PROMPTS if is_val]
+    for row, text in zip(figures["replies"][1:], ("很好看", "差评"), strict=True):
+        rows = [torch.tensor([ids + tok.encode(text) + [tok.eos_id]]) for ids in prompts]
+        scores = torch.cat([judge.values(ids)[:, -1] for ids in rows]).detach()
+        half = 1.96 * scores.std() / math.sqrt(len(prompts))
+        found = row["score"], row["score_low"], row["score_high"]
+        wanted = [float(x) for x in (scores.mean(), scores.mean() - half, scores.mean() + half)]
+        assert found == pytest.approx(wanted, rel=1e-4)
 
 
 def test_best_of_n_is_what_the_reward_model_scores_highest(tmp_path, tok, capsys, monkeypatch):
@@ -455,7 +487,8 @@ def test_best_of_n_is_what_the_reward_model_scores_highest(tmp_path, tok, capsys
     for batches, _, _ in drawn:
         rows = [ids[:length] for batch in batches for ids, length in zip(batch.ids, batch.lengths, strict=True)]
         scores.append([judge.values(ids[None])[0, -1].item() for ids in rows])  # alone, without padding
-    for n, (texts, ended) in best.items():
+    for n, (texts, ended, top) in best.items():
+        assert top.tolist() == pytest.approx([max(column[:n]) for column in zip(*scores, strict=True)], rel=1e-5)
         for k in range(5):
             i = max(range(n), key=lambda i: scores[i][k])
             assert (texts[k], ended[k]) == (drawn[i][1][k], drawn[i][2][k])
@@ -464,17 +497,14 @@ def test_best_of_n_is_what_the_reward_model_scores_highest(tmp_path, tok, capsys
     first, two, four = figures["replies"]
     assert [row["checkpoint"] for row in figures["replies"]] == [str(policy), "best of 2", "best of 4"]
     assert (two["kl"], four["kl"]) == (pytest.approx(0.193147), pytest.approx(0.636294))  # ln n - (n - 1) / n
-    judged = snownlp_judge()
-    for row, (texts, ended) in zip((two, four), best.values(), strict=True):
-        right = sum(judged(text) == 1 for text in texts)
-        assert (row["positive"], row["eos_rate"]) == (right / 5, sum(ended) / 5)
-        assert [row["positive_low"], row["positive_high"]] == pytest.approx(wilson_interval(right, 5), abs=1e-5)
+    for row, (texts, ended, top) in zip((two, four), best.values(), strict=True):
+        assert (row["score"], row["eos_rate"]) == (pytest.approx(top.mean().item(), rel=1e-5), sum(ended) / 5)
         assert row["distinct_2"] == pytest.approx(distinct_2(texts, figures["distinct_2_characters"]), abs=1e-5)
     assert figures["best_of"] == [2, 4] and "the upper bound ln n - (n - 1) / n" in markdown
     assert picture.read_bytes().startswith(b"\x89PNG\r\n")
 
     assert first["characters"] == sum(map(len, drawn[0][1])) / 5  # best of 1 is what is compared anyway
-    (alone,) = compare(capsys, [policy], data, *options)[1]["replies"]
+    (alone,) = compare(capsys, [policy], data, *options, f"--reward_model={rm}")[1]["replies"]
     assert alone | dict(distinct_2=0) == first | dict(distinct_2=0)
 
 
