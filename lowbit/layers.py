@@ -3,8 +3,9 @@
 int8: output channel n holds q[n] in -127..127 and one bfloat16 scale: w[n] ~ scale[n] * q[n].
 int4: each group of `group_size` columns of a channel holds q in 0..15, two to a byte, one bfloat16 scale and one zero:
 w ~ scale * (q - zero), as GPTQ's files have it (arXiv:2210.17323); symmetric layers have zero 8 and do not store it.
-A few rows (decoding) go through torch's kernels, which read a quarter or an eighth of the bytes; many rows (prefill,
-evaluation) are multiplied in float32, where few bits have no speed to offer and rounding activations costs accuracy.
+A few rows (decoding) go through torch's kernels, which read a quarter or an eighth of the bytes, or on a GPU that has
+slow ones or none through a bfloat16 copy of the weight, for 2 bytes a number more; many rows (prefill, evaluation) are
+multiplied in float32, where few bits have no speed to offer and rounding activations costs accuracy.
 """
 
 from fnmatch import fnmatchcase
@@ -24,6 +25,8 @@ HAS_KERNEL = torch.backends.cpu.get_cpu_capability().startswith("AVX")
 PIECE_ROWS = 4096
 # The sizes that torch's kernels know, but 256; a multiple of the smallest can be computed as several of it.
 GROUP_SIZES = (32, 64, 128)
+# Which of make_kernel and make_dense is faster for a weight of some kind, shape and device; None for neither.
+FASTEST = {}
 SPEC_KEYS = {"int8": {"method"}, "int4": {"method", "group_size", "symmetric", "algorithm", "int8"}}
 
 
@@ -55,6 +58,22 @@ def linear_kernel(x, *weight, multiply=torch._weight_int8pack_mm):
     return y.view(*x.shape[:-1], -1)
 
 
+def cuda_seconds(kernel, x, repeats=10):
+    """The median time that CUDA takes for kernel(x), the weight not in its cache, as it is not from token to token."""
+    flush = torch.empty(2**27, dtype=torch.uint8, device=x.device)  # more bytes than a GPU's cache holds
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times = []
+    with torch.cuda.device(x.device):
+        for _ in range(repeats):
+            flush.zero_()  # takes longer than to launch what follows, which so is not measured
+            start.record()
+            kernel(x)
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1000)
+    return sorted(times)[repeats // 2]
+
+
 def use_kernel(x, q):
     """Whether torch's kernel can multiply x (..., K) by q, and faster. An int4 q (N, Kp/2) is always aligned."""
     return (
@@ -70,7 +89,7 @@ class LowBitWeight(nn.Module):
 
     rows(ids): the float32 rows of those numbers (or of a slice)
     piece(x, part): x (..., K) times the rows of a slice, in float32
-    make_kernel(): a function of few x, times all rows: faster, and rounded to bfloat16
+    make_kernel(): a function of few x, times all rows: faster on a CPU, and rounded to bfloat16
     """
 
     def __init__(self, n_rows, n_columns):
@@ -101,20 +120,37 @@ class LowBitWeight(nn.Module):
         """make_kernel's, made at first use and again after a buffer was replaced or written to; or None."""
         state = [(id(b), 0 if b.is_inference() else b._version) for b in self._buffers.values()]
         if self.made is None or self.made[0] != state:
-            kernel = self.make_kernel() if self.q.is_cpu else self.proven_kernel()
+            kernel = self.make_kernel() if self.q.is_cpu else self.fastest_kernel(cuda_seconds)
             self.made = state, kernel, list(self._buffers.values())  # an id is theirs as long as they are held
         return self.made[1]
 
-    def proven_kernel(self):
-        """make_kernel's if it agrees with float32. No GPU was at hand to test those of CUDA, so each layer does."""
-        try:
-            kernel = self.make_kernel()
-            x = torch.linspace(0, 1, self.n_columns, device=self.q.device)
-            exact = self.linear_float32(x)
-            agrees = (kernel(x) - exact).norm() <= 0.02 * exact.norm()
-        except RuntimeError:  # this GPU has none, or none for this shape
-            return None
-        return kernel if agrees else None
+    def make_dense(self):
+        """As make_kernel, of the weight in bfloat16, two bytes a number more: what many GPUs multiply faster."""
+        weight = self.weight.bfloat16()
+        return lambda x: linear_kernel(x, weight, multiply=F.linear)
+
+    def agrees(self, kernel):
+        """Whether a kernel computes what float32 does. No GPU was at hand to test torch's of CUDA."""
+        x = torch.linspace(0, 1, self.n_columns, device=self.q.device)
+        exact = self.linear_float32(x)
+        return bool((kernel(x) - exact).norm() <= 0.02 * exact.norm())
+
+    def fastest_kernel(self, seconds):
+        """Of make_kernel's and make_dense's the one that agrees with float32 and takes less seconds(kernel, x), for
+        one row and for KERNEL_ROWS together; or None. Weights of one kind and shape on a device choose once."""
+        key = self.q.dtype, self.n_rows, self.n_columns, self.scale.shape, self.q.device
+        if key not in FASTEST:
+            times = {}
+            for make in ("make_kernel", "make_dense"):
+                try:
+                    kernel = getattr(self, make)()
+                    if self.agrees(kernel):
+                        few = [torch.ones(n, self.n_columns, device=self.q.device) for n in (1, KERNEL_ROWS)]
+                        times[make] = sum(seconds(kernel, x) for x in few)
+                except RuntimeError:  # this GPU has none, or none for this shape, or no memory for it
+                    continue
+            FASTEST[key] = min(times, key=times.get, default=None)
+        return FASTEST[key] and getattr(self, FASTEST[key])()
 
     def _apply(self, fn, recurse=True):
         """Moves to other devices. A change of the model's dtype is meant for activations: the scale keeps its own."""

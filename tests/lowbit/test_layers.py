@@ -204,17 +204,42 @@ def test_without_kernels_every_product_is_exact(kind, monkeypatch):
 
 @kernel_only
 @pytest.mark.parametrize("kind", KINDS, ids=KIND_NAMES)
-def test_untested_kernels_must_agree_with_float32(kind):
+@pytest.mark.parametrize("times, dense", [((1, 2, 2, 2), False), ((1, 9, 3, 3), True), ((5, 1, 1, 4), True)])
+def test_of_two_kernels_the_faster_is_taken_for_all_of_a_shape(kind, times, dense, monkeypatch):
+    monkeypatch.setattr(layers, "FASTEST", {})
+    layer, again, x = make(kind, 20, 96), make(kind, 20, 96, embedding=True), torch.randn(2, 96)
+    asked, left = [], list(times)
+
+    def seconds(kernel, few):
+        asked.append((len(few), kernel(few).shape))
+        return left.pop(0)
+
+    for each in (layer, again):  # the second is as the first
+        y = each.fastest_kernel(seconds)(x)
+        assert torch.equal(y, layer.make_dense()(x) if dense else layer.make_kernel()(x))
+    assert asked == 2 * [(1, (1, 20)), (32, (32, 20))]
+    assert relative_error(layer.make_dense()(x), x.double() @ slow_weight(layer).T) < 0.01
+
+
+@kernel_only
+@pytest.mark.parametrize("kind", KINDS, ids=KIND_NAMES)
+def test_untested_kernels_must_agree_with_float32(kind, monkeypatch):
     layer, x = make(kind, 20, 96), torch.randn(2, 96)
-    assert torch.equal(layer.proven_kernel()(x), layer(x))
-    right = layer.make_kernel()
+    right, dense = layer.make_kernel(), layer.make_dense()
+    assert layer.agrees(right) and layer.agrees(dense)
 
     def absent():
         raise NotImplementedError("no kernel for this device")
 
-    for make_kernel in (absent, lambda: lambda x: right(x)[..., :-1], lambda: lambda x: right(x).roll(1, -1)):
+    wrong = (lambda: lambda x: right(x)[..., :-1], lambda: lambda x: right(x).roll(1, -1))
+    for make_kernel in (absent, *wrong):
+        monkeypatch.setattr(layers, "FASTEST", {})
         layer.make_kernel = make_kernel
-        assert layer.proven_kernel() is None
+        assert torch.equal(layer.fastest_kernel(lambda kernel, few: 1.0)(x), dense(x))
+    layer.make_dense = absent
+    monkeypatch.setattr(layers, "FASTEST", {})
+    assert layer.fastest_kernel(lambda kernel, few: 1.0) is None
+    assert layer.fastest_kernel(lambda kernel, few: 1.0) is None  # as it was found before
 
 
 # lookup
@@ -354,7 +379,7 @@ def test_model_generates_what_its_dequantized_weights_find_likely(quant):
         torch.testing.assert_close(torch.tensor(logps), expected.detach(), atol=0.1, rtol=0.02)
 
 
-@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.filterwarnings("error:Mismatch dtype between input and weight")
 def test_model_in_bfloat16_and_back():
     model = build({}, QUANTS[2])
     ids = torch.randint(320, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -363,7 +388,7 @@ def test_model_in_bfloat16_and_back():
         norms = {name: p for name, p in model.named_parameters()}
         assert all((p == 1).all() for p in norms.values())  # exact in bfloat16, so that the way back is too
         model.to(torch.bfloat16)
-        assert relative_error(model(ids), before) < 0.05
+        assert model.hidden(ids).dtype == torch.bfloat16 and relative_error(model(ids), before) < 0.05
         model.to(torch.float32)
         assert torch.equal(model(ids)[:, :1], before[:, :1])  # position 0 does not depend on the rounded rotations
 
