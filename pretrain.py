@@ -91,6 +91,8 @@ def main(argv=None):
     rows_per_step = config["batch_size"] * accumulation * env.world_size
     if env.is_main:
         print(f"{model.num_params():,} parameters; {T * rows_per_step:,} tokens a step")
+        last = ", at the end on all" if config["eval_all"] else ""
+        print(f"validation on {min(config['eval_tokens'], len(val)):,} of {len(val):,} tokens{last}")
         for name, epochs in train.epochs(config["max_steps"] * rows_per_step, T).items():
             print(f"{name}: {epochs:.2f} epochs")
 
@@ -99,7 +101,7 @@ def main(argv=None):
         for step in range(stage.first, config["max_steps"] + 1):
             lr = set_learning_rate(optimizer, learning_rate(step, config))
             if stage.due(step, "eval_interval"):
-                full = step == config["max_steps"]
+                full = config["eval_all"] and step == config["max_steps"]
                 metrics = evaluate(stage.whole, val, env, None if full else config["eval_tokens"])
                 stage.report(step, metrics, continue_prompts(stage.whole, tokenizer, config))
                 if step == 0:

@@ -154,17 +154,19 @@ def main(argv=None):
         picture.unlink(missing_ok=True)  # of an earlier end, which --overwrite or more steps have made untrue
         epochs = config["max_steps"] * accumulation * env.world_size / order.per_epoch
         print(f"{len(train[0]):,} training and {len(val[0]):,} validation pairs; {epochs:.2f} epochs")
+        last = ", at the end on all" if config["eval_all"] else ""
+        print(f"validation on {min(config['eval_pairs'], len(val[0])):,} of {len(val[0]):,} pairs{last}")
 
     batch = fetch(stage.first * accumulation)
     with stage.interrupt:
         for step in range(stage.first, config["max_steps"] + 1):
             lr = set_learning_rate(optimizer, learning_rate(step, config))
             if stage.due(step, "eval_interval"):
-                full = step == config["max_steps"]
-                n_pairs = len(val[0]) if full else min(len(val[0]), config["eval_pairs"])
+                last = step == config["max_steps"]
+                n_pairs = len(val[0]) if last and config["eval_all"] else min(len(val[0]), config["eval_pairs"])
                 metrics, *scores = evaluate(stage.whole, *val, env, n_pairs, objective)
                 stage.report(step, metrics)
-                if full:
+                if last:
                     write_file(picture, draw_calibration(*scores))
             if stage.due(step, "save_interval"):
                 stage.save(step)

@@ -192,23 +192,23 @@ class TextLoss:
 def source_losses(model, corpus, env, max_tokens=None, batch_size=16) -> tuple[TextLoss, dict[str, TextLoss]]:
     """Loss on about max_tokens of a Corpus (None: all of it) in rows of full context: over all, and by source.
 
-    The rows are evenly spaced, so that each source has its share; its characters are in proportion to its tokens.
+    The rows are evenly spaced, so that each source has its share; its characters are in proportion to its tokens. No
+    more is read than is scored, a batch at a time.
     """
     was_training = model.training
     model.eval()
-    every = max(1, len(corpus) // (max_tokens or len(corpus))) if len(corpus) else 1
+    every = max(1, len(corpus) // (max_tokens or len(corpus)))
     losses = {}
     for name, (start, stop) in corpus.segments.items():
-        x, y = corpus.windows(start, stop, model.config.max_seq_len)  # (N, T)
-        x, y = x[::every], y[::every]
-        nats, scored = 0.0, int((y != -100).sum())
-        if not scored:
-            continue
-        for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True):
+        nats, scored = 0.0, 0
+        for x, y in corpus.spaced_windows(start, stop, model.config.max_seq_len, every, batch_size):  # (B, T)
+            n = int((y != -100).sum())
             with env.autocast():
-                nats += model(xs.to(env.device), ys.to(env.device)).item() * int((ys != -100).sum())
-        counts = corpus.meta["sources"][name][corpus.split]
-        losses[name] = TextLoss(nats, scored, counts["characters"] * scored / counts["tokens"])
+                nats += model(x.to(env.device), y.to(env.device)).item() * n
+            scored += n
+        if scored:
+            counts = corpus.meta["sources"][name][corpus.split]
+            losses[name] = TextLoss(nats, scored, counts["characters"] * scored / counts["tokens"])
     model.train(was_training)
     if not losses:
         raise DataError(f"{corpus.path}: no source in it has two tokens to measure a loss on")

@@ -159,6 +159,13 @@ class Corpus:
         x[: len(ids) - 1], y[: len(ids) - 1] = ids[:-1], ids[1:]
         return torch.from_numpy(x.reshape(n, seq_len)), torch.from_numpy(y.reshape(n, seq_len))
 
+    def spaced_windows(self, start, stop, seq_len, every, batch_size):
+        """Every `every`-th row of windows(start, stop, seq_len): yields x, y (B, T), B up to batch_size."""
+        firsts = range(start, stop - 1, every * seq_len)
+        for i in range(0, len(firsts), batch_size):
+            rows = (self.windows(j, min(j + seq_len + 1, stop), seq_len) for j in firsts[i : i + batch_size])
+            yield [torch.cat(side) for side in zip(*rows, strict=True)]
+
 
 def document_numbers(ids, eos_id):
     """Which document of its row each token is of (B, T), counted from 0; an <eos> is the last of its document."""

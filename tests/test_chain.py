@@ -36,10 +36,15 @@ from chains import (
 import data_process
 import eval_generate
 import ppo_train
+import pretrain
+import rm_train
 import tokenizer.train
 from common import checkpoint
 from common.config import run
+from common.distributed import setup
 from common.stage import Stage
+from dataset.batches import load_pairs
+from dataset.corpus import Corpus
 from dataset.formats import load_meta
 
 # what a finished chain leaves
@@ -152,6 +157,27 @@ def test_best_weights_are_kept_over_a_resume(chain, tmp_path):
     assert best.training is None
     train(chain, "pretrain", tmp_path / "run", max_steps=1, overwrite=True)
     assert not (tmp_path / "run" / "best.pt").exists()
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_the_last_validation_reads_all_only_where_that_is_asked_for(chain, tmp_path, capsys, everything):
+    train(chain, "pretrain", tmp_path / "run", max_steps=1, eval_tokens=64, eval_all=everything)
+    model, val = checkpoint.build_model(checkpoint.load(tmp_path / "run")), Corpus(chain / "data", "val")
+    few, whole = (pretrain.evaluate(model, val, setup("cpu"), n)["val/loss"] for n in (64, None))
+    assert metrics(tmp_path / "run")[-1]["val/loss"] == pytest.approx(whole if everything else few, rel=1e-5)
+    assert few != pytest.approx(whole, rel=1e-4)
+    assert f"validation on 64 of {len(val):,} tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_the_last_pairs_are_all_only_where_that_is_asked_for(chain, tmp_path, capsys, everything):
+    train(chain, "rm", tmp_path / "run", max_steps=1, eval_pairs=5, eval_all=everything)
+    model = checkpoint.build_model(checkpoint.load(tmp_path / "run"))
+    _, val = load_pairs(chain / "data" / "rm.pkl", model.config.vocab_size)
+    few, whole = (rm_train.evaluate(model, *val, setup("cpu"), n)[0]["val/loss"] for n in (5, len(val[0])))
+    assert metrics(tmp_path / "run")[-1]["val/loss"] == pytest.approx(whole if everything else few, rel=1e-5)
+    assert few != pytest.approx(whole, rel=1e-4)
+    assert f"validation on 5 of {len(val[0]):,} pairs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("stage", TRAINED)

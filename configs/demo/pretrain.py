@@ -16,6 +16,7 @@ config = base | dict(
     warmup_steps=50,
     eval_interval=450,
     eval_tokens=16384,
+    eval_all=True,
     save_interval=450,
     keep_last=1,  # minutes to train again
     log_interval=5,

@@ -11,6 +11,7 @@ config = base | dict(
     warmup_steps=10,
     eval_interval=60,
     eval_pairs=200,
+    eval_all=True,
     save_interval=120,
     keep_last=1,  # minutes to train again
     log_interval=5,

@@ -198,3 +198,23 @@ def test_windows_score_every_token_after_the_first_once(tmp_path):
     assert y.tolist() == [[15, 16, 17], [18, 19, -100]]
     for empty in ((4, 4), (4, 5)):
         assert data.windows(*empty, 3)[0].shape == (0, 3)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 9])
+@pytest.mark.parametrize("batch_size", [1, 2, 50])
+def test_spaced_windows_are_some_of_the_windows(tmp_path, every, batch_size):
+    make_bins(tmp_path, {"a": range(10, 14), "b": range(14, 40), "one": [3]}, split="val")
+    data = Corpus(tmp_path, "val")
+    for start, stop in data.segments.values():
+        found = list(data.spaced_windows(start, stop, 3, every, batch_size))
+        wanted = [side[::every] for side in data.windows(start, stop, 3)]
+        assert [len(x) for x, _ in found] == [len(x) for x in wanted[0].split(batch_size) if len(x)]
+        for i, side in enumerate(wanted):
+            assert torch.equal(torch.cat([torch.empty(0, 3, dtype=torch.int64), *(each[i] for each in found)]), side)
+
+
+def test_what_is_not_scored_is_not_read(tmp_path):
+    meta = make_bins(tmp_path, {"a": [0, 1, 2, 3, *[9] * 5, 4, 5, 6, 7, *[9] * 5]}, split="val")
+    save_meta(tmp_path, meta | dict(vocab_size=9))  # reading a 9 is an error
+    ((x, y),) = Corpus(tmp_path, "val").spaced_windows(0, 18, 3, every=3, batch_size=4)
+    assert x.tolist() == [[0, 1, 2], [4, 5, 6]] and y.tolist() == [[1, 2, 3], [5, 6, 7]]
