@@ -61,8 +61,15 @@ class Progress:
         self.line, self.printed_at = "", now
 
 
-def peak_memory_gb() -> float:
-    """Largest resident memory of this process so far; nan where the system does not tell (Windows)."""
+def peak_memory_gb(device=None) -> float:
+    """The most that tensors of this process took of a CUDA device so far; else its largest resident memory.
+
+    nan where the system does not tell (Windows).
+    """
+    if device is not None and device.type == "cuda":
+        import torch  # not for data_process.py's many processes, which need none of it
+
+        return torch.cuda.max_memory_allocated(device) / 1e9
     status = Path("/proc/self/status")  # Linux; getrusage would count what the parent had before this began
     if status.exists() and (peak := re.search(r"VmHWM:\s*(\d+)", status.read_text())):
         return int(peak[1]) * 1024 / 1e9

@@ -196,7 +196,10 @@ class Stage:
         if self.env.is_main:
             self.progress.update(step, tokens, **{name.split("/")[1]: metrics[name] for name in shown})
             if step % self.config["log_interval"] == 0:
-                self.metric_log.write(step, metrics | {"train/tokens": self.tokens_seen})
+                so_far = {"train/tokens": self.tokens_seen}
+                if self.env.device.type == "cuda":  # a CPU's differs from run to run, and nothing else there does
+                    so_far["train/memory_gb"] = peak_memory_gb(self.env.device)
+                self.metric_log.write(step, metrics | so_far)
 
     def close(self):
         """Close the progress line and say what came out; exit code 130 where a signal stopped the run."""
@@ -205,7 +208,7 @@ class Stage:
             self.metric_log.close()
             total = time.perf_counter() - self.started
             share = f"{self.loop_seconds:.0f} s of {total:.0f} s ({self.loop_seconds / total:.1%})"
-            print(f"training steps took {share}; peak memory {peak_memory_gb():.2f} GB")
+            print(f"training steps took {share}; peak memory {peak_memory_gb(self.env.device):.2f} GB")
         distributed.cleanup(self.env)
         if not self.finished:
             self.interrupt.exit(self.out)
