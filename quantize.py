@@ -220,10 +220,7 @@ def calibration_batches(data_dir, calibration, n_tokens, max_len, batch_size, vo
 @torch.no_grad()
 def score_drift(model, other, x, batch_size, env):
     """Of scalar heads: (root mean square of the scores' difference, standard deviation of `model`'s scores)."""
-    with env.autocast():
-        scores = [
-            torch.cat([m.values(rows.to(env.device)).cpu() for rows in x.split(batch_size)]) for m in (model, other)
-        ]
+    scores = [torch.cat([m.values(rows.to(env.device)).cpu() for rows in x.split(batch_size)]) for m in (model, other)]
     return (scores[0] - scores[1]).square().mean().sqrt().item(), scores[0].std().item()
 
 
@@ -271,7 +268,7 @@ def file_sizes(ckpt, file):
 def main(argv=None):
     config = parse_config("quantize", argv, __doc__)
     quant = spec_of(config)
-    env, out, data = setup(config["device"], config["dtype"]), Path(config["out"]), Path(config["data"])
+    env, out, data = setup(config["device"], "float32"), Path(config["out"]), Path(config["data"])
     ckpt = checkpoint.load(config["init_from"])
     if ckpt.path.resolve() == (out / checkpoint.FILE_NAME).resolve():
         raise ConfigError(f"out={out} is the run of init_from: its checkpoint would be replaced")

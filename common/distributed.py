@@ -10,6 +10,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -54,7 +55,9 @@ def setup(device: str = "auto", dtype: str = "auto", seed: int = 0) -> Env:
     chosen_dtype = _pick_dtype(dtype, chosen, rank == 0)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    # float32 is never TF32, though the environment of a container may ask for it, and torch.compile advises it
+    torch.set_float32_matmul_precision("highest")
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
     if under_torchrun and not dist.is_initialized():
         _join(chosen)
     torch.manual_seed(seed)

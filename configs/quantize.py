@@ -20,7 +20,6 @@ config = dict(
     ],  # greedily answered by both models in samples.txt
     sample_tokens=80,  # longest reply
     device="auto",  # cuda, mps or cpu, the first there is
-    dtype="float32",  # of the measurement; bfloat16 would hide the differences measured
     resume=False,  # keep a finished result in `out`
     overwrite=False,  # replace what is in `out`
 )

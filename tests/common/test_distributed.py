@@ -264,6 +264,12 @@ def test_the_seed_decides_the_draws():
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
+def test_float32_is_never_tf32():
+    torch.set_float32_matmul_precision("high")  # as a container's environment may have it
+    setup("cpu", "float32")
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_autocast_follows_the_dtype():
     a = torch.ones(2, 2, dtype=torch.float32)
     for dtype, expected in (
