@@ -140,7 +140,8 @@ class Replicated(torch.nn.parallel.DistributedDataParallel):
     """A model in DistributedDataParallel, called as the model itself is."""
 
     def __init__(self, model):
-        super().__init__(_Methods(model), forward_sync_buffers=False, gradient_as_bucket_view=True)
+        super().__init__(_Methods(model), gradient_as_bucket_view=True)
+        self.broadcast_buffers = False  # they never change; as an argument torch 2.13 calls it forward_sync_buffers
 
     def forward(self, *args, **kwargs):
         return super().forward("forward", *args, **kwargs)
