@@ -22,6 +22,8 @@ shards with --shard=i/n, and one merges them with --merge.
     python data_process.py --sources=wikipedia=wiki.json,novels:txt=novels --parts=pretrain --out=data/zh
 """
 
+import common.early  # noqa: F401 - before what takes seconds to import
+
 import functools
 import importlib.util
 import json
@@ -36,6 +38,7 @@ from pathlib import Path
 import numpy as np
 
 from common.config import ConfigError, UserError, parse_config, run
+from common.files import lock, unlock
 from corpora import reviews, sources
 from corpora.clean import text_hash
 from corpora.decontaminate import Decontaminator
@@ -275,15 +278,18 @@ def main(argv=None):
     tokenizer = Tokenizer.load(config["tokenizer"]) if parts != ["text"] else None
     if tokenizer and tokenizer.changes:
         print(f"{config['tokenizer']} changes text: {'; '.join(tokenizer.changes)}", file=sys.stderr)
-    meta, replaced = start_meta(out, parts, config["val_share"], tokenizer)
     jobs = {part: list_jobs(part, config, tokenizer) for part in parts}
     refuse_own(out, [job for part in parts for job in jobs[part]])
     load_decontaminator(*config["decontaminate"])  # its mistakes should show before any work is done
+    out.mkdir(parents=True, exist_ok=True)
+    lock(out, shared=n > 1)  # several machines may make shards at once
+    meta, replaced = start_meta(out, parts, config["val_share"], tokenizer)
     if not config["merge"]:
         for part in parts:
             counted = "bytes" if part == "text" else "tokens"
             make_missing(jobs[part][i::n], make_shard, config["workers"], f"{part} units", counted)
         if n > 1:
+            unlock(out)
             print(f"shard {i}/{n} is done; when all are, run the same command with --merge instead of --shard")
             return
 
@@ -302,6 +308,7 @@ def main(argv=None):
             remove_all(out / "work" / part)
         with suppress(OSError):  # another part's shards are still in it
             (out / "work").rmdir()
+    unlock(out)
     print((out / "report.md").read_text(encoding="utf-8"))
     for part in parts:
         for line in losses(part, meta["tally"][part], generated, config["tokenizer"]):

@@ -8,6 +8,8 @@ data/<name>/{rm.pkl, prompts.pkl} and an SFT checkpoint; writes a run directory.
     python dpo_train.py configs/demo/dpo.py --beta=0.3
 """
 
+import common.early  # noqa: F401 - before what takes seconds to import
+
 import json
 import sys
 import zipfile
@@ -161,6 +163,7 @@ def main(argv=None):
         return
     env, data = stage.env, Path(config["data"])
     parent, tokenizer = stage.load_parent()
+    stage.check_data("rm.pkl", "prompts.pkl")
     train, val = load_pairs(data / "rm.pkl", tokenizer.vocab_size, parent.model_config["max_seq_len"])
     val = [side.select(np.arange(min(len(side), config["eval_pairs"]))) for side in val]
     room = parent.model_config["max_seq_len"], config["eval_new_tokens"]
@@ -170,7 +173,7 @@ def main(argv=None):
     reference.requires_grad_(False)
     forward = distributed.wrap(model, env, config)
     optimizer = build_optimizer(model, config)
-    stage.start(model, optimizer, tokenizer, parent, files=["rm.pkl", "prompts.pkl"])
+    stage.start(model, optimizer, tokenizer, parent)
     ref_logps, val_ref_logps = cached_reference(stage, reference, (train, val))
     accumulation, beta, warned = config["grad_accumulation_steps"], config["beta"], False
     objective = partial(dpo_loss, beta=beta, kind=config["loss"], label_smoothing=config["label_smoothing"])

@@ -14,6 +14,8 @@ on the reviews that the demo uses; on other data by a reward model, if one is gi
     python eval_generate.py --ckpt=out/demo/rm --prompt=写一条酒店评价。 --reply=房间很干净。
 """
 
+import common.early  # noqa: F401 - before what takes seconds to import
+
 import json
 import sys
 from contextlib import suppress
@@ -58,7 +60,7 @@ class Loaded:
 
 def load(path, env, data=None, scores=False):
     """The checkpoint at a path, made for `data` if given; a reward model only where `scores` asks for one."""
-    ckpt = checkpoint.load(path)
+    ckpt = checkpoint.load(path, training=False)
     if ckpt.model_config.get("scalar_head", False) != scores:
         what = "is no reward model: it scores no reply" if scores else "is a reward model: it only scores a --reply"
         raise CheckpointError(f"{ckpt.path} (stage {ckpt.stage}) {what}")
@@ -66,7 +68,7 @@ def load(path, env, data=None, scores=False):
     if data:
         checkpoint.check_data(tokenizer, ckpt.path, load_meta(data), data / "meta.json")
     model = checkpoint.build_model(ckpt).to(env.device).eval()
-    ckpt.weights, ckpt.training = {}, None  # copies that would stay in memory
+    ckpt.drop()
     return Loaded(ckpt, tokenizer, model)
 
 

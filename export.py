@@ -16,6 +16,8 @@ out: hf: what from_pretrained reads, tokenizer.model and a model card; gguf: mod
      llama2c: model.bin, tokenizer.bin; import: ckpt.pt and config.json, a run like any other
 """
 
+import common.early  # noqa: F401 - before what takes seconds to import
+
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,7 +59,7 @@ def check_config(config):
 
 def write_format(config, out):
     """--format: the checkpoint as files of another program. Returns what the user should know of them."""
-    ckpt = checkpoint.load(config["ckpt"])
+    ckpt = checkpoint.load(config["ckpt"], training=False)
     options = {}
     if config["format"] != "hf":
         checkpoint.refuse_quantized(ckpt)

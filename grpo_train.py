@@ -12,6 +12,8 @@ Reads data/<name>/prompts.pkl, an SFT checkpoint and maybe a reward model; write
     python grpo_train.py configs/demo/grpo.py --loss=rloo
 """
 
+import common.early  # noqa: F401 - before what takes seconds to import
+
 from pathlib import Path
 
 import torch
@@ -156,6 +158,7 @@ def main(argv=None):
     n_prompts = distributed.per_rank(config, "rollout_size", env, config["group_size"]) // config["group_size"]
     distributed.per_rank(config, "minibatch_size", env)
     parent, tokenizer = stage.load_parent()
+    stage.check_data("prompts.pkl")
     reward = Reward(config, parent, tokenizer, env)
     room = reward.context, config["max_new_tokens"]
     train, held_out = load_prompts(Path(config["data"]) / "prompts.pkl", tokenizer.vocab_size, *room)
@@ -166,7 +169,7 @@ def main(argv=None):
     reference.eval().requires_grad_(False)
     forward = distributed.wrap(policy, env, config)
     optimizer = build_optimizer(policy, config)
-    stage.start(policy, optimizer, tokenizer, parent, files=["prompts.pkl"])
+    stage.start(policy, optimizer, tokenizer, parent)
     reward.start(stage, reference, train[: config["norm_prompts"]])
     watch = Watch(stage.extra.get("watch"))
     if env.is_main:

@@ -10,6 +10,8 @@ Reads data/<name>/prompts.pkl, an SFT checkpoint and maybe a reward model; write
     python ppo_train.py configs/demo/ppo.py --kl_coef=0.1
 """
 
+import common.early  # noqa: F401 - before what takes seconds to import
+
 from pathlib import Path
 
 import torch
@@ -162,6 +164,7 @@ def main(argv=None):
     env = stage.env
     n_prompts, _ = (distributed.per_rank(config, key, env) for key in ("rollout_size", "minibatch_size"))
     parent, tokenizer = stage.load_parent()
+    stage.check_data("prompts.pkl")
     reward = Reward(config, parent, tokenizer, env)
     room = reward.context, config["max_new_tokens"]
     train, held_out = load_prompts(Path(config["data"]) / "prompts.pkl", tokenizer.vocab_size, *room)
@@ -175,10 +178,10 @@ def main(argv=None):
     both.eval()  # no dropout: a ratio must compare the policy with itself
     wrapped = [distributed.wrap(model, env, config) for model in (policy, value)]
     optimizer = build_optimizer(both, config)
-    stage.start(policy, optimizer, tokenizer, parent, trained=both, files=["prompts.pkl"])
+    stage.start(policy, optimizer, tokenizer, parent, trained=both)
     reward.start(stage, reference, train[: config["norm_prompts"]])
     if stage.resumed:
-        value.load_state_dict(stage.extra["value"])
+        checkpoint.load_weights(value, stage.extra.pop("value"), stage.resumed.path)
     kl_coef, watch = stage.extra.get("kl_coef", config["kl_coef"]), Watch(stage.extra.get("watch"))
     if env.is_main:
         scores = f"reference scores {reward.norm[0]:.3f} +- {reward.norm[1]:.3f}"

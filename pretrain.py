@@ -9,6 +9,8 @@ and Muon as an option for the trunk's matrices.
     torchrun --nproc_per_node=2 pretrain.py configs/demo/pretrain.py
 """
 
+import common.early  # noqa: F401 - before what takes seconds to import
+
 import math
 from pathlib import Path
 
@@ -76,6 +78,7 @@ def main(argv=None):
     meta, tokenizer = load_meta(data), Tokenizer.load(config["tokenizer"])
     check_data(tokenizer, config["tokenizer"], meta, data / "meta.json")
     train, val = Corpus(data, "train", mixture=config["mixture"]), Corpus(data, "val")
+    stage.check_data(*(split.file(source).name for source in train.sources for split in (train, val)))
 
     shape = plan.shape_of(config, tokenizer.vocab_size)
     plan.check_fits(shape, config, env)
@@ -84,8 +87,7 @@ def main(argv=None):
     forward = distributed.wrap(model, env, config)
     forward = distributed.compiled(forward, env) if config["compile"] else forward
     optimizer = build_optimizer(model, config)
-    files = [split.file(source).name for source in train.sources for split in (train, val)]
-    stage.start(model, optimizer, tokenizer, files=files)
+    stage.start(model, optimizer, tokenizer)
     already_seen = stage.tokens_seen
     T, accumulation = config["seq_len"], config["grad_accumulation_steps"]
     rows_per_step = config["batch_size"] * accumulation * env.world_size

@@ -14,6 +14,8 @@ in:  init_from/ckpt.pt of any stage, data/val.*.bin; for GPTQ data/train.*.bin o
 out: out/{ckpt.pt, config.json, metrics.jsonl, samples.txt}
 """
 
+import common.early  # noqa: F401 - before what takes seconds to import
+
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -21,11 +23,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import checkpoint
+from common import checkpoint, resume
 from common.checkpoint import CheckpointError
 from common.config import ConfigError, parse_config, run
 from common.distributed import cleanup, setup
-from common.files import save_config
+from common.files import save_config, unlock
 from common.metrics import MetricLog, source_losses
 from dataset.batches import Examples, pad_batch
 from dataset.corpus import Corpus
@@ -269,9 +271,8 @@ def main(argv=None):
     config = parse_config("quantize", argv, __doc__)
     quant = spec_of(config)
     env, out, data = setup(config["device"], "float32"), Path(config["out"]), Path(config["data"])
-    ckpt = checkpoint.load(config["init_from"])
-    if ckpt.path.resolve() == (out / checkpoint.FILE_NAME).resolve():
-        raise ConfigError(f"out={out} is the run of init_from: its checkpoint would be replaced")
+    resume.keep_apart(config)
+    ckpt = checkpoint.load(config["init_from"], training=False)
     low_ckpt = quantize_checkpoint(ckpt, quant)
     check_patterns(ckpt, quant)
     tok = checkpoint.tokenizer_of(ckpt)
@@ -281,11 +282,13 @@ def main(argv=None):
     if calibrated:
         sizes = config["calibration_tokens"], model.config.max_seq_len, config["eval_batch_size"]
         batches = calibration_batches(data, config["calibration"], *sizes, tok.vocab_size)
-    if checkpoint.begin(config, "quantize"):
+    if done := resume.begin(config, "quantize"):
+        resume.still_finished(done, config)
         print(f"{out} is complete: nothing to do")
         return
-    save_config(config, out)
-    log = MetricLog(out)
+    new = out / resume.NEW  # takes the place of what is in `out` once all is measured
+    save_config(config, new)
+    log = MetricLog(new)
 
     model = model.to(env.device).eval()
     low_model = checkpoint.build_model(low_ckpt).to(env.device).eval()
@@ -300,7 +303,7 @@ def main(argv=None):
             log.samples(ckpt.step, pairs)
 
     checkpoint.save(
-        out,
+        new,
         stage="quantize",
         step=ckpt.step,
         tokens_seen=ckpt.tokens_seen,
@@ -311,8 +314,10 @@ def main(argv=None):
         parent=checkpoint.parent_of(ckpt),
         quant=quant,
     )
-    metrics |= file_sizes(ckpt, checkpoint.find(out))
+    metrics |= file_sizes(ckpt, checkpoint.find(new))
     log.write(ckpt.step, metrics)
+    resume.commit(out)
+    unlock(out)
     for name, value in metrics.items():
         print(f"{name.removeprefix('quantize/')}: {value:{',.6g' if isinstance(value, float) else ','}}")
     cleanup(env)

@@ -8,6 +8,8 @@ worse answer; writes a run directory, with calibration.png: is a pair as sure as
     python rm_train.py configs/demo/rm.py
 """
 
+import common.early  # noqa: F401 - before what takes seconds to import
+
 import math
 from functools import partial
 from pathlib import Path
@@ -134,13 +136,14 @@ def main(argv=None):
         return
     env, data = stage.env, Path(config["data"])
     parent, tokenizer = stage.load_parent()
+    stage.check_data("rm.pkl")
     train, val = load_pairs(data / "rm.pkl", tokenizer.vocab_size, parent.model_config["max_seq_len"])
 
     model = checkpoint.build_model(parent, scalar_head=True).to(env.device)
     torch.nn.init.normal_(model.scalar.weight, std=1 / math.sqrt(model.config.dim + 1))
     forward = distributed.wrap(model, env, config)
     optimizer = build_optimizer(model, config)
-    stage.start(model, optimizer, tokenizer, parent, files=["rm.pkl"])
+    stage.start(model, optimizer, tokenizer, parent)
     picture = stage.out / "calibration.png"
     accumulation = config["grad_accumulation_steps"]
     objective = partial(reward_loss, margin=config["margin"], centring=config["centring"])
@@ -151,7 +154,8 @@ def main(argv=None):
         return pair_batch(*train, order[n * env.world_size + env.rank], env.device)
 
     if env.is_main:
-        picture.unlink(missing_ok=True)  # of an earlier end, which --overwrite or more steps have made untrue
+        if stage.resumed:
+            picture.unlink(missing_ok=True)  # of an earlier end, which more steps have made untrue
         epochs = config["max_steps"] * accumulation * env.world_size / order.per_epoch
         print(f"{len(train[0]):,} training and {len(val[0]):,} validation pairs; {epochs:.2f} epochs")
         last = ", at the end on all" if config["eval_all"] else ""

@@ -9,6 +9,8 @@ Reads data/<name>/sft.pkl and a pretrained checkpoint; writes a run directory.
     python sft.py configs/demo/sft.py --learning_rate=1e-3
 """
 
+import common.early  # noqa: F401 - before what takes seconds to import
+
 from pathlib import Path
 
 import torch
@@ -116,6 +118,7 @@ def main(argv=None):
         return
     env, data = stage.env, Path(config["data"])
     parent, tokenizer = stage.load_parent()
+    stage.check_data("sft.pkl")
     arrays = load_pkl(data / "sft.pkl")
     examples = Examples(arrays, "", tokenizer.vocab_size, data / "sft.pkl", parent.model_config["max_seq_len"])
     train, val = examples.split()
@@ -125,7 +128,7 @@ def main(argv=None):
     model = checkpoint.build_model(parent).to(env.device)
     forward = distributed.wrap(model, env, config)
     optimizer = build_optimizer(model, config)
-    stage.start(model, optimizer, tokenizer, parent, files=["sft.pkl"])
+    stage.start(model, optimizer, tokenizer, parent)
     accumulation = config["grad_accumulation_steps"]
     if env.is_main:
         epochs = config["max_steps"] * accumulation * env.world_size / order.per_epoch

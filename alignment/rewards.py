@@ -10,7 +10,7 @@ import torch
 
 from alignment.functions import call, fields_taken, file_identity, reward_function
 from alignment.rollout import in_batches, rollout, sequence_kl, sequence_scores
-from common import checkpoint, distributed
+from common import checkpoint, distributed, resume
 from common.config import ConfigError, UserError
 from common.metrics import distinct_2
 
@@ -38,7 +38,7 @@ def check_rows(writer, reader):
 
 def load_reward_model(path, policy):
     """A checkpoint with a scalar head that reads the policy's tokens."""
-    ckpt = checkpoint.load(path)
+    ckpt = checkpoint.load(path, training=False)
     checkpoint.refuse_quantized(ckpt)
     if not ckpt.model_config["scalar_head"]:
         raise UserError(f"{ckpt.path} (stage {ckpt.stage}) has no scalar head: reward_model wants a run of rm_train.py")
@@ -107,12 +107,14 @@ class Reward:
 
     def start(self, stage, reference, prompts):
         """Take the unit of scores from the run that is resumed, else from the reference's replies to some prompts."""
-        if not self.ckpt:
+        if self.ckpt:
+            self.ckpt.drop()
+        else:
             self.fields = fields_taken(self.config["reward"], self.function, prompts[0].fields)
         if stage.resumed:
             self.norm, before = stage.extra["norm"], stage.extra["reward_model"]
             if self.ckpt:
-                checkpoint.same_file(stage.resumed, before, self.identity)
+                resume.same_file(stage.resumed, before, self.identity)
             elif before and self.identity and before["sha256"] != self.identity["sha256"] and self.env.is_main:
                 print(f"{self.identity['path']} has changed since this run began: it goes on with the reward of now")
             return

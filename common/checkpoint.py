@@ -4,49 +4,34 @@ It is a plain dict of tensors and builtin values, read with `weights_only=True`:
 How it is written and read is in checkpoint_file.py: a full disk or a kill leaves the previous one intact.
 """
 
-import os
+import math
 import subprocess
 from dataclasses import asdict
-from fnmatch import fnmatch
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from common import distributed
 from common.checkpoint_file import (
-    BEST_NAME,
+    BEST_NAME,  # noqa: F401 - for those who use checkpoints
     FILE_NAME,
     FORMAT_VERSION,
+    Background,
     Checkpoint,
     CheckpointError,
-    find,  # noqa: F401 - for those who use checkpoints
+    find,  # noqa: F401
     first_line,
     load,  # noqa: F401
-    load_newest,
-    make_newest,
-    older,
     write,
 )
-from common.config import flatten
 from common.files import file_sha256
-from dataset.formats import load_meta
+from dataset.formats import escaped
 from lowbit import layers
 from model import Llama, ModelConfig
 from tokenizer import DOCUMENT_IDS, Tokenizer
 
-RUN_FILES = (FILE_NAME, FILE_NAME + ".tmp", BEST_NAME, "metrics.jsonl", "samples.txt", "loss.png", "score_kl.png")
-# config keys that may change on --resume: where and how fast it runs, when it stops and what it reports
-SAFE_ON_RESUME = """
-    out device dtype compile parallel resume overwrite keep_* max_steps *_interval eval_*
-    sample_prompts sample_tokens decay_share decay_steps logger plan recompute
-""".split()
-# what runs did before these keys were in their config
-UNWRITTEN = dict(schedule="cosine", mask_documents=False)
-UNWRITTEN |= dict(loss="sigmoid", label_smoothing=0.1, margin=0.0, centring=0.0)  # dpo and rm
-UNWRITTEN |= dict(packing=False, pack_len=0)  # sft
-UNWRITTEN |= dict(reward="model", reward_length=[20, 60], score_clip=0.0, entropy_coef=0.0)  # ppo
+LARGEST_TABLE = 1 << 28  # bytes of rotary tables that any model may have: 500,000 positions of heads of 64
 
 
 def save(
@@ -65,12 +50,14 @@ def save(
     extra: dict | None = None,
     data: dict | None = None,
     keep_last: int = 1,
+    background: Background | None = None,
 ) -> None:
     """Write a checkpoint to a run directory or file, all of it or nothing.
 
     With `optimizer` (one or its state_dict, or a list) or `extra` it can be resumed; the random states are kept too,
     and what the files that are trained on are, as hashes_of tells it.
-    keep_last counts the checkpoints that stay, this one and those before it.
+    keep_last counts the checkpoints that stay, this one and those before it. With `background` only a copy of all is
+    made now, in pinned memory if it comes from a GPU, and written while training goes on.
     """
     path = Path(path)
     if path.is_dir():
@@ -94,7 +81,24 @@ def save(
         quant=quant,
         training=training,
     )
-    write(path, payload, deflate=quant is not None, keep_last=keep_last)
+    on_gpu = any(tensor.is_cuda for tensor in payload["weights"].values())
+    if background:
+        background.wait()  # one copy at a time
+    if background or on_gpu:
+        payload = _copied(payload)
+    if on_gpu:
+        torch.cuda.current_stream().synchronize()
+    write_or_start = partial(background.start, write) if background else write
+    write_or_start(path, payload, quant is not None, keep_last)
+
+
+def _copied(value):
+    """The same value, no part of which training will change; what comes from a GPU is there once that is waited for."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", non_blocking=True, copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(inner) for key, inner in value.items()}
+    return type(value)(map(_copied, value)) if isinstance(value, list | tuple) else value
 
 
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:
@@ -113,7 +117,7 @@ def _weights(model: torch.nn.Module, keep_dtype: bool) -> dict[str, torch.Tensor
     weights = {}
     for name, tensor in model.state_dict().items():
         dtype = tensor.dtype if keep_dtype or not tensor.is_floating_point() else torch.float32
-        weights[_plain_name(name)] = tensor.detach().to("cpu", dtype)
+        weights[_plain_name(name)] = tensor.detach().to(dtype)
     return weights
 
 
@@ -151,32 +155,60 @@ def build_model(ckpt: Checkpoint, scalar_head: bool | None = None) -> Llama:
     """
     had_head = ckpt.model_config.get("scalar_head", False)
     overrides = {} if scalar_head is None else {"scalar_head": scalar_head}
+    weights = ckpt.weights
     try:
         config = ModelConfig(**ckpt.model_config | overrides)
-        model = Llama(config)
-        if ckpt.quant is not None:
-            layers.build(model, ckpt.quant)
-    except (TypeError, ValueError) as error:
+        if config.scalar_head and not had_head:
+            weights = {name: tensor for name, tensor in weights.items() if name != "output.weight"}
+            weights["scalar.weight"] = torch.zeros(1, config.dim)
+        check_size(config, weights)
+        with torch.device("meta"):  # first without memory: a model far larger than its file would fill it
+            check_fit(_bare_model(config, ckpt.quant), weights, ckpt.path)
+        model = _bare_model(config, ckpt.quant)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"{ckpt.path}: cannot build its model: {first_line(error)}") from None
-    weights = ckpt.weights
-    if config.scalar_head and not had_head:
-        weights = {name: tensor for name, tensor in weights.items() if name != "output.weight"}
-        weights["scalar.weight"] = torch.zeros_like(model.scalar.weight)
-    _load_weights(model, weights, ckpt.path)
+    load_weights(model, weights, ckpt.path)
     return model
 
 
-def _load_weights(model: torch.nn.Module, weights: dict, path: Path) -> None:
-    own = {_plain_name(name): (name, tensor) for name, tensor in model.state_dict().items()}
+def _bare_model(config: ModelConfig, quant: dict | None) -> Llama:
+    model = Llama(config)
+    return model if quant is None else layers.build(model, quant)
+
+
+def check_size(config: ModelConfig, weights: dict) -> None:
+    """ValueError for what the weights cannot tell: too many layers to list, a rotary table larger than a model."""
+    table = 8 * config.max_seq_len * config.head_dim  # bytes of cos and sin, made in float64
+    if config.n_layers > len(weights):
+        raise ValueError(f"n_layers={config.n_layers}, but there are {len(weights)} weights")
+    if table > max(LARGEST_TABLE, sum(tensor.nbytes for tensor in weights.values())):
+        raise ValueError(f"max_seq_len={config.max_seq_len}: its rotary tables would take {table:,} bytes")
+
+
+def check_fit(model: torch.nn.Module, weights: dict, path: Path) -> None:
+    """Refuse weights that are not those of the model, by name, shape and kind of number."""
+    own = {_plain_name(name): tensor for name, tensor in model.state_dict().items()}
     problems = []
     for name in own.keys() | weights.keys():
         there = tuple(weights[name].shape) if name in weights else "missing"
-        here = tuple(own[name][1].shape) if name in own else "missing"
+        here = tuple(own[name].shape) if name in own else "missing"
+        if there == here and not _same_kind(weights[name].dtype, own[name].dtype):
+            there, here = weights[name].dtype, own[name].dtype
         if there != here:
             problems.append(f"{name} is {there} in the file, {here} in the model")
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise CheckpointError(f"{path} does not fit the model: {'; '.join(sorted(problems)[:5])}{more}")
+        raise CheckpointError(escaped(f"{path} does not fit the model: {'; '.join(sorted(problems)[:5])}{more}"))
+
+
+def _same_kind(a: torch.dtype, b: torch.dtype) -> bool:
+    return a == b or (a.is_floating_point and b.is_floating_point)
+
+
+def load_weights(model: torch.nn.Module, weights: dict, path: Path) -> None:
+    """Copy weights by name into a model, wrapped or sharded or not; they must fit exactly."""
+    check_fit(model, weights, path)
+    own = {_plain_name(name): (name, tensor) for name, tensor in model.state_dict().items()}
     model.load_state_dict({own[n][0]: distributed.shard_like(tensor, own[n][1]) for n, tensor in weights.items()})
 
 
@@ -189,7 +221,10 @@ def refuse_quantized(ckpt: Checkpoint) -> None:
 
 
 def restore(ckpt: Checkpoint, model: torch.nn.Module, optimizer) -> None:
-    """Put back the weights, the optimizer (or list of them) and the random number generators."""
+    """Put back the weights, the state of the optimizer (or list of them) and the random number generators.
+
+    How the optimizer updates (betas, decay, kernels), but for its learning rate, stays as this run's config has it.
+    """
     here = asdict(unwrap(model).config)
     there = ckpt.model_config
     pairs = ((key, there.get(key), here.get(key)) for key in sorted(there.keys() | here.keys()))
@@ -198,13 +233,47 @@ def restore(ckpt: Checkpoint, model: torch.nn.Module, optimizer) -> None:
         raise CheckpointError(f"{ckpt.path} holds another architecture: {'; '.join(different)}")
     if ckpt.training is None:
         raise CheckpointError(f"{ckpt.path} cannot be resumed: it was saved without the optimizer")
-    _load_weights(model, ckpt.weights, ckpt.path)
+    load_weights(model, ckpt.weights, ckpt.path)
     try:
         for each, state in zip(_as_list(optimizer), ckpt.training["optimizer"], strict=True):
-            each.load_state_dict(distributed.shard_state(state, each))
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{ckpt.path}: its optimizer does not fit: {first_line(error)}") from None
-    _set_rng_states(ckpt.training["rng"])
+            check_state(state, each)
+            groups = zip(each.state_dict()["param_groups"], state["param_groups"], strict=True)
+            groups = [own | dict(lr=saved["lr"]) for own, saved in groups]
+            each.load_state_dict(distributed.shard_state(dict(state=state["state"], param_groups=groups), each))
+        _set_rng_states(ckpt.training["rng"])
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            escaped(f"{ckpt.path}: its optimizer or random state does not fit: {first_line(error)}")
+        ) from None
+
+
+def check_state(state: dict, optimizer) -> None:
+    """ValueError unless an optimizer's state_dict is one of this optimizer, with numbers that it can have.
+
+    torch compares only how many parameters there are; its fused kernels then read past the end of what is too small.
+    """
+    sizes = [[len(group["params"]) for group in groups] for groups in (state["param_groups"], optimizer.param_groups)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"groups of {sizes[0]} parameters in the file, of {sizes[1]} here")
+    if not all(isinstance(group["lr"], float) and 0 <= group["lr"] < math.inf for group in state["param_groups"]):
+        raise ValueError("no learning rate")
+    params = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+    if state["state"].keys() - range(len(params)):
+        raise ValueError("it has a state of parameters that are not there")
+    for i, values in state["state"].items():
+        param, group = params[i]
+        needed = {"momentum"} if group.get("muon") else {"step", "exp_avg", "exp_avg_sq"} if "betas" in group else None
+        if needed and values.keys() != needed:
+            raise ValueError(f"parameter {i} has {', '.join(map(str, values))}, not {', '.join(sorted(needed))}")
+        for name, value in values.items():
+            number, shape = torch.as_tensor(value), () if name == "step" else param.shape
+            if number.shape != shape or not (number.is_floating_point() or name == "step"):
+                raise ValueError(
+                    f"{name} of parameter {i} is {tuple(number.shape)} of {number.dtype}, not {tuple(shape)}"
+                )
+            least = -math.inf if name in ("exp_avg", "momentum", "momentum_buffer") else 0
+            if not (number.isfinite().all() and (number >= least).all()):
+                raise ValueError(f"{name} of parameter {i} holds numbers that it cannot have")
 
 
 def _as_list(optimizer) -> list:
@@ -234,102 +303,3 @@ def check_data(tokenizer, source, meta: dict, meta_path) -> None:
 def parent_of(ckpt: Checkpoint) -> dict:
     """What a child checkpoint records about the one it started from."""
     return dict(path=str(ckpt.path), stage=ckpt.stage, sha256=file_sha256(ckpt.path))
-
-
-def same_file(ckpt: Checkpoint, before: dict | None, now: dict | None) -> None:
-    """Refuse to go on from `ckpt` on another file than it was started on; both as parent_of tells them."""
-    if before and now and before["sha256"] != now["sha256"]:
-        raise CheckpointError(
-            f"cannot resume {ckpt.path}: it started from {before['path']} with sha256 {before['sha256'][:16]}, "
-            f"{now['path']} now has {now['sha256'][:16]}"
-        )
-
-
-def hashes_of(directory, names) -> dict:
-    """{name: sha256} of files in a data directory: what meta.json says, as a large corpus takes minutes to hash."""
-    files = load_meta(directory).get("files", {})
-    return {name: files.get(name, {}).get("sha256") or file_sha256(Path(directory) / name) for name in names}
-
-
-def same_data(ckpt: Checkpoint, directory, now: dict) -> None:
-    """Refuse to go on from `ckpt` on other data than it was trained on; `now` is what hashes_of tells of the files."""
-    before, run = (ckpt.training or {}).get("data"), f"step {ckpt.step} of {ckpt.path.parent}"
-    if before is None:  # an older file
-        if _is_main():
-            print(f"{ckpt.path} does not say which data it was trained on: {directory} is taken as it is")
-        return
-    for name in before | now:
-        old, new = before.get(name), now.get(name)
-        if old != new:
-            here = f"is {new[:16]}" if new else "is not read"
-            there = f"on {old[:16]}" if old else "without it"
-            raise CheckpointError(f"cannot resume: {Path(directory) / name} {here}, {run} was trained {there}")
-    if list(before) != list(now):
-        raise CheckpointError(
-            f"cannot resume: {directory} has {', '.join(now)} in this order, {run} was trained on {', '.join(before)}"
-        )
-
-
-def begin(config: dict, stage: str) -> Checkpoint | None:
-    """Make the run directory; the checkpoint to go on from with --resume, None for a run from step 0."""
-    ckpt = _begin(config, stage)
-    if dist.is_initialized():
-        dist.barrier()  # rank 0 must not save before every rank has looked
-    newest = Path(config["out"]) / FILE_NAME
-    if ckpt is not None and ckpt.path != newest:
-        if _is_main():
-            make_newest(ckpt, newest)
-        ckpt.path = newest
-    return ckpt
-
-
-def _begin(config: dict, stage: str) -> Checkpoint | None:
-    out, is_main = Path(config["out"]), _is_main()
-    if config["resume"] and config["overwrite"]:
-        raise CheckpointError("--resume and --overwrite exclude each other: give one of them")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot make the run directory {out}: {error.strerror}") from None
-    file = out / FILE_NAME
-    if config["overwrite"]:
-        if is_main:
-            for each in (*(out / name for name in RUN_FILES), *older(file)):
-                each.unlink(missing_ok=True)
-        return None
-    there = [each for each in (file, *older(file)) if each.is_file()]
-    if not there:
-        if config["resume"] and is_main:
-            print(f"nothing to resume in {out}, starting at step 0")
-        return None
-    if not config["resume"]:
-        raise CheckpointError(f"{there[0]} exists: give --resume to continue it or --overwrite to remove it")
-    ckpt = load_newest(file, verbose=is_main)
-    if ckpt.stage != stage:
-        raise CheckpointError(f"{ckpt.path} is from stage {ckpt.stage}, this is {stage}: choose another --out")
-    _refuse_changes(ckpt, config)
-    if is_main:
-        print(f"resuming {out} at step {ckpt.step}")
-    return ckpt
-
-
-def _is_main() -> bool:
-    return int(os.environ.get("RANK", 0)) == 0
-
-
-def _refuse_changes(ckpt: Checkpoint, config: dict) -> None:
-    there, here = (UNWRITTEN | flatten(each) for each in (ckpt.config, config))
-    processes = here.pop("processes", 1)
-    before = there.pop("processes", processes)  # older files do not say
-    # then what they share, the batch of a step, must be the same; PPO and GRPO count theirs over all processes
-    if processes != before and "grad_accumulation_steps" in here:
-        for values, n in ((there, before), (here, processes)):
-            values["grad_accumulation_steps * processes"] = values.pop("grad_accumulation_steps", 1) * n
-    # where the data lies does not matter if Stage.start can compare what it is
-    may_change = SAFE_ON_RESUME + (["data"] if ckpt.training and ckpt.training.get("data") else [])
-    for key in sorted(there.keys() | here.keys()):
-        safe = any(fnmatch(key, pattern) for pattern in may_change)
-        old, new = (values.get(key, "absent") for values in (there, here))
-        old, new = (list(value) if isinstance(value, tuple) else value for value in (old, new))
-        if not safe and old != new:
-            raise CheckpointError(f"cannot resume: {key} is {old} in {ckpt.path} and {new} in this run's config")

@@ -3,7 +3,8 @@
 out/ckpt.pt is the newest; out/ckpt-<step>.pt are those before it, as many as keep_last says; out/best.pt, if kept, has
 the lowest validation loss. A save writes ckpt.pt.tmp, gives ckpt.pt its second name ckpt-<step>.pt, moves the new file
 over ckpt.pt and then removes what is too old. So at no moment is ckpt.pt absent or half written, and a kill leaves at
-worst a file too many, which the next save removes.
+worst a file too many, which the next save removes. Which ckpt-<step>.pt are the run's own is kept in the checkpoint
+itself: no other is ever removed or replaced.
 """
 
 import io
@@ -12,13 +13,18 @@ import pickle
 import re
 import shutil
 import sys
+import threading
 import zipfile
-from dataclasses import dataclass, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
 
+from common.archive import Archive, ArchiveError
 from common.config import UserError
+from dataset.formats import escaped
+from model import ModelConfig
 from tokenizer import DOCUMENT_IDS
 
 FORMAT_VERSION = 1
@@ -43,12 +49,17 @@ class Checkpoint:
     model_config: dict
     weights: dict  # tensor by parameter name; float32 unless quantized
     tokenizer: bytes  # the SentencePiece model, so that a checkpoint generates alone
-    document_ids: list[int]  # what a document of pretraining opens and closes with
+    document_ids: list  # what a document of pretraining opens and closes with
     config: dict  # the resolved config of the stage
     parent: dict | None  # path, stage, sha256 of the checkpoint that it started from
     git_commit: str | None
     quant: dict | None  # how the layers were quantized
-    training: dict | None  # optimizer, rng, extra: what --resume needs
+    training: dict | None  # optimizer, rng, extra, data: what --resume needs
+    kept: list = field(default_factory=list)  # steps of the run's older checkpoints, ckpt-<step>.pt
+
+    def drop(self) -> None:
+        """Forget the tensors once a model has taken them: they would stay in memory all run."""
+        self.weights, self.training = {}, None
 
 
 def find(path) -> Path:
@@ -69,11 +80,14 @@ def older(path: Path) -> list[Path]:
     return sorted(steps, key=steps.get, reverse=True)
 
 
-def load(path) -> Checkpoint:
-    """Read a checkpoint (run directory or file) to the CPU, after checking each record's CRC."""
+def load(path, training: bool = True) -> Checkpoint:
+    """Read a checkpoint (run directory or file) to the CPU, after checking each record's CRC.
+
+    training=False leaves out what only --resume needs, twice as much as the weights.
+    """
     path = find(path)
     try:
-        return _read(path)
+        return _read(path, training)
     except DamagedError as error:
         whole = _first_whole(older(path))
         raise DamagedError(f"{error}; {whole.path} (step {whole.step}) is whole" if whole else str(error)) from None
@@ -94,49 +108,86 @@ def load_newest(path: Path, verbose: bool = True) -> Checkpoint:
 
 
 def make_newest(ckpt: Checkpoint, path: Path) -> None:
-    """Let an older checkpoint take the place of the damaged one at `path`, as if that had never been saved."""
-    for file in older(path):
-        if file == ckpt.path:
-            break
-        file.unlink()  # a later one, unreadable too
-    os.replace(ckpt.path, path)
+    """Let an older checkpoint take the place of the damaged one at `path`; it keeps its own name too."""
+    tmp = _tmp(path)
+    tmp.unlink(missing_ok=True)
+    _link(ckpt.path, tmp)
+    os.replace(tmp, path)
 
 
 def _first_whole(files: list[Path]) -> Checkpoint | None:
     for file in files:
         try:
             return _read(file)
-        except DamagedError:
+        except CheckpointError:  # whatever has that name
             continue
     return None
 
 
-def _read(path: Path) -> Checkpoint:
-    with open(path, "rb") as file:
-        try:
-            damaged = zipfile.ZipFile(file).testzip()  # torch.load itself does not compare the CRCs
-        except Exception:  # a malformed archive can raise anything
-            raise DamagedError(f"{path}: cut short or not a checkpoint") from None
-        if damaged:
-            raise DamagedError(f"{path}: damaged, the CRC of {damaged} does not match its bytes")
-        file.seek(0)
-        try:
-            payload = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # a malformed pickle too
-            raise CheckpointError(f"{path}: not loaded: {_reason(error)}") from None
+def _read(path: Path, training: bool = True) -> Checkpoint:
+    try:
+        with open(path, "rb") as file:
+            archive = Archive(file)
+            payload = archive.fill(_checked_fields(archive.content) | ({} if training else dict(training=None)))
+            archive.check_rest()
+        ckpt = Checkpoint(path, **payload)
+        _check(ckpt)
+    except ArchiveError as error:
+        raise (DamagedError if error.damaged else CheckpointError)(escaped(f"{path}: {error}")) from None
+    except RecursionError:
+        raise CheckpointError(f"{path}: not a checkpoint, it is nested without end") from None
+    return ckpt
+
+
+def _checked_fields(payload) -> dict:
+    """The fields of a Checkpoint, if the version is ours and each is there and of its type."""
     version = payload.pop("format_version", None) if isinstance(payload, dict) else None
     if version is None:
-        raise CheckpointError(f"{path}: not a checkpoint of this project, it has no format_version")
+        raise ArchiveError("not a checkpoint of this project, it has no format_version", damaged=False)
     if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: format version {version}, this code reads version {FORMAT_VERSION}")
-    payload = {"document_ids": list(DOCUMENT_IDS)} | payload  # older files: ours, not imported
-    names = {field.name for field in fields(Checkpoint)} - {"path"}
+        raise ArchiveError(f"format version {version}, this code reads version {FORMAT_VERSION}", damaged=False)
+    payload = {"document_ids": list(DOCUMENT_IDS), "kept": []} | payload  # older files: ours, not imported
+    names = {each.name for each in fields(Checkpoint)} - {"path"}
     if payload.keys() != names:
-        raise CheckpointError(
-            f"{path}: fields missing or unknown: {', '.join(sorted(payload.keys() ^ names, key=str))}"
-        )
-    payload["tokenizer"] = payload["tokenizer"].numpy().tobytes()
-    return Checkpoint(path=path, **payload)
+        odd = ", ".join(sorted(payload.keys() ^ names, key=str))
+        raise ArchiveError(f"fields missing or unknown: {odd}", damaged=False)
+    return payload
+
+
+def _check(ckpt: Checkpoint) -> None:
+    """Refuse fields of another type or out of range, and weights that are not finite."""
+
+    def need(holds, what):
+        if not holds:
+            raise ArchiveError(f"not a checkpoint of this project: {what}", damaged=False)
+
+    if isinstance(ckpt.tokenizer, torch.Tensor):
+        ckpt.tokenizer = ckpt.tokenizer.numpy().tobytes()
+    for each in fields(Checkpoint):
+        kind = getattr(each.type, "__name__", each.type)
+        need(isinstance(getattr(ckpt, each.name), each.type), f"its {each.name} is no {kind}")
+    need(min(ckpt.step, ckpt.tokens_seen) >= 0, "step and tokens_seen are 0 or more")
+    ids = ckpt.document_ids
+    need(len(ids) == 2 and all(type(i) is int and i >= 0 for i in ids), "document_ids are two token ids")
+    facts = (ckpt.parent or {}).get
+    need(ckpt.parent is None or all(isinstance(facts(key), str) for key in ("path", "stage", "sha256")),
+         "parent has path, stage and sha256")  # fmt: skip
+    try:
+        ckpt.model_config = asdict(ModelConfig(**ckpt.model_config))
+    except (TypeError, ValueError, ArithmeticError) as error:
+        need(False, f"model_config: {first_line(error)}")
+    kinds = dict(optimizer=list, rng=dict, extra=dict | None, data=dict | None)
+    for key, value in (ckpt.training or {}).items():
+        need(key in kinds and isinstance(value, kinds[key]), f"training has an unknown {key}")
+    for name, tensor in ckpt.weights.items():
+        need(isinstance(name, str) and isinstance(tensor, torch.Tensor), f"weights has an unknown {name}")
+    if odd := _not_finite(ckpt.weights):
+        raise ArchiveError(f"{odd} holds values that are not finite")
+
+
+def _not_finite(weights: dict) -> str | None:
+    """The name of the first tensor that holds nan or inf."""
+    return next((name for name, w in weights.items() if w.is_floating_point() and not w.isfinite().all()), None)
 
 
 def _save_deflated(payload: dict, file) -> None:
@@ -154,51 +205,103 @@ def _save_deflated(payload: dict, file) -> None:
 
 def write(path: Path, payload: dict, deflate: bool = False, keep_last: int = 1) -> None:
     """Put a checkpoint at `path`, all of it or nothing; of those that were there the latest keep_last - 1 are kept."""
-    tmp = path.with_name(path.name + ".tmp")
+    tmp = _tmp(path)
     try:
+        if odd := _not_finite(payload["weights"]):
+            raise ArchiveError(f"{odd} holds values that are not finite")
         path.parent.mkdir(parents=True, exist_ok=True)
+        own = own_steps(path)
+        stays = own[1 - keep_last :] if keep_last > 1 else []
         with open(tmp, "wb") as file:
-            (_save_deflated if deflate else torch.save)(payload, file)
+            (_save_deflated if deflate else torch.save)(payload | dict(kept=own), file)
             file.flush()
             os.fsync(file.fileno())
-        # what cannot be read back must not replace what can; mmap reads no tensor data
-        torch.load(tmp, map_location="cpu", weights_only=True, mmap=not deflate)
-        if keep_last > 1:
-            _keep(path)
+        with open(tmp, "rb") as file:  # what cannot be read back must not replace what can
+            Archive(file)
+        if own and own[-1] in stays and not (kept := second_name(path, own[-1])).exists():
+            _link(path, kept)
         os.replace(tmp, path)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        for step in own:
+            if step not in stays:
+                second_name(path, step).unlink(missing_ok=True)
+    except (OSError, RuntimeError, pickle.PickleError, ArchiveError) as error:
         left = f"the previous checkpoint {path} is intact" if path.is_file() else "nothing was left behind"
         raise CheckpointError(f"cannot save {path}: {_reason(error)}; {left}") from error
     finally:
-        if tmp.exists():
-            tmp.unlink()
-    for file in older(path)[keep_last - 1 :]:
-        file.unlink()
+        with suppress(OSError):  # of a disk that is gone
+            for left in (tmp, _tmp(path, "copy")):
+                left.unlink(missing_ok=True)
 
 
-def _keep(path: Path) -> None:
-    """Give the checkpoint at `path`, where it can be read, a second name, which stays when the next takes its place."""
+def _tmp(path: Path, ending: str = "tmp") -> Path:
+    return path.with_name(f"{path.name}.{ending}")
+
+
+def second_name(path: Path, step: int) -> Path:
+    return path.with_name(f"{path.stem}-{step}{path.suffix}")
+
+
+def own_steps(path: Path) -> list[int]:
+    """The steps of the checkpoint at `path` and of those before it that its run has made and not removed yet.
+
+    That of `path` itself is left out where its second name is taken by somebody else's file.
+    """
     try:
-        step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
-    except Exception:  # absent, or cut short since this run began
-        return
-    kept = path.with_name(f"{path.stem}-{step}{path.suffix}")
-    kept.unlink(missing_ok=True)  # left by a save that was killed
+        with open(path, "rb") as file:
+            content = Archive(file).content
+        before, step = content.get("kept", []), int(content["step"])
+        before = [n for n in map(int, before) if n < step and second_name(path, n).is_file()]
+    except (OSError, ArchiveError, LookupError, TypeError, ValueError, AttributeError):  # absent or damaged
+        return []
+    second = second_name(path, step)
+    return before + ([step] if not second.exists() or second.samefile(path) else [])
+
+
+def _link(path: Path, name: Path) -> None:
+    """Give a file a second name, which stays when another takes its place."""
     try:
-        os.link(path, kept)
+        os.link(path, name)
     except OSError:  # a file system without hard links
-        try:
-            shutil.copyfile(path, kept)
-        except OSError:
-            kept.unlink(missing_ok=True)
-            raise
+        with open(path, "rb") as source, open(_tmp(path, "copy"), "wb") as copy:
+            shutil.copyfileobj(source, copy)
+            copy.flush()
+            os.fsync(copy.fileno())
+        os.replace(_tmp(path, "copy"), name)
+
+
+class Background:
+    """Saves in a thread, one at a time, while training goes on. What failed there is raised by the next call."""
+
+    def __init__(self):
+        self.thread = self.error = None
+
+    def start(self, function, *args, **kwargs) -> None:
+        self.wait()
+
+        def run():
+            try:
+                function(*args, **kwargs)
+            except BaseException as error:
+                self.error = error
+
+        self.thread = threading.Thread(target=run)  # no daemon: Python waits for it in any case
+        self.thread.start()
+
+    def check(self) -> None:
+        """Raise what a save has failed of, if it has."""
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
+
+    def wait(self) -> None:
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        self.check()
 
 
 def _reason(error: BaseException) -> str:
-    """Why torch.save or torch.load failed, in one line."""
-    if isinstance(error, pickle.UnpicklingError):
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        return f"it holds {refused.group(1) if refused else 'an object'}, not only tensors and plain values"
+    """Why torch.save failed, in one line."""
     cause = error  # torch turns the OSError of the file below it into a RuntimeError about positions
     while cause and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__

@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import runpy
+import signal
 import sys
 import tokenize
 import traceback
@@ -13,10 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
+from common import early
 from common.ranges import CHOICES, contradiction, fault
 from dataset.formats import DataError, escaped
 from tokenizer import TokenizerError
 
+# a disk that is full, read-only, gone or failing; Windows lacks some
+NAMES = "ENOSPC EDQUOT EFBIG EROFS EIO ENODEV ENXIO ESTALE ENOTCONN ETIMEDOUT".split()
+DISK_ERRORS = {getattr(errno, name) for name in NAMES if hasattr(errno, name)}
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
@@ -63,6 +68,8 @@ def parse_config(
 
 def run(main: Callable[[], Any]) -> None:
     """Call main(); bad input ends as one line on stderr and exit code 2, Ctrl-C as one line and 130."""
+    if signal.getsignal(signal.SIGINT) is early.leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:
@@ -84,8 +91,8 @@ def _is_users(error: Exception) -> bool:
     """Whether the user can act on this error; anything else is a bug and deserves its traceback."""
     kinds = (UserError, DataError, TokenizerError, FileNotFoundError, PermissionError)
     kinds += (IsADirectoryError, NotADirectoryError)
-    disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return isinstance(error, kinds) or disk_full or _is_out_of_memory(error)
+    on_disk = isinstance(error, OSError) and error.errno in DISK_ERRORS
+    return isinstance(error, kinds) or on_disk or _is_out_of_memory(error)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all, and JSON."""
 
+import errno
 import hashlib
 import json
 import os
@@ -8,6 +9,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has none: there two processes can still write into one folder
+    fcntl = None
 
 from common.config import ConfigError, UserError
 from dataset.formats import atomic_write
@@ -18,11 +24,58 @@ def save_config(config: dict, out_dir: str | Path) -> None:
     write_json(Path(out_dir) / "config.json", config)
 
 
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Gives an OSError, such as that of a full disk, the name of the file that it came from."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def write_file(path: str | Path, data: bytes) -> None:
     """Replace `path` by `data` in one step, so that a reader sees the old file or the new one, never half."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
+    with naming(path), atomic_write(path) as file:
         file.write(data)
+
+
+_locks: dict[Path, int] = {}  # folder: file descriptor; this process may lock again what it has locked
+
+
+def lock(folder: Path, shared: bool = False) -> None:
+    """Keep other processes from writing into a folder until `unlock` or the end of this one, even by SIGKILL.
+
+    UserError if one does; several may share it. Where the file system has no locks (some of NFS) nothing is done.
+    """
+    folder = folder.resolve()
+    if fcntl is None or folder in _locks:
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise UserError(f"{folder}: another process writes into it: let it end, or choose another --out") from None
+    else:
+        _locks[folder] = descriptor
+
+
+def unlock(folder: Path) -> None:
+    if (descriptor := _locks.pop(folder.resolve(), None)) is not None:
+        os.close(descriptor)
+
+
+if fcntl is not None:  # a worker that outlives this process for a moment holds no lock
+
+    def _forget() -> None:
+        for descriptor in _locks.values():
+            os.close(descriptor)
+        _locks.clear()
+
+    os.register_at_fork(after_in_child=_forget)
 
 
 MARK = ".written-by-tiny-llama2-zh.json"  # in a folder that was written whole: its files, so that no other is removed
@@ -52,9 +105,9 @@ def new_folder(out: str | Path, overwrite: bool) -> Iterator[Path]:
         for path in new.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-        if out.exists():
+        if out.exists() and overwrite:
             os.rename(out, old)
-        os.rename(new, out)
+        os.rename(new, out)  # fails where somebody else has made `out` meanwhile
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error
     finally:

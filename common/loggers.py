@@ -15,15 +15,20 @@ PROJECT = "tiny-llama2-zh"  # under which the services file a run
 
 def open_logger(config: dict, resume_step: int | None = None):
     """The logger of a run, to go on after resume_step or, without it, to start anew; None for logger=none."""
+    module = logger_module(config)
+    kinds = dict(tensorboard=TensorBoard, swanlab=SwanLab, wandb=WandB)
+    return kinds[config["logger"]](module, config, resume_step) if module else None
+
+
+def logger_module(config: dict):
+    """The package behind the config's logger, None for logger=none; ConfigError if it is not there."""
     name = config["logger"]
     if name == "none":
         return None
-    kinds = dict(tensorboard=TensorBoard, swanlab=SwanLab, wandb=WandB)
     try:
-        module = importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
+        return importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
     except ImportError:
         raise ConfigError(f"logger={name}: its package is not installed: pip install {name}") from None
-    return kinds[name](module, config, resume_step)
 
 
 def numbers(row: dict) -> dict[str, float]:

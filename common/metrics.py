@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from common.config import UserError
-from common.files import write_file
+from common.files import naming, write_file
 from common.plots import Line, draw
 from dataset.formats import DataError
 
@@ -45,8 +45,6 @@ class MetricLog:
     def __init__(self, out_dir: str | Path, resume_step: int | None = None, logger=None):
         self.out_dir, self.logger = Path(out_dir), logger
         self.out_dir.mkdir(parents=True, exist_ok=True)
-        self.metrics_path = self.out_dir / "metrics.jsonl"
-        self.samples_path = self.out_dir / "samples.txt"
         seconds = 0.0
         if resume_step is None:
             self.metrics_path.unlink(missing_ok=True)
@@ -58,11 +56,19 @@ class MetricLog:
             self._keep(self.samples_path, self._samples_until(resume_step))
         self.start = time.monotonic() - seconds
 
+    @property
+    def metrics_path(self) -> Path:
+        return self.out_dir / "metrics.jsonl"
+
+    @property
+    def samples_path(self) -> Path:
+        return self.out_dir / "samples.txt"
+
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Append a line: step, seconds of training, metrics (6 significant digits, null if not finite)."""
         row = {"step": step, "seconds": round(time.monotonic() - self.start, 3)}
         row |= {name: plain(value) for name, value in metrics.items()}
-        with open(self.metrics_path, "a", encoding="utf-8") as f:
+        with naming(self.metrics_path), open(self.metrics_path, "a", encoding="utf-8") as f:
             f.write(json.dumps(row, ensure_ascii=False) + "\n")
         if self.logger:
             self.logger.log(row)
@@ -79,7 +85,7 @@ class MetricLog:
                 first, *rest = text.splitlines() or [""]
                 lines += [f"  {label}: {first}", *(f"    {line}" for line in rest)]
             lines.append("")
-        with open(self.samples_path, "a", encoding="utf-8") as f:
+        with naming(self.samples_path), open(self.samples_path, "a", encoding="utf-8") as f:
             f.write("\n".join(lines) + "\n")
 
     def read(self) -> list[dict]:

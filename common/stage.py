@@ -1,18 +1,21 @@
 """What every training stage does around its loop: start or resume, save, report, stop cleanly, say how long it took."""
 
+import functools
 import math
 import os
+import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from common import checkpoint, distributed
+from common import checkpoint, distributed, resume
 from common.config import UserError
-from common.files import save_config
-from common.loggers import open_logger
+from common.files import save_config, unlock
+from common.loggers import logger_module, open_logger
 from common.metrics import FiniteGuard, MetricLog
 from common.optim import keep_decay
 from common.report import Progress, peak_memory_gb
@@ -23,19 +26,23 @@ class Interrupt:
     """Inside it SIGINT and SIGTERM only set `requested`, so a loop can save and stop; a second Ctrl-C raises.
 
     Under torchrun a signal reaches the ranks at different steps: let them decide together, by
-    `all_sum(interrupt.requested, env)`.
+    `all_sum(interrupt.requested, env)`. `at_end(error)` is called before signals act again, error being None or what
+    ended the block.
     """
 
-    def __init__(self):
-        self.requested = False
+    def __init__(self, at_end=lambda error: None):
+        self.requested, self.at_end = False, at_end
 
     def __enter__(self) -> "Interrupt":
         self._previous = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *_) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+    def __exit__(self, kind, error, traceback) -> None:
+        try:
+            self.at_end(error)
+        finally:
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
 
     def exit(self, out) -> None:
         """Say how to go on and leave with the shell's code for an interrupted program."""
@@ -56,7 +63,10 @@ class Stage:
 
         stage = Stage("sft", config, PANELS)
         if stage.finished: return
-        stage.start(model, optimizer, tokenizer, parent, files=["sft.pkl"])
+        parent, tokenizer = stage.load_parent()
+        stage.check_data("sft.pkl")
+        ...
+        stage.start(model, optimizer, tokenizer, parent)
         with stage.interrupt:
             for step in range(stage.first, config["max_steps"] + 1):
                 if stage.due(step, "eval_interval"): stage.report(step, evaluate(...), samples)
@@ -74,28 +84,35 @@ class Stage:
         self.name, self.config, self.panels = name, config, panels
         self.env = distributed.setup(config["device"], config["dtype"], config["seed"])
         config["processes"] = self.env.world_size
-        if distributed.restarted(self.env):
+        self.out = Path(config["out"])
+        unsaved = config["overwrite"] and (self.out / resume.NEW).exists()  # then the old run would be resumed
+        if distributed.restarted(self.env) and not unsaved:
             config.update(resume=True, overwrite=False)
-        self.resumed = checkpoint.begin(config, name)
+        self.resumed = resume.begin(config, name)
         self.finished = self.resumed is not None and self.resumed.step >= config["max_steps"]
         if self.resumed and (line := keep_decay(config, self.resumed.step, self.resumed.config)) and self.env.is_main:
             print(line)
-        self.out = Path(config["out"])
+        self.folder = self.out if self.resumed else self.out / resume.NEW  # until the first save
         self.first = self.resumed.step if self.resumed else 0
         self.tokens_seen = self.resumed.tokens_seen if self.resumed else 0
-        self.interrupt, self.guard = Interrupt(), FiniteGuard()
+        self.interrupt, self.guard = Interrupt(self._end), FiniteGuard()
+        # The values of a CPU's tensors change while a thread writes, and a copy of them would add weights and optimizer
+        # state to the peak memory; so there a save is waited for.
+        self.background = checkpoint.Background() if self.env.device.type == "cuda" else None
         self.stopping = False  # whether a signal had come when this step was to be saved
         # what else the stage must keep for --resume, tensors and plain values by name; a resumed run finds it here
         self.extra = (self.resumed and self.resumed.training and self.resumed.training["extra"]) or {}
-        self.loop_seconds = 0.0
+        self.data, self.loop_seconds = None, 0.0
         if self.finished:
             if self.env.is_main:
+                resume.still_finished(self.resumed, config)
+                unlock(self.out)
                 print(f"{self.out} is finished (step {self.first}): nothing to do")
             distributed.cleanup(self.env)
 
     def load_parent(self):
         """The checkpoint of init_from and its tokenizer, which must be the one that the data was made with."""
-        parent = checkpoint.load(self.config["init_from"])
+        parent = checkpoint.load(self.config["init_from"], training=False)
         checkpoint.refuse_quantized(parent)
         if parent.model_config["scalar_head"]:
             raise UserError(f"{parent.path} is a reward model (stage {parent.stage}): init_from wants a language model")
@@ -103,31 +120,76 @@ class Stage:
         checkpoint.check_data(tokenizer, parent.path, load_meta(data), data / "meta.json")
         return parent, tokenizer
 
-    def start(self, model, optimizer, tokenizer, parent=None, trained=None, files=()):
+    def check_data(self, *files):
+        """Refuse files of `data`, before they are read, that are not what meta.json says or what was trained on."""
+        data = self.config["data"]
+        self.data = resume.hashes_of(data, files)
+        if self.resumed:
+            resume.same_data(self.resumed, data, self.data)
+        if self.env.is_main and self.config["verify_data"]:
+            resume.verify_data(data, self.data)
+        elif self.env.is_main:
+            print(f"verify_data=False: the files in {data} are taken to be what meta.json says")
+
+    def start(self, model, optimizer, tokenizer, parent=None, trained=None):
         """Restore what is resumed and open the logs.
 
-        parent is the Checkpoint that the stage starts from; trained holds all that the optimizer updates, where that
-        is more than the model of the checkpoint (PPO's value model); files are the names of those it reads in `data`.
+        parent is the Checkpoint that the stage starts from, whose weights are forgotten; trained holds all that the
+        optimizer updates, where that is more than the model of the checkpoint (PPO's value model).
         """
         self.model, self.optimizer, self.tokenizer = model, optimizer, tokenizer
         # what rank 0 evaluates and saves: with FSDP a copy in one piece, made when due
         self.whole, self.whole_optimizer = model, optimizer
         self.trained = model if trained is None else trained
         self.parent = checkpoint.parent_of(parent) if parent else None
-        self.data = checkpoint.hashes_of(self.config["data"], files) if files else None
         if self.resumed:
-            checkpoint.same_file(self.resumed, self.resumed.parent, self.parent)
-            if files:
-                checkpoint.same_data(self.resumed, self.config["data"], self.data)
+            resume.same_file(self.resumed, self.resumed.parent, self.parent)
             checkpoint.restore(self.resumed, model, optimizer)
+        for ckpt in filter(None, (parent, self.resumed)):
+            ckpt.drop()
+        logger_module(self.config)
         if self.env.is_main:
-            save_config(self.config, self.out)
-            resume_step = self.first if self.resumed else None
-            self.metric_log = MetricLog(self.out, resume_step, open_logger(self.config, resume_step))
-            losses = [row["val/loss"] for row in self.metric_log.read() if row.get("val/loss") is not None]
-            self.best = min(losses, default=math.inf)  # of all validations so far
             self.progress = Progress(self.config["max_steps"], self.first, self.name)
         self.tick = time.perf_counter()
+
+    @functools.cached_property
+    def metric_log(self):
+        """The log of the run, opened when there is something to write."""
+        save_config(self.config, self.folder)
+        if self.resumed:
+            return MetricLog(self.folder, self.first, open_logger(self.config, self.first))
+        return MetricLog(self.folder)
+
+    @functools.cached_property
+    def best(self):
+        """The lowest validation loss so far."""
+        losses = [row["val/loss"] for row in self.metric_log.read() if row.get("val/loss") is not None]
+        return min(losses, default=math.inf)
+
+    def _begin_anew(self):
+        """At the first save: only now does this run take the place of what was there."""
+        if self.background:
+            self.background.wait()
+        resume.commit(self.out)
+        self.folder = self.metric_log.out_dir = self.out
+        self.metric_log.logger = open_logger(self.config)
+        for row in self.metric_log.read() if self.metric_log.logger else ():
+            self.metric_log.logger.log(row)
+
+    def _end(self, error):
+        """After the loop, whatever ended it: a save may still be on its way."""
+        try:
+            if self.background:
+                self.background.wait()
+        except UserError as failed:
+            if error is None:
+                raise
+            print(f"error: {failed}", file=sys.stderr)
+        finally:
+            if self.env.is_main:
+                if error is not None and self.env.world_size == 1:
+                    shutil.rmtree(self.out / resume.NEW, ignore_errors=True)
+                unlock(self.out)
 
     def due(self, step, interval):
         """Whether this process evaluates or saves at this step; a resumed run does not repeat its first."""
@@ -146,6 +208,8 @@ class Stage:
         """Whether the loop is over: the last step, or a stop asked for by a signal to any process."""
         self.finished = step == self.config["max_steps"]
         torch.manual_seed(distributed.step_seed(self.config["seed"], step, self.env))  # of the step's dropout
+        if self.background:
+            self.background.check()
         if distributed.is_sharded(self.model):
             self.whole = self.whole_optimizer = None  # its memory is needed again
         self.tick = time.perf_counter()
@@ -167,10 +231,12 @@ class Stage:
         """All that --resume needs."""
         training = dict(optimizer=self.whole_optimizer, extra=self.extra or None, data=self.data)
         self._write(checkpoint.FILE_NAME, step, **training, keep_last=self.config["keep_last"])
+        if self.folder != self.out:
+            self._begin_anew()
 
     def _write(self, name, step, **training):
         checkpoint.save(
-            self.out / name,
+            self.folder / name,
             stage=self.name,
             step=step,
             tokens_seen=self.tokens_seen,
@@ -178,6 +244,7 @@ class Stage:
             tokenizer=self.tokenizer.model_bytes,
             config=self.config,
             parent=self.parent,
+            background=self.background,
             **training,
         )
 

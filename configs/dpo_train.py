@@ -1,5 +1,6 @@
 config = dict(
     data="data/zh",  # folder with rm.pkl (preference pairs), prompts.pkl and meta.json from data_process.py
+    verify_data=True,  # compare the sha256 of these files with meta.json first: seconds a gigabyte; False: trust them
     init_from="out/zh/sft",  # run directory or checkpoint: the first policy, and the frozen reference
     out="out/zh/dpo",  # run directory: config.json, metrics.jsonl, loss.png, samples.txt, ref_logps.npz, ckpt.pt
     loss="sigmoid",  # sigmoid: DPO as published; cdpo: where labels may be wrong; ipo: a square, which has a minimum

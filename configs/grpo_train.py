@@ -1,5 +1,6 @@
 config = dict(
     data="data/zh",  # folder with prompts.pkl and meta.json from data_process.py
+    verify_data=True,  # compare the sha256 of these files with meta.json first: seconds a gigabyte; False: trust them
     init_from="out/zh/sft",  # run directory or checkpoint: the first policy, and the frozen reference
     reward="model",  # model: reward_model's; length: reward_length's; module:function: f(prompts, replies, **fields)
     reward_model="out/zh/rm",  # run directory or checkpoint of rm_train.py: scores

@@ -1,5 +1,6 @@
 config = dict(
     data="data/zh",  # folder with train.*.bin, val.*.bin and meta.json from data_process.py
+    verify_data=True,  # compare the sha256 of these files with meta.json first: seconds a gigabyte; False: trust them
     tokenizer="out/zh/tokenizer",  # SentencePiece file, its folder, or a Hugging Face id; the one data was made with
     mixture=[],  # source=weight of training rows, as reviews=3; empty: all sources by size, each token once an epoch
     out="out/zh/pretrain",  # run directory: config.json, metrics.jsonl, loss.png, samples.txt, ckpt.pt

@@ -1,5 +1,6 @@
 config = dict(
     data="data/zh",  # folder with rm.pkl and meta.json from data_process.py
+    verify_data=True,  # compare the sha256 of these files with meta.json first: seconds a gigabyte; False: trust them
     init_from="out/zh/sft",  # run directory or checkpoint to start from
     out="out/zh/rm",  # run directory: config.json, metrics.jsonl, loss.png, calibration.png, ckpt.pt
     margin=0.0,  # by how much the chosen score must win, the same for every pair (Llama 2, arXiv:2307.09288, eq. 2)

@@ -1,5 +1,6 @@
 config = dict(
     data="data/zh",  # folder with sft.pkl and meta.json from data_process.py
+    verify_data=True,  # compare the sha256 of these files with meta.json first: seconds a gigabyte; False: trust them
     init_from="out/zh/pretrain",  # run directory or checkpoint to start from
     out="out/zh/sft",  # run directory: config.json, metrics.jsonl, loss.png, samples.txt, ckpt.pt
     batch_size=16,  # conversations, or packed rows, in a micro-batch, per process; those of similar length go together

@@ -13,7 +13,7 @@ from tiny import ENV, EOS, TEMPERATURE, assert_same, float64, gradients, ragged,
 import ppo_train
 from alignment.objective import entropy_bonus, policy_loss, ratio_stats
 from alignment.rollout import Rollout, in_batches, rollout, sequence_kl
-from common import checkpoint
+from common import checkpoint, resume
 from ppo_train import masked_whiten
 
 LOG_2 = math.log(2)
@@ -253,6 +253,6 @@ def test_a_run_from_before_rewards_goes_on_with_its_reward_model_only(small, tmp
     ckpt = checkpoint.load(small / "sft")
     facts = dict(stage="ppo", step=1, tokens_seen=1, tokenizer=ckpt.tokenizer, extra={})
     checkpoint.save(tmp_path, model=checkpoint.build_model(ckpt), config=old, **facts)
-    assert checkpoint.begin(config | dict(resume=True), "ppo").step == 1
+    assert resume.begin(config | dict(resume=True), "ppo").step == 1
     with pytest.raises(checkpoint.CheckpointError, match="reward is model in .* and length in this run's config"):
-        checkpoint.begin(config | dict(resume=True, reward="length"), "ppo")
+        resume.begin(config | dict(resume=True, reward="length"), "ppo")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from chains import MAINS, STEPS, TRAINED, failure, options_of, train
 
-from common import checkpoint
+from common import checkpoint, resume
 from dataset.formats import load_meta, save_meta
 
 LONGER = dict(max_steps=STEPS + 1)
@@ -61,13 +61,13 @@ def test_sources_that_a_mixture_leaves_out_may_change(chain, tmp_path, capsys):
 def test_sources_added_or_in_another_order_are_other_data(chain, tmp_path):
     ckpt = checkpoint.load(chain / "pretrain")
     files = ckpt.training["data"]
-    checkpoint.same_data(ckpt, "data", dict(files))
+    resume.same_data(ckpt, "data", dict(files))
     with pytest.raises(checkpoint.CheckpointError, match=r"data/train.new.bin is aaaa, step \d+ of .* without it"):
-        checkpoint.same_data(ckpt, "data", files | {"train.new.bin": "aaaa"})
+        resume.same_data(ckpt, "data", files | {"train.new.bin": "aaaa"})
     with pytest.raises(checkpoint.CheckpointError, match=r"val.reviews.bin is not read, step .* on [0-9a-f]{16}$"):
-        checkpoint.same_data(ckpt, "data", {n: h for n, h in files.items() if n != "val.reviews.bin"})
+        resume.same_data(ckpt, "data", {n: h for n, h in files.items() if n != "val.reviews.bin"})
     with pytest.raises(checkpoint.CheckpointError, match="in this order"):
-        checkpoint.same_data(ckpt, "data", dict(reversed(files.items())))
+        resume.same_data(ckpt, "data", dict(reversed(files.items())))
 
 
 def test_a_checkpoint_from_before_data_was_compared_goes_on_with_a_word(chain, tmp_path, capsys):

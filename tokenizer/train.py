@@ -7,6 +7,8 @@ into bytes, so that decode(encode(x)) == x for any x. The space and printable AS
     python -m tokenizer.train configs/demo/tokenizer.py --input=data/demo/corpus.txt --out=out/demo/tokenizer
 """
 
+import common.early  # noqa: F401 - before what takes seconds to import
+
 import io
 import random
 import re
@@ -17,7 +19,7 @@ from pathlib import Path
 import sentencepiece
 
 from common.config import parse_config, run
-from common.files import save_config, write_file
+from common.files import lock, save_config, unlock, write_file
 from tokenizer import MODEL_FILE, SPACE_MARK, Tokenizer, TokenizerError
 
 SAMPLE_LINES = 10_000  # kept aside to measure characters per token
@@ -148,6 +150,8 @@ def main(argv: list[str] | None = None) -> None:
     if (out / MODEL_FILE).exists() and not config["overwrite"]:
         raise TokenizerError(f"{out / MODEL_FILE} exists; give --overwrite to replace it, or another --out")
     corpus = Corpus(config["input"], config["max_line_bytes"])
+    out.mkdir(parents=True, exist_ok=True)
+    lock(out)
     print(f"training {config['vocab_size']:,} pieces on {', '.join(corpus.paths)}")
     tokenizer = Tokenizer(train_bpe(corpus, config))
 
@@ -159,6 +163,7 @@ def main(argv: list[str] | None = None) -> None:
         for found in (corpus.skipped, corpus.cut)
     )
     print(f"{corpus.lines:,} lines, {corpus.characters:,} characters; lines cut: {cut}; lines skipped: {skipped}")
+    unlock(out)
     ratio = characters_per_token(tokenizer, corpus.sample)
     print(f"{ratio:.3f} characters per token on {len(corpus.sample):,} of these lines")
     print(f"wrote {out / MODEL_FILE}: {tokenizer.vocab_size:,} pieces, sha256 {tokenizer.sha256[:16]}")

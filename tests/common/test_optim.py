@@ -9,9 +9,10 @@ import pytest
 import torch
 from tiny import assert_same, float64
 
-from common.checkpoint import CheckpointError, begin, save
+from common.checkpoint import CheckpointError, save
 from common.config import ConfigError
 from common.optim import Muon, build_optimizer, keep_decay, learning_rate, orthogonalize, set_learning_rate
+from common.resume import begin
 from configs.pretrain import config as pretraining
 from model import Llama, ModelConfig
 

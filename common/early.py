@@ -1,0 +1,23 @@
+"""Ctrl-C while modules are still being imported, which takes seconds: one line. A script imports this before torch."""
+
+import os
+import signal
+
+import __main__
+
+
+def leave(*_) -> None:
+    os.write(2, b"interrupted\n")
+    os._exit(130)  # an exception could be swallowed by an import of C code
+
+
+def is_ours() -> bool:
+    """Whether a script of this project is run, and not another program that imports it."""
+    root = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    folder = os.path.dirname(os.path.realpath(getattr(__main__, "__file__", os.sep)))
+    return folder in (root, os.path.join(root, "tokenizer"))
+
+
+# where a shell ignores it, for what runs in the background, that stays so
+if is_ours() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, leave)

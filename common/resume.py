@@ -1,0 +1,213 @@
+"""The run directory: whether a run starts or goes on in it, what may differ then, what it replaces and when."""
+
+import os
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch.distributed as dist
+
+from common.checkpoint_file import (
+    BEST_NAME,
+    FILE_NAME,
+    Checkpoint,
+    CheckpointError,
+    load_newest,
+    make_newest,
+    older,
+    own_steps,
+    second_name,
+)
+from common.config import ConfigError, flatten
+from common.files import file_sha256, lock
+from dataset.formats import DataError, load_meta
+from tokenizer import MODEL_FILE
+
+# what a run writes beside its checkpoints: of an older run it must not stay
+RUN_FILES = (BEST_NAME, "metrics.jsonl", "samples.txt", "loss.png", "score_kl.png", "calibration.png")
+NEW, SAVED = ".new", ".saved"  # folders in `out`: a run from step 0 before its first save, and while that moves
+READ = "init_from reward_model tokenizer data".split()  # config keys of what a stage reads
+# config keys that may change on --resume: where and how fast it runs, when it stops and what it reports
+SAFE_ON_RESUME = """
+    out device dtype compile parallel resume overwrite keep_* max_steps *_interval eval_*
+    sample_prompts sample_tokens decay_share decay_steps logger plan recompute verify_data
+""".split()
+# what runs did before these keys were in their config
+UNWRITTEN = dict(schedule="cosine", mask_documents=False)
+UNWRITTEN |= dict(loss="sigmoid", label_smoothing=0.1, margin=0.0, centring=0.0)  # dpo and rm
+UNWRITTEN |= dict(packing=False, pack_len=0)  # sft
+UNWRITTEN |= dict(reward="model", reward_length=[20, 60], score_clip=0.0, entropy_coef=0.0)  # ppo
+
+
+def begin(config: dict, stage: str) -> Checkpoint | None:
+    """Make the run directory; the checkpoint to go on from with --resume, None for a run from step 0.
+
+    Nothing is removed: with --overwrite the old run stays until the new one's first save (`commit`).
+    """
+    if config["resume"] and config["overwrite"]:
+        raise CheckpointError("--resume and --overwrite exclude each other: give one of them")
+    out = Path(config["out"])
+    keep_apart(config)
+    if _is_main():
+        _open(out, config["overwrite"])
+    _barrier()
+    ckpt = _look(out, config, stage)
+    _barrier()  # rank 0 must not save before every rank has looked
+    if ckpt is not None and ckpt.path != out / FILE_NAME:
+        if _is_main():
+            make_newest(ckpt, out / FILE_NAME)
+        ckpt.path = out / FILE_NAME
+    return ckpt
+
+
+def _open(out: Path, overwrite: bool) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot make the run directory {out}: {error.strerror}") from None
+    lock(out)
+    recover(out)
+    if overwrite and dist.is_initialized():  # torchrun may start this again: then it tells that nothing was saved yet
+        (out / NEW).mkdir()
+
+
+def _look(out: Path, config: dict, stage: str) -> Checkpoint | None:
+    there = [each for each in (out / FILE_NAME, *older(out / FILE_NAME)) if each.is_file()]
+    if config["overwrite"] or not there:
+        if config["resume"] and _is_main():
+            print(f"nothing to resume in {out}, starting at step 0")
+        return None
+    if not config["resume"]:
+        raise CheckpointError(f"{there[0]} exists: give --resume to continue it or --overwrite to replace it")
+    ckpt = load_newest(out / FILE_NAME, verbose=_is_main())
+    if ckpt.stage != stage:
+        raise CheckpointError(f"{ckpt.path} is from stage {ckpt.stage}, this is {stage}: choose another --out")
+    _refuse_changes(ckpt, config)
+    if _is_main():
+        print(f"resuming {out} at step {ckpt.step}")
+    return ckpt
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def keep_apart(config: dict) -> None:
+    """Refuse to write into a folder from which something is read."""
+    out = Path(config["out"]).resolve()
+    for key in READ:
+        path = Path(config.get(key) or "")
+        files = [each.resolve() for each in (path, path / FILE_NAME, path / MODEL_FILE)]
+        if config.get(key) and out in [file.parent if file.is_file() else file for file in files]:
+            raise ConfigError(f"out={config['out']} is where {key}={config[key]} is read: choose another --out")
+
+
+def _is_main() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def _refuse_changes(ckpt: Checkpoint, config: dict) -> None:
+    there, here = (UNWRITTEN | flatten(each) for each in (ckpt.config, config))
+    processes = here.pop("processes", 1)
+    before = there.pop("processes", processes)  # older files do not say
+    # then what they share, the batch of a step, must be the same; PPO and GRPO count theirs over all processes
+    if processes != before and "grad_accumulation_steps" in here:
+        for values, n in ((there, before), (here, processes)):
+            values["grad_accumulation_steps * processes"] = values.pop("grad_accumulation_steps", 1) * n
+    # where the data lies does not matter if Stage.start can compare what it is
+    may_change = SAFE_ON_RESUME + (["data"] if ckpt.training and ckpt.training.get("data") else [])
+    for key in sorted(there.keys() | here.keys()):
+        safe = any(fnmatch(key, pattern) for pattern in may_change)
+        old, new = (values.get(key, "absent") for values in (there, here))
+        old, new = (list(value) if isinstance(value, tuple) else value for value in (old, new))
+        if not safe and old != new:
+            raise CheckpointError(f"cannot resume: {key} is {old} in {ckpt.path} and {new} in this run's config")
+
+
+# a run from step 0 writes into out/.new until its first save, so that what it replaces stays whole until then
+
+
+def commit(out: Path) -> None:
+    """Let what a run wrote into out/.new, its first checkpoint too, take the place of an older run."""
+    os.rename(out / NEW, out / SAVED)
+    replace(out)
+
+
+def replace(out: Path) -> None:
+    """Move a new run into `out`; a kill in between is made good by calling it again."""
+    new, old = out / SAVED / FILE_NAME, out / FILE_NAME
+    if new.exists():  # nothing was moved yet
+        for path in [*(second_name(old, step) for step in own_steps(old)), *(out / name for name in RUN_FILES)]:
+            path.unlink(missing_ok=True)
+        os.replace(new, old)
+    for path in (out / SAVED).iterdir():
+        os.replace(path, out / path.name)
+    (out / SAVED).rmdir()
+
+
+def recover(out: Path) -> None:
+    """Finish what a killed run had begun to move, forget what it had not saved."""
+    if (out / SAVED).is_dir():
+        replace(out)
+    shutil.rmtree(out / NEW, ignore_errors=True)
+
+
+# what a run was started from
+
+
+def still_finished(ckpt: Checkpoint, config: dict) -> None:
+    """Refuse to call a run finished whose parent, reward model or data was made anew since, where they are there."""
+    training = ckpt.training or {}
+    models = {"init_from": ckpt.parent}
+    if config.get("reward") == "model":
+        models["reward_model"] = (training.get("extra") or {}).get("reward_model")
+    for key, before in models.items():
+        path = Path(config.get(key) or "")
+        file = path / FILE_NAME if path.is_dir() else path
+        if before and file.is_file():  # else it is gone, but what it became is here
+            same_file(ckpt, before, dict(path=str(file), sha256=file_sha256(file)))
+    if training.get("data") and (Path(config["data"]) / "meta.json").is_file():
+        same_data(ckpt, config["data"], hashes_of(config["data"], training["data"]))
+
+
+def same_file(ckpt: Checkpoint, before: dict | None, now: dict | None) -> None:
+    """Refuse to go on from `ckpt` on another file than it was started on; both as parent_of tells them."""
+    if before and now and before["sha256"] != now["sha256"]:
+        raise CheckpointError(
+            f"cannot resume {ckpt.path}: it started from {before['path']} with sha256 {before['sha256'][:16]}, "
+            f"{now['path']} now has {now['sha256'][:16]}"
+        )
+
+
+def hashes_of(directory, names) -> dict:
+    """{name: sha256} of files in a data directory, as meta.json says; `verify_data` compares it with the files."""
+    files = load_meta(directory).get("files", {})
+    return {name: files.get(name, {}).get("sha256") or file_sha256(Path(directory) / name) for name in names}
+
+
+def verify_data(directory, hashes: dict) -> None:
+    """Read files of a data directory and refuse those that are not what meta.json says: a second or two a gigabyte."""
+    for name, sha256 in hashes.items():
+        path = Path(directory) / name
+        if file_sha256(path) != sha256:
+            raise DataError(f"{path}: its sha256 is not the one in meta.json: it was changed or damaged")
+
+
+def same_data(ckpt: Checkpoint, directory, now: dict) -> None:
+    """Refuse to go on from `ckpt` on other data than it was trained on; `now` is what hashes_of tells of the files."""
+    before, run = (ckpt.training or {}).get("data"), f"step {ckpt.step} of {ckpt.path.parent}"
+    if before is None:  # an older file
+        if _is_main():
+            print(f"{ckpt.path} does not say which data it was trained on: {directory} is taken as it is")
+        return
+    for name in before | now:
+        old, new = before.get(name), now.get(name)
+        if old != new:
+            here = f"is {new[:16]}" if new else "is not read"
+            there = f"on {old[:16]}" if old else "without it"
+            raise CheckpointError(f"cannot resume: {Path(directory) / name} {here}, {run} was trained {there}")
+    if list(before) != list(now):
+        raise CheckpointError(
+            f"cannot resume: {directory} has {', '.join(now)} in this order, {run} was trained on {', '.join(before)}"
+        )

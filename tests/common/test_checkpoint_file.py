@@ -1,0 +1,210 @@
+"""The file of a checkpoint: what is refused, what survives a failed save or a kill, which older ones stay."""
+
+import contextlib
+import errno
+import functools
+import os
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from saving import cut_short, killed_before, run_config, save_steps, steps, write
+
+from common.checkpoint import CheckpointError, find, load
+from common.resume import begin
+
+
+def test_find_says_where_it_looked_and_what_is_there(tmp_path):
+    with pytest.raises(CheckpointError, match=re.escape(f"no checkpoint at {tmp_path / 'gone'}")):
+        find(tmp_path / "gone")
+    write(tmp_path / "sft" / "ckpt.pt")
+    assert find(tmp_path / "sft") == find(tmp_path / "sft" / "ckpt.pt") == tmp_path / "sft" / "ckpt.pt"
+    with pytest.raises(CheckpointError, match=re.escape(f"there is one in {tmp_path / 'sft'}")):
+        find(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.99])
+def test_a_file_cut_short_is_refused_by_name(tmp_path, keep):
+    path = write(tmp_path) / "ckpt.pt"
+    size = path.stat().st_size
+    os.truncate(path, int(size * keep) if keep < 1 else keep)
+    with pytest.raises(CheckpointError, match=re.escape(f"{path}: cut short")):
+        load(tmp_path)
+
+
+def test_one_flipped_bit_of_a_weight_is_noticed(tmp_path):
+    path = write(tmp_path) / "ckpt.pt"
+    data = bytearray(path.read_bytes())
+    weight = load(tmp_path).weights["layers.0.attention.wq.weight"].numpy().tobytes()
+    data[data.index(weight) + 5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=re.escape(f"{path}: damaged")):
+        load(tmp_path)
+
+
+class Payload:
+    """Unpickled without care, it makes the file `trap`."""
+
+    def __init__(self, trap: Path):
+        self.trap = trap
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trap),)
+
+
+@pytest.mark.parametrize("container", ["torch", "bare pickle"])
+def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path, container):
+    path, trap = tmp_path / "ckpt.pt", tmp_path / "trap"
+    if container == "torch":
+        torch.save(dict(format_version=1, weights=Payload(trap)), path)
+    else:
+        path.write_bytes(pickle.dumps(Payload(trap)))
+    with pytest.raises(CheckpointError, match=re.escape(str(path))) as caught:
+        load(path)
+    assert not trap.exists()
+    assert "weights_only" not in str(caught.value) and "\n" not in str(caught.value)
+    if container == "torch":
+        assert "mkdir" in str(caught.value)
+    else:  # the trap is a real one
+        pickle.loads(path.read_bytes())
+        assert trap.exists()
+
+
+def test_a_file_from_before_document_ids_is_ours(tmp_path):
+    path = write(tmp_path / "ckpt.pt", document_ids=(1, 1))
+    payload = torch.load(path, weights_only=True)
+    del payload["document_ids"]
+    torch.save(payload, path)
+    assert load(path).document_ids == [2, 2]
+
+
+def test_other_torch_files_and_other_versions_are_refused(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    for foreign in ({"tok_embeddings.weight": torch.zeros(2)}, [1, 2]):
+        torch.save(foreign, path)
+        with pytest.raises(CheckpointError, match="no format_version"):
+            load(path)
+    for change, message in (
+        (dict(format_version=2), "format version 2, this code reads version 1"),
+        (dict(surprise=1), "fields missing or unknown: surprise"),
+    ):
+        write(path)
+        torch.save(torch.load(path, weights_only=True) | change, path)
+        with pytest.raises(CheckpointError, match=message):
+            load(path)
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
+    resource = pytest.importorskip("resource", reason="no file size limits on this system")
+    path = write(tmp_path, step=1) / "ckpt.pt"
+    before, (soft, hard) = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))  # the kernel stops the write half-way
+    try:
+        with pytest.raises(CheckpointError) as caught:
+            write(tmp_path, step=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(caught.value).startswith(f"cannot save {path}: File too large; the previous checkpoint")
+    assert [file.name for file in tmp_path.iterdir()] == ["ckpt.pt"]
+    assert path.read_bytes() == before and load(tmp_path).step == 1
+
+
+def test_a_first_save_that_fails_leaves_nothing(tmp_path):
+    (tmp_path / "out").write_text("a file where the run directory should be")
+    with pytest.raises(CheckpointError, match="cannot save"):
+        write(tmp_path / "out" / "ckpt.pt")
+    assert not list(tmp_path.rglob("ckpt.pt*"))
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+    write(tmp_path, step=1)
+    with pytest.raises(CheckpointError, match="holds pathlib.* previous checkpoint .* is intact"):
+        write(tmp_path, step=2, extra=dict(where=Path("x")))
+    assert [file.name for file in tmp_path.iterdir()] == ["ckpt.pt"]
+    assert load(tmp_path).step == 1
+
+
+def test_the_last_checkpoints_are_kept(tmp_path):
+    save_steps(tmp_path, 0, 5, 90, 100, 1000, keep_last=3)
+    assert steps(tmp_path) == {"ckpt.pt": 1000, "ckpt-100.pt": 100, "ckpt-90.pt": 90}
+    (tmp_path / "ckpt-mine.pt").write_bytes((tmp_path / "ckpt.pt").read_bytes())
+    save_steps(tmp_path, 1001, keep_last=1)
+    assert steps(tmp_path) == {"ckpt.pt": 1001, "ckpt-mine.pt": 1000}
+
+
+def test_keeping_one_copies_nothing(tmp_path):
+    save_steps(tmp_path, 1)
+    before = (tmp_path / "ckpt.pt").stat()
+    save_steps(tmp_path, 2)
+    kept = (tmp_path / "ckpt-1.pt").stat()
+    assert (kept.st_ino, kept.st_nlink) == (before.st_ino, 1)
+
+
+def refuse_links(*_):
+    raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+
+def test_without_hard_links_the_previous_one_is_copied(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", refuse_links)
+    save_steps(tmp_path, 1, 2, 3)
+    assert steps(tmp_path) == {"ckpt.pt": 3, "ckpt-2.pt": 2}
+
+
+def test_a_disk_that_fills_up_while_the_previous_one_is_copied_leaves_it(tmp_path, monkeypatch):
+    def fill(_, target):
+        target.write(b"half of")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    save_steps(tmp_path, 1, 2)
+    monkeypatch.setattr(os, "link", refuse_links)
+    monkeypatch.setattr(shutil, "copyfileobj", fill)
+    with pytest.raises(CheckpointError, match=r"No space left on device; the previous checkpoint .*ckpt.pt is intact"):
+        save_steps(tmp_path, 3)
+    assert steps(tmp_path) == {"ckpt.pt": 2, "ckpt-1.pt": 1}
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_save_over_a_damaged_checkpoint_keeps_the_whole_ones(tmp_path):
+    save_steps(tmp_path, 1, 2)
+    cut_short(tmp_path / "ckpt.pt")
+    save_steps(tmp_path, 3)
+    assert steps(tmp_path) == {"ckpt.pt": 3, "ckpt-1.pt": 1}
+
+
+def whole_steps(out: Path) -> set[int]:
+    found = set()
+    for file in out.glob("*.pt"):
+        with contextlib.suppress(CheckpointError):
+            found.add(load(file).step)
+    return found
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+@pytest.mark.parametrize("damaged", [False, True], ids=["whole", "damaged"])
+def test_a_kill_between_any_two_file_operations_leaves_a_run_to_resume(tmp_path, links, damaged, monkeypatch):
+    if not links:
+        monkeypatch.setattr(os, "link", refuse_links)
+    killed, states = True, []
+    while killed:
+        out = tmp_path / str(len(states))
+        save_steps(out / "ckpt.pt", 1, 2)
+        killed = killed_before(len(states), functools.partial(save_steps, out, 3))
+        states.append({file.name for file in out.iterdir()})
+        if damaged:  # and with it what is another name of the same file
+            cut_short(out / "ckpt.pt")
+        newest = max(whole_steps(out))
+        assert newest in ({1, 2} if damaged else {2, 3})
+        assert begin(run_config(out, resume=True), "sft").step == newest
+        save_steps(out, 4)
+        assert whole_steps(out) >= {4, newest}
+        # nobody can tell then whose ckpt-2.pt is: a damaged one, or a copy that no checkpoint lists yet
+        spare = {"ckpt-2.pt", "ckpt-1.pt"} if not links else {"ckpt-2.pt"} if damaged else set()
+        assert {file.name for file in out.iterdir()} - spare == {"ckpt.pt", f"ckpt-{newest}.pt"} - spare
+    before, after, tmp = {"ckpt.pt", "ckpt-1.pt"}, {"ckpt.pt", "ckpt-2.pt"}, {"ckpt.pt.tmp"}
+    copying = [] if links else [before | tmp | {"ckpt.pt.copy"}]
+    reached = [before, before | tmp, *copying, before | after | tmp, before | after, after]
+    assert [state for i, state in enumerate(states) if state not in states[:i]] == reached
