@@ -78,19 +78,29 @@ def pair_logps(model, batch, env):
     return logps.view(2, -1), mask.sum(1).view(2, -1)
 
 
+def pairs_met(order, batches):
+    """The examples in the first batches of an order, sorted: a short run meets few of them."""
+    if batches >= order.per_epoch:
+        return np.arange(order.n)
+    return np.unique(np.concatenate([order[i] for i in range(batches)]))
+
+
 @torch.no_grad()
-def reference_logps(model, chosen, rejected, env):
-    """The reference's log-probabilities of every pair: (2, N), similar lengths together; the ranks share the work."""
+def reference_logps(model, chosen, rejected, indices, env):
+    """The reference's log-probabilities (2, N) of the pairs at `indices`, nan of others; the ranks share the work."""
     logps = torch.zeros(2, len(chosen), device=env.device)
-    parts = np.array_split(np.argsort(chosen.lengths + rejected.lengths), max(1, len(chosen) // 64))
-    for indices in parts[env.rank :: env.world_size]:
-        (at,) = move([torch.from_numpy(indices)], env.device)
-        logps[:, at] = pair_logps(model, pair_batch(chosen, rejected, indices, env.device), env)[0]
-    return distributed.summed(logps, env).cpu()
+    by_length = indices[np.argsort((chosen.lengths + rejected.lengths)[indices])]
+    for part in np.array_split(by_length, max(1, len(indices) // 64))[env.rank :: env.world_size]:
+        (at,) = move([torch.from_numpy(part)], env.device)
+        logps[:, at] = pair_logps(model, pair_batch(chosen, rejected, part, env.device), env)[0]
+    logps = distributed.summed(logps, env).cpu()
+    logps[:, np.setdiff1d(np.arange(len(chosen)), indices)] = torch.nan
+    return logps
 
 
-def read_cache(path, facts, verbose=True):
-    """The arrays in a cache of reference log-probabilities that was made under these facts, else None, saying why."""
+def read_cache(path, facts, needed, verbose=True):
+    """The arrays in a cache of reference log-probabilities that was made under these facts and has the pairs that are
+    needed, indices into each array; else None, saying why."""
     if not path.exists():
         return None
     try:
@@ -98,6 +108,8 @@ def read_cache(path, facts, verbose=True):
             saved, arrays = json.loads(str(file["facts"])), [torch.from_numpy(file[name]) for name in ("train", "val")]
         other = [name for name in facts if saved.get(name) != facts[name]]
         reason = f"was made with another {' and '.join(other)}" if other else ""
+        if not other and any(array[:, some].isnan().any() for array, some in zip(arrays, needed, strict=True)):
+            reason = "has not all pairs that this run meets"
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         reason = "cannot be read"
     if verbose:
@@ -105,8 +117,8 @@ def read_cache(path, facts, verbose=True):
     return None if reason else arrays
 
 
-def cached_reference(stage, model, splits):
-    """Reference log-probabilities of the pairs of each split [(2, N), (2, M)], from out/ref_logps.npz where they fit.
+def cached_reference(stage, model, splits, needed):
+    """Reference log-probabilities of each split's needed pairs [(2, N), (2, M)], from out/ref_logps.npz if it fits.
 
     All processes read them, or all compute them and the first one writes. --overwrite keeps the file, since it tells
     for itself what it was made from.
@@ -118,9 +130,9 @@ def cached_reference(stage, model, splits):
         "dtype": str(env.dtype),
         "number of pairs": [len(pairs[0]) for pairs in splits],
     }
-    logps = read_cache(path, facts, env.is_main)
+    logps = read_cache(path, facts, needed, env.is_main)
     if distributed.all_sum(logps is None, env):
-        logps = [reference_logps(model, *pairs, env) for pairs in splits]
+        logps = [reference_logps(model, *pairs, some, env) for pairs, some in zip(splits, needed, strict=True)]
         if env.is_main:
             with atomic_write(path) as file:
                 np.savez(file, facts=json.dumps(facts), train=logps[0].numpy(), val=logps[1].numpy())
@@ -174,7 +186,6 @@ def main(argv=None):
     forward = distributed.wrap(model, env, config)
     optimizer = build_optimizer(model, config)
     stage.start(model, optimizer, tokenizer, parent)
-    ref_logps, val_ref_logps = cached_reference(stage, reference, (train, val))
     accumulation, beta, warned = config["grad_accumulation_steps"], config["beta"], False
     objective = partial(dpo_loss, beta=beta, kind=config["loss"], label_smoothing=config["label_smoothing"])
     order = BatchOrder(len(train[0]), config["batch_size"], config["seed"], sum(side.lengths for side in train))
@@ -185,9 +196,12 @@ def main(argv=None):
         (reference_of_pairs,) = move([ref_logps[:, pairs]], env.device)
         return pair_batch(*train, pairs, env.device) | {"ref_logps": reference_of_pairs}
 
+    batches = config["max_steps"] * accumulation * env.world_size
+    needed = pairs_met(order, batches), np.arange(len(val[0]))
     if env.is_main:
-        epochs = config["max_steps"] * accumulation * env.world_size / order.per_epoch
-        print(f"{len(train[0]):,} training and {len(val[0]):,} validation pairs; {epochs:.2f} epochs")
+        pairs = f"{len(train[0]):,} training and {len(val[0]):,} validation pairs"
+        print(f"{pairs}; {batches / order.per_epoch:.2f} epochs; {len(needed[0]):,} pairs need the reference")
+    ref_logps, val_ref_logps = cached_reference(stage, reference, (train, val), needed)
 
     batch = fetch(stage.first * accumulation)
     with stage.interrupt:

@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from alignment.rewards import score_rows
+from alignment.rewards import check_rows, score_rows
 from alignment.rollout import in_batches, rollout
 from alignment.tradeoff import best_of, best_of_kl, draw
 from common.config import ConfigError, UserError
@@ -160,6 +160,10 @@ def compare(models, data, config, reward_model=None):
     The reward model, if any, scores replies and picks the best of n.
     """
     first = next(iter(models))
+    for loaded in models.values():
+        check_rows(loaded.ckpt, models[first].ckpt)
+    if reward_model:
+        check_rows(models[first].ckpt, reward_model.ckpt)
     tokenizer = models[first].tokenizer
     readers = [*models.values(), reward_model] if reward_model else models.values()
     context = min(loaded.model.config.max_seq_len for loaded in readers)

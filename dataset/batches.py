@@ -83,10 +83,14 @@ class Examples:
 
 
 def load_pairs(path, vocab_size, max_len=None):
-    """rm.pkl as (train, val), each [chosen, rejected] of Examples."""
+    """rm.pkl as (train, val), each [chosen, rejected] of Examples; DataError where none are held out."""
     arrays = load_pkl(path)
     sides = [Examples(arrays, prefix, vocab_size, path, max_len) for prefix in ("chosen_", "rejected_")]
     train, val = zip(*(side.split() for side in sides), strict=True)
+    if not len(val[0]):
+        raise DataError(
+            f"{path}: no held-out pair, on which training is judged; more pairs or a larger val_share are needed"
+        )
     return list(train), list(val)
 
 

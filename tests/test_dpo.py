@@ -24,7 +24,7 @@ from alignment.pairs import pair_batch
 from common import checkpoint
 from common.config import ConfigError
 from common.ranges import CHOICES
-from dataset.batches import pad_batch
+from dataset.batches import BatchOrder, pad_batch
 
 LOG_2 = math.log(2)
 CHOSEN, REJECTED = ((4, 3), (2, 12), (9, 1), (3, 6)), ((4, 8), (2, 2), (9, 5), (3, 7))
@@ -210,12 +210,23 @@ def test_gradient_does_not_depend_on_micro_batches_or_padding(kind):
 def test_reference_stands_in_the_order_of_the_pairs():
     sizes = np.random.default_rng(3).integers(1, 9, (130, 2))
     model, chosen, rejected = tiny(), conversations(*sizes), conversations(*sizes[::-1], seed=1)
-    found = dpo_train.reference_logps(model, examples(chosen), examples(rejected), ENV)
+    sides = examples(chosen), examples(rejected)
+    found = dpo_train.reference_logps(model, *sides, np.arange(130), ENV)
     expected, tokens = dpo_train.pair_logps(model, pair_batch(chosen, rejected, range(130), ENV.device), ENV)
     assert_same(found, expected)
     loss, rewards = dpo_train.dpo_loss(expected, found, tokens, beta=0.1)
     assert_same(loss, torch.full((130,), LOG_2))
     assert_same(*rewards)
+    some = np.array([3, 129, 40])
+    part = dpo_train.reference_logps(model, *sides, some, ENV)
+    assert_same(part[:, some], expected[:, some])
+    assert part.isnan().sum() == 2 * 127
+
+
+def test_a_short_run_meets_few_pairs():
+    order = BatchOrder(10, 3, seed=1)  # three batches an epoch
+    assert dpo_train.pairs_met(order, 2).tolist() == sorted([*order[0], *order[1]])
+    assert dpo_train.pairs_met(order, 3).tolist() == dpo_train.pairs_met(order, 50).tolist() == list(range(10))
 
 
 # the cache
@@ -227,12 +238,13 @@ def cached(tmp_path, capsys):
     (tmp_path / "rm.pkl").write_bytes(b"pairs")
     pairs = [examples(side) for side in PAIRS]
 
-    def call(sha256="aa", seed=0, n=4, **changes):
+    def call(sha256="aa", seed=0, n=4, met=(0, 1, 2, 3), **changes):
         stage = SimpleNamespace(
             env=ENV, out=tmp_path, parent=dict(sha256=sha256), config=dict(data=tmp_path), **changes
         )
         splits = [[side.select(np.arange(m)) for side in pairs] for m in (4, n)]
-        return dpo_train.cached_reference(stage, tiny(seed), splits), capsys.readouterr().out
+        needed = np.array(met), np.arange(n)
+        return dpo_train.cached_reference(stage, tiny(seed), splits, needed), capsys.readouterr().out
 
     call.path, call.data = tmp_path / dpo_train.CACHE, tmp_path / "rm.pkl"
     return call
@@ -257,6 +269,15 @@ def test_a_reference_of_something_else_is_computed_again(cached):
     (_, val), said = cached(sha256="cc", n=3)
     assert "with another number of pairs:" in said and val.shape == (2, 3)
     assert cached(sha256="cc", n=3)[1].startswith("reference log-probabilities from")
+
+
+def test_a_reference_of_too_few_pairs_is_computed_again(cached):
+    (few, _), _ = cached(met=(2, 0))
+    assert few.isnan().any(0).tolist() == [False, True, False, True]
+    assert cached(met=(0,))[1].startswith("reference log-probabilities from")
+    (more, _), said = cached(met=(0, 1))
+    assert said == f"{cached.path} has not all pairs that this run meets: computing it again\n"
+    assert not more[:, :2].isnan().any()
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"no such format", None])

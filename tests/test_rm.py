@@ -15,6 +15,8 @@ import rm_train
 from alignment.pairs import pair_batch
 from common.config import ConfigError
 from common.metrics import wilson_interval
+from dataset.batches import load_pairs
+from dataset.formats import DataError, save_pkl
 
 CHOSEN, REJECTED = ((4, 3), (2, 12), (9, 1), (3, 6)), ((4, 8), (2, 2), (9, 5), (3, 7))
 PAIRS = conversations(*CHOSEN), conversations(*REJECTED, seed=1)
@@ -132,6 +134,17 @@ def test_a_tie_is_half_right():
     assert rm_train.calibration(scores[0] - scores[1], 1)[0][2] == 1 + last
     blank, *_ = rm_train.evaluate(tiny(scalar_head=True).requires_grad_(False), *[examples(same)] * 2, ENV, 2)
     assert blank["val/accuracy"] == 0.5 and blank["val/ece"] == 0  # half is what a tie claims
+
+
+def test_pairs_none_of_which_is_held_out_are_refused(tmp_path):
+    sides = {f"{side}_{key}": np.array(x, kind) for side in ("chosen", "rejected")
+             for key, x, kind in (("tokens", [5, 6, 7], np.uint16), ("offsets", [0, 1, 3], np.int64))}  # fmt: skip
+    save_pkl(tmp_path / "rm.pkl", sides | dict(is_val=np.array([False, True])))
+    train, val = load_pairs(tmp_path / "rm.pkl", 40)
+    assert (len(train[0]), len(val[1])) == (1, 1)
+    save_pkl(tmp_path / "rm.pkl", sides | dict(is_val=np.array([False, False])))
+    with pytest.raises(DataError, match="rm.pkl: no held-out pair"):
+        load_pairs(tmp_path / "rm.pkl", 40)
 
 
 # calibration

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import ENV, ragged
 
+from alignment.comparison import compare
 from alignment.functions import call, file_identity, length_reward, reward_function
 from alignment.objective import add_up, average
 from alignment.rewards import Reward, checked, final_scores
@@ -237,6 +238,16 @@ def test_a_reward_model_that_cannot_read_all_tokens_is_refused(small, tmp_path):
     with pytest.raises(UserError, match=rf"may write {rows} different tokens, .* reads {rows - 3} of them only"):
         reward_of(small, tmp_path, vocab_size=rows - 3)
     assert reward_of(small, tmp_path, vocab_size=rows + 8)[0].context == 64
+
+
+def test_checkpoints_that_write_more_tokens_than_the_first_reads_are_not_compared(tmp_path):
+    def loaded(rows):
+        return SimpleNamespace(ckpt=SimpleNamespace(path=f"{rows} rows", model_config=dict(vocab_size=rows)))
+
+    for models, judge in (([448, 440], 440), ([440, 448], 448)):
+        models = {str(rows): loaded(rows) for rows in models}
+        with pytest.raises(UserError, match="448 rows may write 448 different tokens, 440 rows reads 440 of them only"):
+            compare(models, tmp_path, {}, loaded(judge))
 
 
 def test_a_reward_model_with_a_shorter_context_is_told(small, tmp_path, capsys):
