@@ -11,7 +11,6 @@ from chains import ROOT, train_rows
 from common import checkpoint
 
 SCRIPTS = dict(pretrain="pretrain.py", sft="sft.py", rm="rm_train.py", dpo="dpo_train.py")
-REINFORCED = dict(ppo="ppo_train.py", grpo="grpo_train.py")
 # a stage in float64
 SCRIPT = """
 import runpy, sys, torch
@@ -24,7 +23,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def torchrun_stage(folder, processes, stage, options):
     """Standard output of a stage's script in so many processes, in float64; folder is for this launcher's own file."""
     (folder / "script.py").write_text(SCRIPT)
-    return torchrun(processes, folder / "script.py", ROOT / (SCRIPTS | REINFORCED)[stage], *options)
+    return torchrun(processes, folder / "script.py", ROOT / SCRIPTS[stage], *options)
 
 
 def torchrun(processes, *command, restarts=0):

@@ -5,14 +5,14 @@ import shutil
 import pytest
 import torch
 from chains import argv, assert_same_tensors, metrics, rl_options, train_rows
-from parallel import ROOT, torchrun, torchrun_stage
+from parallel import ROOT, torchrun
 
 import grpo_train
 from common import checkpoint
 from common.config import ConfigError
 from common.distributed import Env, per_rank
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("module_in_float64")]
+pytestmark = pytest.mark.slow
 
 # A step of each algorithm in float64 on 16 replies that are fixed, of which each process has its part: gradients of
 # every update and all metrics. Under RANK-less Python it is the one process.
@@ -104,11 +104,11 @@ def test_two_processes_resume_to_the_same_run(small, tmp_path, stage):
     changes = dict(max_steps=4, save_interval=2, eval_interval=2)
     changes |= dict(kl_target=0.5) if stage == "ppo" else dict(group_size=2)
     options = {key: x for key, x in rl_options(small, tmp_path / "whole", **changes).items() if x or stage == "ppo"}
-    out = torchrun_stage(tmp_path, 2, stage, argv(**options))
+    out = torchrun(2, ROOT / f"{stage}_train.py", *argv(**options))
     assert out.count("held-out prompts; reference scores") == 1  # one of them speaks and writes
     shutil.copytree(tmp_path / "whole", tmp_path / "halves")
     (tmp_path / "halves" / "ckpt-2.pt").replace(tmp_path / "halves" / "ckpt.pt")
-    torchrun_stage(tmp_path, 2, stage, argv(**options | dict(out=tmp_path / "halves", resume=True)))
+    torchrun(2, ROOT / f"{stage}_train.py", *argv(**options | dict(out=tmp_path / "halves", resume=True)))
     assert metrics(tmp_path / "halves") == metrics(tmp_path / "whole")
     found, expected = (checkpoint.load(tmp_path / name) for name in ("halves", "whole"))
     assert_same_tensors(found.weights, expected.weights)
