@@ -10,7 +10,7 @@ chat template are interop/vocabulary.py's. A folder is written beside `out` and 
     python export.py --import_hf=out/demo/hf --out=out/demo/from_hf
     python export.py --import_llama2c=stories260K.bin --tokenizer=tok512.model --out=out/stories
 
-in:  ckpt.pt of any stage (quantized: hf only); or a Hugging Face folder (safetensors and tokenizer.model), or a
+in:  ckpt.pt of any stage (quantized: hf only); or a Hugging Face folder (safetensors or .bin, tokenizer.model), or a
      llama2.c .bin
 out: hf: what from_pretrained reads, tokenizer.model and a model card; gguf: model.gguf, Modelfile;
      llama2c: model.bin, tokenizer.bin; import: ckpt.pt and config.json, a run like any other

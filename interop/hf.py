@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from common import checkpoint
+from common.archive import Archive, ArchiveError
 from common.config import UserError
 from common.files import read_json, write_json
 from configs.eval_generate import config as chat_defaults
@@ -36,7 +37,7 @@ KEYS = dict(
     tied="tie_word_embeddings",
 )
 SIZES = [theirs for ours, theirs in KEYS.items() if ours not in ("norm_eps", "tied")]
-WEIGHTS = ("model.safetensors",)
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 ROTARY_TABLE = re.compile(r"rotary_emb\.(?:inv_freq|cos_cached|sin_cached)$")
 FIXED = dict(model_type="llama", hidden_act="silu", attention_bias=False, mlp_bias=False, rope_scaling=None)
 
@@ -144,7 +145,9 @@ def read_weights(folder):
     """(float32 tensors by name, metadata) of all files with weights; what is no finite number is refused."""
     tensors, metadata = {}, {}
     for path in weight_files(folder):
-        found, said = read_safetensors(path)
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+        found, said = (read_safetensors if path.suffix == ".safetensors" else read_bin)(path)
         check_finite(path, found)
         tensors |= {name: tensor.float() for name, tensor in found.items()}
         metadata |= said
@@ -152,13 +155,26 @@ def read_weights(folder):
 
 
 def read_safetensors(path):
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
+    """(tensors by name, metadata) of one file."""
     try:
         with safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: cut short or not safetensors: {error}") from None
+
+
+def read_bin(path):
+    """The same of a file of torch.save, of which no code runs."""
+    try:
+        with open(path, "rb") as file:
+            archive = Archive(file)
+            tensors = archive.fill(archive.content)
+            archive.check_rest()
+    except ArchiveError as error:
+        raise UserError(f"{path}: {error}") from None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise UserError(f"{path}: not a dict of tensors by name")
+    return {str(name): tensor for name, tensor in tensors.items()}, {}
 
 
 def without_rotary_tables(tensors, config, path):
@@ -252,9 +268,10 @@ def import_hf(folder, tokenizer_path):
     config = read_config(folder / "config.json")
     tensors, metadata = read_weights(folder)
     tensors = without_rotary_tables(tensors, config, folder)
-    if config.n_layers > len(tensors):  # before that many are made
-        problem = f"num_hidden_layers is {config.n_layers}, but there are {len(tensors)} tensors"
-        raise UserError(f"{folder / 'config.json'}: {problem}")
+    try:
+        checkpoint.check_size(config, tensors)  # before so many names and shapes are made
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from None
     if config.tied:
         tensors.pop("lm_head.weight", None)  # some write the shared tensor twice
     ours = {renamed(name, 1): (name, shape) for name, shape in shapes_of(config).items()}

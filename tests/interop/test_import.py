@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import resource
 import struct
 
@@ -117,7 +118,8 @@ def test_import_refuses_what_is_no_number_or_no_weight(tmp_path, tok, shared_dat
         (dict(hidden_size="48"), "config.json: hidden_size is '48', no size"),
         (dict(hidden_size=48.0), "config.json: hidden_size is 48.0, no size"),
         (dict(vocab_size=0), "config.json: vocab_size is 0, no size"),
-        (dict(num_hidden_layers=10**9), "config.json: num_hidden_layers is 1000000000, but there are 21 tensors"),
+        (dict(num_hidden_layers=10**9), "config.json: n_layers=1000000000, but there are 21 weights"),
+        (dict(max_position_embeddings=2**31 - 1), "config.json: max_seq_len=2147483647: its rotary tables would take"),
         (dict(rope_parameters=[1]), "config.json: rope_parameters is .1., no object"),
         (dict(rms_norm_eps=0), "config.json: rms_norm_eps is 0.0, rope_theta 20000.0"),
         (dict(rms_norm_eps="a"), "config.json: could not convert"),
@@ -140,6 +142,58 @@ def test_import_refuses_forged_facts_and_shards_from_elsewhere(tmp_path, tok):
         change(folder, "model.safetensors.index.json", weight_map=files)
         with pytest.raises(UserError, match="index.json: its weight_map names no files of this folder"):
             run(import_hf=folder, out=tmp_path / "run")
+
+
+def test_pytorch_model_bin_whole_and_in_shards(tmp_path, tok):
+    folder, tensors = foreign(tmp_path / "hf", tok)
+    wanted = checkpoint.load(run(import_hf=folder, out=tmp_path / "run")).weights
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    state = torch.nn.Module().state_dict() | tensors
+    torch.save(state, folder / "pytorch_model.bin")
+    shards = {f"pytorch_model-0000{i + 1}-of-00002.bin": names[i::2] for i in range(2)}
+    for shards_too in (False, True):
+        if shards_too:
+            (folder / "pytorch_model.bin").unlink()
+            for file, part in shards.items():
+                torch.save({name: tensors[name] for name in part}, folder / file)
+            weight_map = {name: file for file, part in shards.items() for name in part}
+            change(folder, "pytorch_model.bin.index.json", metadata={}, weight_map=weight_map)
+        found = checkpoint.load(run(import_hf=folder, out=tmp_path / "run", overwrite=True)).weights
+        assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    (folder / "pytorch_model-00001-of-00002.bin").unlink()
+    with pytest.raises(UserError, match="pytorch_model-00001-of-00002.bin: no such file"):
+        run(import_hf=folder, out=tmp_path / "other")
+
+
+def test_pytorch_model_bin_runs_no_code_and_is_checked(tmp_path, tok):
+    folder, tensors = foreign(tmp_path / "hf", tok)
+    (folder / "model.safetensors").unlink()
+    path = folder / "pytorch_model.bin"
+    torch.save(tensors, path)
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    torch.save(dict(model=tensors), tmp_path / "nested.bin")
+    torch.save(dict(call=Runs(str(tmp_path / "executed"))), tmp_path / "code.bin")
+    torch.save(tensors | {"model.norm.weight": torch.full((48,), math.nan)}, tmp_path / "nan.bin")
+    wrong = {whole[:-100]: "cut short", b"": "cut short", bytes(flipped): "the CRC of .* does not match"}
+    wrong |= {(tmp_path / "nested.bin").read_bytes(): "not a dict of tensors by name"}
+    wrong |= {(tmp_path / "code.bin").read_bytes(): "it holds posix.mkdir, not only tensors"}
+    wrong |= {(tmp_path / "nan.bin").read_bytes(): "model.norm.weight holds values that are not finite"}
+    for content, message in wrong.items():
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"pytorch_model.bin: .*{message}"):
+            run(import_hf=folder, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists() and not (tmp_path / "executed").exists()
+
+
+class Runs:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
 
 
 @pytest.mark.parametrize("format", ["hf", "gguf", "llama2c", "import_hf"])
