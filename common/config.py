@@ -254,7 +254,8 @@ def _load(path: Path, configs_dir: Path) -> dict:
 
 def _describe(path: Path, configs_dir: Path, name: str = "config") -> dict[str, tuple[Path, int, str]]:
     """{dotted key: (file, line, comment at line's end)}, following `from configs.x import config as base`."""
-    source = path.read_text(encoding="utf-8")
+    with tokenize.open(path) as file:  # in the encoding that the file says it has
+        source = file.read()
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
     names: dict[str, dict] = {}

@@ -120,8 +120,6 @@ def _pick_dtype(name: str, device: torch.device, verbose: bool) -> torch.dtype:
         if device.type == "cuda" and verbose:
             print(f"dtype=auto: {torch.cuda.get_device_name(device)} has no bfloat16, training is in float32")
         return torch.float32
-    if name not in DTYPES:  # float16 would need loss scaling
-        raise UserError(f"dtype={name}: not supported; use auto, {' or '.join(DTYPES)}")
     return DTYPES[name]
 
 
@@ -158,8 +156,6 @@ def wrap(model: Llama, env: Env, config: dict) -> torch.nn.Module:
 
     "ddp" wraps the model, "fsdp" shards it in place: make the optimizer afterwards. One process gets the model back.
     """
-    if config["parallel"] not in ("ddp", "fsdp"):
-        raise ConfigError(f"parallel={config['parallel']}: ddp or fsdp is needed")
     if env.world_size == 1:
         return model
     if config["parallel"] == "ddp":

@@ -86,6 +86,8 @@ def range_of(stage: str, key: str) -> tuple | str | None:
 
 def fault(stage: str, key: str, value: Any) -> str | None:
     """What is needed instead of this value of a flat key; None where it is right."""
+    if key == "out" and value == "":
+        return "the name of a folder is needed"
     allowed = range_of(stage, key)
     if allowed is None:
         return None

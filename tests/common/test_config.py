@@ -181,6 +181,12 @@ def test_bad_files_name_file_line_and_key(configs, tmp_path, source, line, parts
     assert all(part in message for part in parts), message
 
 
+def test_a_file_in_another_encoding_names_its_line(configs, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_bytes("# -*- coding: gbk -*-\n# 步数\nconfig = dict(max_step=3)\n".encode("gbk"))
+    assert error(configs, str(file)) == f"{file}:3: unknown key max_step = 3, the nearest is max_steps"
+
+
 def test_missing_or_second_file(configs, tmp_path):
     assert "nowhere.py: no such config file" in error(configs, "nowhere.py")
     assert "at most one config file" in error(configs, "a.py", "b.py")

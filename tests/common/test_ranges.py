@@ -103,6 +103,7 @@ def test_what_a_choice_names_is_there():
         ("sft", "--eval_new_tokens=0", "eval_new_tokens=0: at least 1 is needed"),
         ("sft", "--beta1=1.5", "beta1=1.5: at least 0 and less than 1 is needed"),
         ("sft", "--grad_clip=1e300", "grad_clip=1e+300: at least 0 and less than 1,000,000,000,000 is needed"),
+        ("sft", "--out=", "out=: the name of a folder is needed"),
         ("sft", "--batch_size=10000000", "batch_size=10000000: at least 1 and at most 1,000,000 is needed"),
         ("sft", "--learning_rate=1e-7", "min_learning_rate=2e-05: at most learning_rate=1e-07 is needed"),
         ("sft", "--schedule=linear", "schedule=linear: cosine or wsd is needed"),
