@@ -23,6 +23,7 @@ from common.checkpoint_file import (
     find,  # noqa: F401
     first_line,
     load,  # noqa: F401
+    not_finite,  # noqa: F401
     write,
 )
 from common.files import file_sha256

@@ -181,11 +181,11 @@ def _check(ckpt: Checkpoint) -> None:
         need(key in kinds and isinstance(value, kinds[key]), f"training has an unknown {key}")
     for name, tensor in ckpt.weights.items():
         need(isinstance(name, str) and isinstance(tensor, torch.Tensor), f"weights has an unknown {name}")
-    if odd := _not_finite(ckpt.weights):
+    if odd := not_finite(ckpt.weights):
         raise ArchiveError(f"{odd} holds values that are not finite")
 
 
-def _not_finite(weights: dict) -> str | None:
+def not_finite(weights: dict) -> str | None:
     """The name of the first tensor that holds nan or inf."""
     return next((name for name, w in weights.items() if w.is_floating_point() and not w.isfinite().all()), None)
 
@@ -207,8 +207,6 @@ def write(path: Path, payload: dict, deflate: bool = False, keep_last: int = 1) 
     """Put a checkpoint at `path`, all of it or nothing; of those that were there the latest keep_last - 1 are kept."""
     tmp = _tmp(path)
     try:
-        if odd := _not_finite(payload["weights"]):
-            raise ArchiveError(f"{odd} holds values that are not finite")
         path.parent.mkdir(parents=True, exist_ok=True)
         own = own_steps(path)
         stays = own[1 - keep_last :] if keep_last > 1 else []

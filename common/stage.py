@@ -16,7 +16,7 @@ from common import checkpoint, distributed, resume
 from common.config import UserError
 from common.files import save_config, unlock
 from common.loggers import logger_module, open_logger
-from common.metrics import FiniteGuard, MetricLog
+from common.metrics import FiniteGuard, MetricLog, NonFiniteError
 from common.optim import keep_decay
 from common.report import Progress, peak_memory_gb
 from dataset.formats import load_meta
@@ -229,6 +229,9 @@ class Stage:
 
     def save(self, step):
         """All that --resume needs."""
+        if odd := checkpoint.not_finite(self.whole.state_dict()):
+            kept = "the last good checkpoint is kept" if self.folder == self.out else "nothing is saved"
+            raise NonFiniteError(f"step {step}: {odd} holds values that are not finite: {kept}")
         training = dict(optimizer=self.whole_optimizer, extra=self.extra or None, data=self.data)
         self._write(checkpoint.FILE_NAME, step, **training, keep_last=self.config["keep_last"])
         if self.folder != self.out:

@@ -215,6 +215,17 @@ def test_a_full_disk_ends_a_run_in_one_line_that_names_the_file(chain, tmp_path,
     assert load(tmp_path).step == STEPS
 
 
+def test_weights_that_became_nan_are_not_saved_over_good_ones(chain, tmp_path, capsys):
+    def poison(stage):
+        stage.model.norm.weight.data[0] = torch.nan
+
+    with pytest.MonkeyPatch.context() as patch:
+        act_after(patch, 3, poison)
+        line = last_words(capsys, options_of(chain, "sft", tmp_path, dict(save_interval=2)))
+    why = "norm.weight holds values that are not finite: the last good checkpoint is kept"
+    assert line == f"error: step 4: {why}" and load(tmp_path).step == 2
+
+
 # what is not what it was
 
 
