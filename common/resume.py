@@ -100,9 +100,8 @@ def keep_apart(config: dict) -> None:
         path = Path(config.get(key) or "")
         files = [each.resolve() for each in (path, path / FILE_NAME, path / MODEL_FILE)]
         if config.get(key) and out in [file.parent if file.is_file() else file for file in files]:
-            raise ConfigError(
-                f"out={config['out']} is where {key}={config[key]} is read, its files would be replaced: choose another --out"
-            )
+            where = f"out={config['out']} is where {key}={config[key]} is read"
+            raise ConfigError(f"{where}, its files would be replaced: choose another --out")
 
 
 def _is_main() -> bool:
