@@ -248,7 +248,8 @@ def sample_pairs(model, label, tok, continues, prompts, max_new_tokens):
         ids = [encode_opening(tok, prompt)[:room] for prompt in prompts]
     else:
         ids = [encode_prompt(tok, [{"role": "user", "content": prompt}], room) for prompt in prompts]
-    replies = model.generate(ids, max_new_tokens, temperature=0, eos_id=stop_id).tokens
+    # weights as they are on a GPU too, where bfloat16 would hide what is compared
+    replies = model.generate(ids, max_new_tokens, temperature=0, eos_id=stop_id, dtype=model.norm.weight.dtype).tokens
     return [(f"[{label}] {prompt}", tok.decode(reply)) for prompt, reply in zip(prompts, replies, strict=True)]
 
 

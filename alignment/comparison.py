@@ -46,9 +46,10 @@ TASK_COLUMNS = {
 def answer(loaded, prompts, config, temperature, top_p=1.0):
     """Replies to id lists, batch_size at a time and the same for the same seed: [Rollout], [text], [eos came]."""
     batches, size = [], config["batch_size"]
+    dtype = loaded.model.norm.weight.dtype  # float32 on a GPU too, as the log-probabilities that make up the KL
     for i in range(0, len(prompts), size):
-        seed, some = config["seed"] + i, prompts[i : i + size]
-        batches.append(rollout(loaded.model, some, config["max_new_tokens"], temperature, loaded.stop_id, seed, top_p))
+        sampling = temperature, loaded.stop_id, config["seed"] + i, top_p, dtype
+        batches.append(rollout(loaded.model, prompts[i : i + size], config["max_new_tokens"], *sampling))
     texts = [loaded.tokenizer.decode(reply) for batch in batches for reply in batch.replies]
     return batches, texts, [ended for batch in batches for ended in batch.ended.tolist()]
 

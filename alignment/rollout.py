@@ -40,14 +40,13 @@ class Rollout:
         return Rollout(*chosen, replies, fields, self.device, keep)
 
 
-def rollout(model, prompts, max_new_tokens, temperature=1.0, eos_id=2, seed=None, top_p=1.0):
+def rollout(model, prompts, max_new_tokens, temperature=1.0, eos_id=2, seed=None, top_p=1.0, dtype=None):
     """Sample one reply to each prompt (ids, as a Prompt or a list) from softmax(logits / temperature).
 
-    Training leaves top_p at 1.
+    Training leaves top_p at 1; dtype as for generate.
     """
-    replies = model.generate(
-        prompts, max_new_tokens, temperature=temperature, top_p=top_p, eos_id=eos_id, seed=seed
-    ).tokens
+    sampling = dict(temperature=temperature, top_p=top_p, eos_id=eos_id, seed=seed, dtype=dtype)
+    replies = model.generate(prompts, max_new_tokens, **sampling).tokens
     batch = pad_batch([(p + r, [0] * len(p) + [1] * len(r)) for p, r in zip(prompts, replies, strict=True)])
     ended = torch.tensor([r[-1] == eos_id for r in replies])
     fields = [getattr(prompt, "fields", {}) for prompt in prompts]
