@@ -64,7 +64,7 @@ def load_file(path):
 
 
 def told(error):
-    """`KeyError: 'x' (mine.py:3)`: an error and the line that raised it."""
+    """`KeyError: 'x' (FILE:3)`: an error and the line that raised it."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     syntax = isinstance(error, SyntaxError)
     file, line = (error.filename, error.lineno) if syntax else (frame.filename, frame.lineno)
