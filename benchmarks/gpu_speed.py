@@ -70,11 +70,6 @@ def forget(env):
         torch.cuda.reset_peak_memory_stats(env.device)
 
 
-def peak_gb(env):
-    """The most that tensors of this device held at once; on a CPU, that this process ever had."""
-    return torch.cuda.max_memory_allocated(env.device) / 1e9 if env.device.type == "cuda" else peak_memory_gb()
-
-
 def measure_device(env, scale):
     """What it is, and FLOP/s of large matrix products."""
     n = scale["matrix"]
@@ -157,7 +152,8 @@ def train_at(env, seconds, config, B, T, kind):
         forward = distributed.compiled(model, env) if kind == "compiled" else model
         step = training_step(model, lambda: forward(x, y), env)
     rate = B * T * rate_of(step, env, seconds)
-    return dict(rate=rate, flops=rate * flops_per_token(config, T), batch=B, tokens=T, peak_gb=peak_gb(env))
+    flops, peak_gb = rate * flops_per_token(config, T), peak_memory_gb(env.device)
+    return dict(rate=rate, flops=flops, batch=B, tokens=T, peak_gb=peak_gb)
 
 
 @torch.no_grad()
@@ -173,7 +169,8 @@ def decode(env, scale, size, program, B):
         model, prompts = hf_llama(config, env, env.dtype).eval(), prompts.to(env.device)
         options = dict(do_sample=False, use_cache=True, eos_token_id=None, pad_token_id=0, max_new_tokens=n)
         call = lambda: model.generate(prompts, attention_mask=torch.ones_like(prompts), **options)  # noqa: E731
-    return dict(rate=B * n * rate_of(call, env, scale["seconds"] / 2, warm_up=1), batch=B, peak_gb=peak_gb(env))
+    rate = B * n * rate_of(call, env, scale["seconds"] / 2, warm_up=1)
+    return dict(rate=rate, batch=B, peak_gb=peak_memory_gb(env.device))
 
 
 def make_ppo(new_model, config, env):
@@ -229,8 +226,9 @@ def reinforce(env, scale, stage):
         times.append(clock(env))
         update(stage, batch, fixed)
         times.append(clock(env))
-    halves = dict(experience_s=times[1] - times[0], update_s=times[2] - times[1])
-    return dict(replies=len(batch.replies), length=metrics["length"]) | halves | dict(peak_gb=peak_gb(env))
+    found = dict(replies=len(batch.replies), length=metrics["length"])
+    found |= dict(experience_s=times[1] - times[0], update_s=times[2] - times[1])
+    return found | dict(peak_gb=peak_memory_gb(env.device))
 
 
 def run_distributed(env, scale, kind):

@@ -63,7 +63,7 @@ def test_replies_whose_cache_holds_wrong_keys_exceed_the_bounds(checks, monkeypa
         return write(cache, layer, k.roll(1, -1), v)
 
     monkeypatch.setattr(KVCache, "write", shifted)
-    assert checks.failed(checks.check_generate(ENV, [9, 4])) == ["nats", "other"]
+    assert checks.failed(checks.check_generate(ENV, [9, 4], 12)) == ["nats", "other"]
 
 
 def test_a_part_that_raises_is_the_last_of_its_process_and_late_ones_are_left_out(gpu, monkeypatch, capsys):
