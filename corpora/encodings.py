@@ -16,6 +16,7 @@ LEGACY = {"gb18030": "GB18030", "big5hkscs": "Big5"}
 WIDE = {f"utf-{n}{end}": f"UTF-{n}" for n in (16, 32) for end in ("", "-le", "-be")}  # no byte ends a line
 ENCODINGS = {"utf-8": "UTF-8"} | LEGACY | WIDE
 BLOCK = 1 << 20  # what is read at once: bytes, or characters of a JSON array
+LONGEST = 1 << 25  # bytes or characters of a line or record: a novel of ten million characters is one
 PLACES = 16  # pieces of a large file that its encoding is told from, besides its first megabyte
 
 # The characters that make up half of any Chinese text, simplified or traditional; their bytes in one encoding are rare
@@ -72,6 +73,16 @@ def open_text(path, encoding, newline=""):
     """Decoded text; line breaks are kept, and bytes that do not decode marked."""
     encoding = "utf-8-sig" if encoding == "utf-8" else encoding
     return io.TextIOWrapper(open_bytes(path), encoding, "tiny_llama2_mark", newline)
+
+
+def lines_of(file):
+    """(line, its length) of all lines of bytes or text; None for one of LONGEST or more, which is not held."""
+    while line := file.readline(LONGEST):
+        size, end = len(line), line[-1:]
+        while size >= LONGEST and end not in (b"\n", "\n", b"", ""):
+            line, more = None, file.readline(BLOCK)
+            size, end = size + len(more), more[-1:]
+        yield line, size
 
 
 def is_clean(text):

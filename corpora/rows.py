@@ -9,11 +9,13 @@ import os
 import re
 import sys
 
-from corpora.encodings import BLOCK, ENCODINGS, WIDE, escaped, is_clean, open_bytes, open_text, reading
+from corpora import encodings
+from corpora.encodings import BLOCK, ENCODINGS, WIDE, escaped, is_clean, lines_of, open_bytes, open_text, reading
 from corpora.kinds import BLANKS, DECODER, ROW_FIELDS, decode_json
 from corpora.tables import read_arrow, read_csv, read_parquet
 from dataset.formats import DataError
 
+TOO_LONG = f"longer than {encodings.LONGEST >> 20} MB"
 NAMED = 5  # bad lines named per unit: enough to see what is wrong with a file
 
 _GAP = re.compile(r"[\s\ufeff]*,?[\s\ufeff]*")  # between the elements of a JSON array
@@ -38,6 +40,9 @@ def read_lines(unit):
     name, wrong, named = escaped(unit.path), f"not {ENCODINGS[unit.encoding]}", 0
     for number, line in enumerate(iterate_lines(unit), unit.first):
         place, row, why = f"{name}:{number}", None, None
+        if line is None:
+            yield place, None, TOO_LONG
+            continue
         try:
             text = line.decode(unit.encoding) if isinstance(line, bytes) else line
             if unit.encoding in WIDE:
@@ -67,19 +72,21 @@ def read_lines(unit):
 
 
 def iterate_lines(unit):
-    """Lines as bytes, those that start in the unit's range; of UTF-16 and UTF-32, as text."""
+    """Lines as bytes, those that start in the unit's range; of UTF-16 and UTF-32, as text; None for one too long."""
     if unit.encoding in WIDE:
         with open_text(unit.path, unit.encoding, "\n") as file:
-            yield from file
+            yield from (line for line, _ in lines_of(file))
         return
     with open_bytes(unit.path) as file:
         position = unit.start
         if position:
             file.seek(position - 1)
-            position += len(file.readline()) - 1  # to the first line that starts at or after `start`
-        while (not unit.stop or position < unit.stop) and (line := file.readline()):
+            position += next(lines_of(file), (b"", 0))[1] - 1  # to the first line that starts at or after `start`
+        for line, size in lines_of(file) if not unit.stop or position < unit.stop else ():
             yield line
-            position += len(line)
+            position += size
+            if unit.stop and position >= unit.stop:
+                return
 
 
 def read_json(unit):
@@ -110,6 +117,8 @@ def read_json(unit):
                 if not cut:
                     what = "is not JSON" if more else "breaks off, as after a partial download"
                     raise DataError(f"{name}: record {number} {what}: {error.msg}") from None
+            if cut and len(window) - at > encodings.LONGEST:
+                raise DataError(f"{name}: record {number} is {TOO_LONG}: or a bracket or quote in it is not closed")
             if cut:
                 more = file.read(max(BLOCK, len(window) - at))  # at least doubled: long elements in linear time
                 window, at = window[at:] + more, 0
@@ -148,7 +157,9 @@ def read_text(unit):
     """A file's text; bytes that do not decode become U+FFFD, as a few of them should not cost a book."""
     name, line = escaped(unit.path), 1
     with open_text(unit.path, unit.encoding, None) as file:
-        for piece in cut_text(file, unit.characters) if unit.characters else [file.read()]:
+        for piece in cut_text(file, unit.characters) if unit.characters else [file.read(encodings.LONGEST)]:
+            if len(piece) == encodings.LONGEST:
+                raise DataError(f"{name}: {TOO_LONG} for one document: txt_characters=10000 makes several of it")
             remark = None if is_clean(piece) else f"bytes that are not {ENCODINGS[unit.encoding]} replaced"
             text = piece.replace("\udcff", "\ufffd").replace("\n\ufeff", "\n").removeprefix("\ufeff")
             yield f"{name}:{line}", {"text": text}, remark

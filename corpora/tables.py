@@ -7,7 +7,7 @@ import os
 import re
 from contextlib import contextmanager
 
-from corpora.encodings import BLOCK, ENCODINGS, escaped, is_clean, open_text
+from corpora.encodings import BLOCK, ENCODINGS, escaped, is_clean, lines_of, open_text
 from corpora.kinds import suffix_of
 from dataset.formats import DataError
 
@@ -66,7 +66,9 @@ def csv_records(unit):
     before, style, options = csv_dialect(unit)
 
     def lines():
-        for line in itertools.islice(file, before, None):
+        for line, size in itertools.islice(lines_of(file), before, None):
+            if line is None:
+                raise DataError(f"{name}: a line of {size:,} characters is no row of a table")
             taken.append(line.removeprefix("\ufeff"))  # of files joined to one, each may have its own
             yield taken[-1]
 

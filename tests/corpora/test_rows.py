@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 from reading import at, json_lines, read, write
 
-from corpora import rows
+from corpora import encodings, rows
 from corpora.files import Unit
 from corpora.sources import list_units, read_records
 from dataset.formats import DataError
@@ -279,3 +279,32 @@ def test_a_bad_byte_is_said_of_its_piece_alone(tmp_path):
     path = write(tmp_path / "a.txt", "一行字\n".encode() * 50 + b"\xff\n" + "一行字\n".encode() * 50)
     notes = [note for _, _, note in read("txt", path, characters=100)]
     assert notes.count("bytes that are not UTF-8 replaced") == 1 and len(notes) >= 4
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_a_line_without_end_is_passed_over_and_not_held(tmp_path, monkeypatch, encoding):
+    monkeypatch.setattr(encodings, "LONGEST", 100)
+    monkeypatch.setattr(encodings, "BLOCK", 30)
+    fits, long = [json.dumps({"text": "a" * n}) for n in (87, 89)]  # 99 characters and the break; one more
+    text = "\n".join([fits, long, fits, "b" * 1000, fits, long])
+    path = write(tmp_path / "a.jsonl", text.encode(encoding))
+    results = [({"text": "a" * 87}, None), (None, "longer than 32 MB"), ({"text": "a" * 87}, None)]
+    results += [(None, "longer than 32 MB"), ({"text": "a" * 87}, None), (None, "longer than 32 MB")]
+    results = at("a.jsonl", [(number, *result) for number, result in enumerate(results, 1)])
+    assert read("text_rows", path) == results
+    if encoding == "utf-8":
+        for size in range(1, 300, 7):  # units that begin and end within it
+            assert read("text_rows", path, size) == results
+
+
+def test_what_is_no_record_for_its_length_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(encodings, "LONGEST", 1 << 20)
+    unclosed = json.dumps([{"text": "a"}, {"text": "b" * (5 << 20)}])[:-3]
+    with pytest.raises(DataError, match=r"a\.json: record 2 is longer than 32 MB: or a .* not closed"):
+        read("text_rows", write(tmp_path / "a.json", unclosed))
+    with pytest.raises(DataError, match=r"a\.csv: a line of 2,097,152 characters is no row"):
+        read("text_rows", write(tmp_path / "a.csv", "text\n" + "b" * (2 << 20)))
+    path = write(tmp_path / "a.txt.gz", gzip.compress(b"c" * (2 << 20)))
+    with pytest.raises(DataError, match=r"a\.txt\.gz: longer than 32 MB for one document: txt_characters"):
+        read("txt", path)
+    assert len(read("txt", path, characters=10_000)) == 210
