@@ -38,7 +38,8 @@ RANGES = {
     "(0, 1)": "val_share",
     "(0, 1]": "top_p compare_top_p",
     "[0, 1e6]": "kl_coef kl_target entropy_coef vf_coef sft_coef margin centring score_clip damping",
-    "(0, 1e6]": "beta cliprange cliprange_value",
+    "(0, 1e6]": "cliprange cliprange_value",
+    "[1e-4, 1e6]": "beta",  # rewards are divided by it
     "(2, 1e6]": "kl_horizon",  # a step multiplies kl_coef by 1 - 2 / kl_horizon at least
     "[-1e6, 1e6]": "no_eos_score",
     "[0.01, 100]": "temperature",  # of log-probabilities, which have no value at 0
