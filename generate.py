@@ -86,7 +86,7 @@ class Graphed:
     """
 
     def __init__(self, step, cache):
-        self.step, self.cache, self.stream = step, cache, torch.cuda.Stream()
+        self.step, self.cache, self.stream = step, cache, torch.cuda.Stream(cache.kv.device)
         self.shape, self.graph, self.failed = None, None, False
 
     def __call__(self, token):
@@ -94,10 +94,11 @@ class Graphed:
         rows, keys = shape = cache.shape()
         if shape != self.shape:  # the old one never comes back: rows leave, keys grow
             self.shape, self.graph, self.logits = shape, None, None
-            self.stream.wait_stream(torch.cuda.current_stream())
+            current = torch.cuda.current_stream(token.device)
+            self.stream.wait_stream(current)
             with torch.cuda.stream(self.stream):
                 logits = self.step(token)
-            torch.cuda.current_stream().wait_stream(self.stream)
+            current.wait_stream(self.stream)
             return logits
         if self.graph is None and not self.failed and min(keys, cache.capacity) - longest >= REPAID:
             self.capture(token)
@@ -117,7 +118,7 @@ class Graphed:
                 self.logits = self.step(self.token)
             self.graph = graph
         except RuntimeError as error:
-            self.failed, reason = True, str(error).strip().partition("\n")[0]
+            self.failed, reason = True, str(error.__context__ or error).strip().partition("\n")[0]
             print(f"warning: generation goes on without a CUDA graph, and slower: {reason}", file=sys.stderr)
         self.cache.longest = longest  # as no kernel runs in a capture
 

@@ -254,10 +254,14 @@ class Recorded(TorchDispatchMode):
     @contextlib.contextmanager
     def capture(self):
         self.captured.append(self)
-        with self:
-            yield
-        for tensor, content in reversed(self.before):
-            tensor.copy_(content)
+        try:
+            with self:
+                yield
+        except RuntimeError as error:  # the one that reaches the caller says nothing of the cause
+            raise RuntimeError("operation failed due to a previous error during capture") from error
+        finally:
+            for tensor, content in reversed(self.before):
+                tensor.copy_(content)
 
     def replay(self):
         type(self).replayed += 1
@@ -276,7 +280,7 @@ def graphs(monkeypatch):
     names = dict(
         CUDAGraph=Recorded, graph=lambda graph, **_: graph.capture(), stream=lambda _: contextlib.nullcontext()
     )
-    names |= dict(Stream=lambda: stream, current_stream=lambda: stream)
+    names |= dict(Stream=lambda device: stream, current_stream=lambda device: stream)
     for name, value in names.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(generate, "has_graphs", lambda device: True)
@@ -313,8 +317,9 @@ def test_a_graph_is_captured_only_where_it_is_repaid(graphs):
 def test_without_a_graph_generation_goes_on_with_one_warning(graphs, capsys):
     class Looks(Llama):
         def hidden(self, ids, cache=None):
-            assert ids.max().item() < 24  # the host looks at the device
-            return super().hidden(ids, cache)
+            h = super().hidden(ids, cache)
+            assert h.sum().item() == h.sum()  # the host looks at the device
+            return h
 
     model = talker(max_seq_len=100)
     model.__class__ = Looks
