@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from generate import generate
@@ -56,6 +57,13 @@ class Embedding(nn.Embedding):
         return F.linear(h, self.weight)
 
 
+class ScalarHead(nn.Linear):
+    """One number per position, in float32 under autocast too: scores that bfloat16 rounds have ties."""
+
+    def forward(self, h):
+        return (upcast(h) * self.weight).sum(-1, keepdim=True)
+
+
 class RMSNorm(nn.Module):
     def __init__(self, dim, eps):
         super().__init__()
@@ -71,18 +79,64 @@ def upcast(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def product_dtype(x):
+    """What products with x are computed in: autocast's dtype where it is on, else that of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def rope_table(config):
-    """cos and sin of position * theta^(-2i/head_dim), each (max_seq_len, head_dim/2)."""
+    """cos (max_seq_len, head_dim), each twice, and sin (max_seq_len, head_dim/2) of position * theta^(-2i/head_dim)."""
     freqs = config.rope_theta ** (-torch.arange(0, config.head_dim, 2).double() / config.head_dim)
     angles = torch.outer(torch.arange(config.max_seq_len).double(), freqs)
-    return [table.to(torch.get_default_dtype()) for table in (angles.cos(), angles.sin())]
+    tables = angles.cos().repeat_interleave(2, -1), angles.sin()
+    return [table.to(torch.get_default_dtype()) for table in tables]
 
 
-def apply_rope(x, cos, sin):
-    """Rotate the pairs (x[2i], x[2i+1]) by their angles. x (B, T, H, D/H); cos, sin (T, D/H/2) or (B, T, D/H/2)."""
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same angle for every head
-    a, b = upcast(x).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).type_as(x)
+class Rope(torch.autograd.Function):
+    """Rotate the pairs (x[2i], x[2i+1]) by their angles. x (B, T, H, D/H); cos, sin (T, ...) or (B, T, ...).
+
+    Computed in float32 at least and rounded to x's dtype, with few passes over x; backward turns back.
+    """
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same angle for every head
+        y = torch.mul(x, cos, out=torch.empty_like(x))
+        (a, b), (turned_a, turned_b) = (pairs.unflatten(-1, (-1, 2)).unbind(-1) for pairs in (x, y))
+        turned_a.addcmul_(b, sin, value=-1)
+        turned_b.addcmul_(a, sin)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return Rope.apply(grad, cos, -sin), None, None
+
+
+def document_starts(documents, multiple=256):
+    """Where documents start in the flattened rows (N,) int32, from the number of each token's (B, T).
+
+    The end, B * T, follows as often as makes N a multiple: few different shapes let a GPU reuse what is compiled.
+    """
+    starts = torch.ones_like(documents, dtype=torch.bool)
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    starts = starts.flatten().nonzero().squeeze(1)
+    return F.pad(starts, (0, 1 + -(len(starts) + 1) % multiple), value=documents.numel()).int()
+
+
+def document_mask(documents, B, T, dtype):
+    """What keeps attention within documents, their numbers (B, T) or starts (N,): (B, 1, T, T) bool.
+
+    For products of half precision on a GPU their starts, which a kernel takes that skips what is masked.
+    """
+    if documents.is_cuda and dtype in (torch.bfloat16, torch.float16):
+        return documents if documents.dim() == 1 else document_starts(documents)
+    if documents.dim() == 1:
+        positions = torch.arange(B * T, dtype=documents.dtype, device=documents.device)
+        documents = torch.searchsorted(documents, positions, right=True).view(B, T)
+    return (documents[:, :, None] == documents[:, None, :]).tril().unsqueeze(1)
 
 
 class Attention(nn.Module):
@@ -96,10 +150,11 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache=None, layer=0, mask=None):
         B, T, _ = x.shape
-        qk = torch.cat((self.wq(x), self.wk(x)), -1).view(B, T, -1, self.head_dim)
-        qk = apply_rope(qk, cos, sin).transpose(1, 2)  # (B, H + Hkv, T, D/H)
-        q, k = qk.split((self.n_heads, self.n_kv_heads), 1)
-        v = self.wv(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # (B, Hkv, T, D/H)
+        q, k, v = (w(x).view(B, T, -1, self.head_dim) for w in (self.wq, self.wk, self.wv))  # (B, T, H or Hkv, D/H)
+        q, k = Rope.apply(q, cos, sin), Rope.apply(k, cos, sin)
+        if mask is not None and mask.dim() == 1:
+            return self.wo(self.within_documents(q, k, v, mask).view(B, T, -1))
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, H or Hkv, T, D/H)
         if cache is not None:
             k, v = (kv.type_as(q) for kv in cache.write(layer, k, v))
         if T == 1:  # the heads that share keys stand as positions of one head, and no kernel needs to know of groups
@@ -107,6 +162,14 @@ class Attention(nn.Module):
         causal, gqa = mask is None and T > 1, q.size(1) != self.n_kv_heads
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=gqa)
         return self.wo(y.reshape(B, self.n_heads, T, -1).transpose(1, 2).reshape(B, T, -1))
+
+    def within_documents(self, q, k, v, starts):
+        """Causal attention over all rows end to end, each document by itself: (B * T, H, D/H)."""
+        T = q.size(1)
+        if self.n_heads != self.n_kv_heads:  # torch 2.11 has no enable_gqa
+            k, v = (heads.repeat_interleave(self.n_heads // self.n_kv_heads, 2) for heads in (k, v))
+        q, k, v = (heads.flatten(0, 1) for heads in (q, k, v))
+        return varlen_attn(q, k, v, starts, starts, T, T, window_size=(-1, 0))
 
 
 class SwiGLU(torch.autograd.Function):
@@ -120,7 +183,9 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+        grad_gate = grad * up
+        torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)  # in place
+        return grad_gate, F.silu(gate).mul_(grad)
 
 
 class FeedForward(nn.Module):
@@ -144,8 +209,10 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, h, *attention_args):
-        h = h + self.dropout(self.attention(self.attention_norm(h), *attention_args))
-        return h + self.dropout(self.feed_forward(self.ffn_norm(h)))
+        x = self.attention_norm(h)
+        h = h + self.dropout(self.attention(x.to(product_dtype(x)), *attention_args))  # cast once for q, k and v
+        x = self.ffn_norm(h)
+        return h + self.dropout(self.feed_forward(x.to(product_dtype(x))))
 
 
 def at(keep, h, targets, weights):
@@ -161,74 +228,110 @@ def at(keep, h, targets, weights):
     return h.index_select(0, inside), targets[inside], F.pad(weights, (0, 1))[keep]
 
 
-def row_chunks(h, vocab_size):
-    """Slices of rows whose logits fit the cache of a CPU (128 rows are fastest there) or 256 MB on an accelerator."""
-    rows = 128 if h.device.type == "cpu" else max(128, 2**26 // vocab_size)
+def row_chunks(h):
+    """Slices of rows whose logits fit the cache of a CPU (128 rows are fastest there) or 256 MB on a GPU."""
+    rows = 128 if h.device.type == "cpu" else 1024
     return [slice(i, i + rows) for i in range(0, h.size(0), rows)]
 
 
+def padded(W, dtype):
+    """W (V, D) in dtype; on a GPU with rows of zeros up to a multiple of 128: of odd shapes it multiplies slowly."""
+    if W.device.type == "cpu":
+        return W.to(dtype)
+    low = W.new_zeros(-(-len(W) // 128) * 128, W.size(1), dtype=dtype)
+    low[: len(W)] = W
+    return low
+
+
+def product(a, b, out=None):
+    """a (M, K) times b (K, N) with sums and result in float32 at least, also where a and b are bfloat16."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(upcast(a), upcast(b), out=out)
+
+
+def add_product(total, a, b):
+    """total (M, N) and a times b, as `product`, written over total."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return total.add_(product(a, b))
+    return total.addmm_(upcast(a), upcast(b))
+
+
+def log_softmax_chunk(logits, targets, V, grad_dtype=None):
+    """log softmax over the first V columns at the targets (rows, 1); the logits (rows, Vp) are overwritten.
+
+    With grad_dtype also softmax - onehot (rows, Vp), its derivative with respect to the logits but for the sign.
+    """
+    logits[:, V:] = -torch.inf
+    logps, targets = torch.log_softmax(logits, -1, out=logits), targets[:, None]
+    picked = logps.gather(1, targets)
+    if grad_dtype is None:
+        return picked
+    # p - 1 of the target is computed in float32: where p is nearly 1, little of it would be left in bfloat16
+    logps.scatter_add_(1, targets, torch.full_like(picked, -torch.inf))
+    grad = torch.exp(logps, out=logps if logps.dtype == grad_dtype else torch.empty_like(logps, dtype=grad_dtype))
+    return picked, grad.scatter_add_(1, targets, picked.expm1().to(grad_dtype))
+
+
 class LinearCrossEntropy(torch.autograd.Function):
-    """sum_n weights[n] * -log softmax(h[n] W^T)[targets[n]], the gradients computed with the loss, chunk by chunk."""
+    """sum_n weights[n] * -log softmax(h[n] W^T)[targets[n]], the gradients computed with the loss, chunk by chunk.
+
+    `chunk` is log_softmax_chunk or its compiled form.
+    """
 
     @staticmethod
-    def forward(ctx, h, W, targets, weights):  # (N, D), (V, D), (N,), (N,)
+    def forward(ctx, h, W, targets, weights, chunk=log_softmax_chunk):  # (N, D), (V, D), (N,), (N,)
+        low = product_dtype(h) if h.is_cuda else h.dtype
+        h_low, W_low = h.to(low), padded(W, low)
         loss = upcast(h.new_zeros(()))
         weights = weights.to(loss.dtype)
         grad_h = torch.empty_like(h)
-        grad_W = torch.zeros_like(W, dtype=loss.dtype)
-        W_h = W.to(h.dtype)
-        chunks = row_chunks(h, W.size(0))
-        buffer = h.new_empty(min(chunks[0].stop, len(h)), W.size(0)) if chunks else None
+        grad_W = torch.zeros_like(W_low, dtype=loss.dtype)
+        chunks = row_chunks(h)
+        buffer = loss.new_empty(min(chunks[0].stop, len(h)), len(W_low)) if chunks and not h.is_cuda else None
         for rows in chunks:
-            hr = h[rows]
-            logits = upcast(torch.mm(hr, W_h.T, out=buffer[: len(hr)]))  # (rows, V)
-            picked = logits.gather(1, targets[rows, None])
-            top = logits.amax(-1, keepdim=True)
-            total = logits.sub_(top).exp_().sum(-1, keepdim=True)
-            loss += ((top + total.log() - picked).squeeze(1) * weights[rows]).sum()
-            # d loss / d logits = weights * (softmax - onehot), written over the logits
-            grad = logits.mul_(weights[rows, None] / total)
-            grad.scatter_add_(1, targets[rows, None], -weights[rows, None])
-            grad = grad.to(h.dtype)
-            torch.mm(grad, W_h, out=grad_h[rows])
-            grad_W.addmm_(upcast(grad.T), upcast(hr))
-        ctx.save_for_backward(grad_h, grad_W.to(W.dtype))
+            hr, w = h_low[rows], weights[rows, None]
+            logits = buffer if buffer is None else buffer[: len(hr)]
+            picked, grad = chunk(product(hr, W_low.T, logits), targets[rows], len(W), low)
+            loss -= (picked * w).sum()
+            grad_h[rows] = product(grad, W_low) * w
+            add_product(grad_W, grad.T, (hr * w).to(low))
+            del grad  # before the next logits
+        ctx.save_for_backward(grad_h, grad_W[: len(W)].to(W.dtype))
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
         grad_h, grad_W = ctx.saved_tensors
-        return grad_h.mul_(grad_loss), grad_W.mul_(grad_loss), None, None
+        return grad_h.mul_(grad_loss), grad_W.mul_(grad_loss), None, None, None
 
 
 class LinearLogps(torch.autograd.Function):
     """log softmax(h W^T / temperature)[targets]; backward recomputes the logits chunk by chunk."""
 
     @staticmethod
-    def forward(ctx, h, W, targets, temperature):  # (N, D), (V, D), (N,)
-        logps, lses = [], []
-        for rows in row_chunks(h, W.size(0)):
-            logits = upcast(h[rows] @ W.to(h.dtype).T) / temperature
-            lses.append(logits.logsumexp(-1))
-            logps.append(logits.gather(1, targets[rows, None]).squeeze(1) - lses[-1])
-        lse = torch.cat(lses) if lses else upcast(h.new_zeros(0))
-        ctx.save_for_backward(h, W, targets, lse)
-        ctx.temperature = temperature
-        return torch.cat(logps) if logps else lse.clone()  # (N,)
+    def forward(ctx, h, W, targets, temperature, chunk=log_softmax_chunk):  # (N, D), (V, D), (N,)
+        low = product_dtype(h) if h.is_cuda else h.dtype
+        h_low, W_low = (h / temperature).to(low), padded(W, low)
+        logps = [chunk(product(h_low[rows], W_low.T), targets[rows], len(W)) for rows in row_chunks(h)]
+        ctx.save_for_backward(h_low, W, targets)
+        ctx.temperature, ctx.chunk, ctx.dtype = temperature, chunk, h.dtype
+        return torch.cat(logps).squeeze(1) if logps else upcast(h.new_zeros(0))  # (N,)
 
     @staticmethod
     def backward(ctx, grad_logps):
-        h, W, targets, lse = ctx.saved_tensors
-        grad_h = torch.empty_like(h)
-        grad_W = torch.zeros_like(W, dtype=lse.dtype)
-        for rows in row_chunks(h, W.size(0)):
-            g = grad_logps[rows, None] / ctx.temperature
-            logits = upcast(h[rows] @ W.to(h.dtype).T) / ctx.temperature
-            grad = logits.sub_(lse[rows, None]).exp_().mul_(-g).scatter_add_(1, targets[rows, None], g)
-            grad = grad.to(h.dtype)
-            grad_h[rows] = grad @ W.to(h.dtype)
-            grad_W.addmm_(upcast(grad.T), upcast(h[rows]))
-        return grad_h, grad_W.to(W.dtype), None, None
+        h_low, W, targets = ctx.saved_tensors
+        low = h_low.dtype
+        W_low = padded(W, low)
+        grad_h = torch.empty_like(h_low, dtype=ctx.dtype)
+        grad_W = torch.zeros_like(W_low, dtype=grad_logps.dtype)
+        for rows in row_chunks(h_low):
+            hr, g = h_low[rows], -grad_logps[rows, None]
+            _, grad = ctx.chunk(product(hr, W_low.T), targets[rows], len(W), low)
+            grad_h[rows] = product(grad, W_low) * (g / ctx.temperature)
+            add_product(grad_W, grad.T, (hr * g).to(low))
+            del grad  # before the next logits
+        return grad_h, grad_W[: len(W)].to(W.dtype), None, None, None
 
 
 class Llama(nn.Module):
@@ -243,7 +346,8 @@ class Llama(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         needs_output = not (config.tied or config.scalar_head)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False) if needs_output else None
-        self.scalar = nn.Linear(config.dim, 1, bias=False) if config.scalar_head else None
+        self.scalar = ScalarHead(config.dim, 1, bias=False) if config.scalar_head else None
+        self.chunk = log_softmax_chunk  # of the head's rows; or its compiled form
         self.recompute = False  # activation checkpointing: backward computes each block's activations again
         cos, sin = rope_table(config)
         self.register_buffer("rope_cos", cos, persistent=False)
@@ -276,21 +380,24 @@ class Llama(nn.Module):
         """The trunk: ids (B, T) -> final normalised states (B, T, D); with a cache, T tokens more for every row.
 
         With documents (B, T), the number of the document each token is of, none attends to another document. Rotary
-        positions need no reset, as attention sees only their differences.
+        positions need no reset, as attention sees only their differences. Their document_starts, computed on the CPU,
+        do as well, and on a GPU without its waiting for the host.
         """
         B, T = ids.shape
         if T > self.config.max_seq_len:
             raise ValueError(f"{T} tokens are longer than max_seq_len={self.config.max_seq_len}")
         positions, mask = (slice(T), None) if cache is None else cache.append(T)
         if documents is not None:
-            mask = (documents[:, :, None] == documents[:, None, :]).tril().unsqueeze(1)  # (B, 1, T, T)
+            mask = document_mask(documents, B, T, product_dtype(self.norm.weight))
         cos, sin = self.rope_cos[positions], self.rope_sin[positions]
         h = self.dropout(self.tok_embeddings(ids).to(self.norm.weight.dtype))  # a low-bit embedding's is float32
         for i, layer in enumerate(self.layers):
-            if self.recompute and torch.is_grad_enabled():
-                h = checkpoint(layer, h, cos, sin, cache, i, mask, use_reentrant=False)
+            if cache is not None:
+                h = layer.forward(h, cos, sin, cache, i, mask)  # never compiled, as a call of the layer may be
+            elif self.recompute and torch.is_grad_enabled():
+                h = checkpoint(layer, h, cos, sin, None, 0, mask, use_reentrant=False)
             else:
-                h = layer(h, cos, sin, cache, i, mask)
+                h = layer(h, cos, sin, None, 0, mask)
         return self.norm(h)
 
     def forward(self, ids, targets=None, weights=None, documents=None, keep=None):
@@ -307,7 +414,7 @@ class Llama(nn.Module):
         weights = counts / counts.sum().clamp(min=1) if weights is None else weights * counts
         h, targets, weights = at(keep, h, targets.clamp(min=0), weights)  # (N, D), (N,), (N,)
         if torch.is_grad_enabled():
-            return LinearCrossEntropy.apply(h, self.head_weight, targets, weights)
+            return LinearCrossEntropy.apply(h, self.head_weight, targets, weights, self.chunk)
         return -(self._logps(h, targets, 1.0) * weights).sum()
 
     def token_logps(self, ids, temperature=1.0, mask=None, keep=None):
@@ -317,20 +424,19 @@ class Llama(nn.Module):
         """
         mask = torch.ones_like(ids[:, 1:]) if mask is None else mask
         h, targets, counts = at(keep, self.hidden(ids)[:, :-1], ids[:, 1:], mask)
-        if torch.is_grad_enabled():
-            logps = LinearLogps.apply(h, self.head_weight, targets, temperature)
-        else:
-            logps = self._logps(h, targets, temperature)
+        logps = self._logps(h, targets, temperature)
         logps = logps.masked_fill(counts == 0, 0)
         if keep is None:
             return logps.view(mask.shape)
         return logps.new_zeros(mask.numel() + 1).scatter(0, keep, logps)[:-1].view(mask.shape)
 
     def _logps(self, h, targets, temperature):
-        """(N, D), (N,) -> (N,) through self.head, which may be a low-bit one."""
-        logps = [
+        """log softmax(logits / temperature) at the targets: (N, D), (N,) -> (N,)."""
+        if isinstance(self.output or self.tok_embeddings, nn.Linear | nn.Embedding):
+            return LinearLogps.apply(h, self.head_weight, targets, temperature, self.chunk)
+        logps = [  # a low-bit head has no weight to multiply by
             (upcast(self.head(h[rows])) / temperature).log_softmax(-1).gather(1, targets[rows, None])
-            for rows in row_chunks(h, self.config.vocab_size)
+            for rows in row_chunks(h)
         ]
         return torch.cat(logps).squeeze(1) if logps else upcast(h.new_zeros(0))
 
