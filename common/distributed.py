@@ -120,6 +120,8 @@ def _pick_dtype(name: str, device: torch.device, verbose: bool) -> torch.dtype:
         if device.type == "cuda" and verbose:
             print(f"dtype=auto: {torch.cuda.get_device_name(device)} has no bfloat16, training is in float32")
         return torch.float32
+    if name not in DTYPES:  # float16 would need loss scaling
+        raise UserError(f"dtype={name}: not supported; use auto, {' or '.join(DTYPES)}")
     return DTYPES[name]
 
 
