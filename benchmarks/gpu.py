@@ -102,6 +102,8 @@ def results_of(names, options, deadline):
                 name = result.pop("part")
                 results[name] = result
                 print(describe(name, result), flush=True)
+                if "failed" in result or len(results) == len(names):
+                    process.kill()  # it has nothing left to do, and what failed may keep it from ending
             else:
                 print(line, end="", flush=True)
     if process.returncode == 2:  # there is no such device, it says
