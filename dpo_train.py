@@ -148,7 +148,8 @@ def evaluate(model, reference, pairs, ref_logps, prompts, tokenizer, objective, 
         loss, rewards = objective(logps, ref_logps[:, indices].to(env.device), tokens)
         results.append(measures(loss, logps, rewards, config["beta"]))
     means = torch.cat(results, 1).mean(1).tolist()
-    batch = rollout(model, prompts, config["eval_new_tokens"], eos_id=tokenizer.eos_id, seed=config["seed"])
+    sampling = dict(eos_id=tokenizer.eos_id, seed=config["seed"], dtype=env.generation_dtype)
+    batch = rollout(model, prompts, config["eval_new_tokens"], **sampling)
     metrics = {f"val/{name}": mean for name, mean in zip(MEASURES, means, strict=True)} | {
         "val/kl": sequence_kl(model, reference, batch).mean().item(),
         "val/eos_rate": batch.ended.float().mean().item(),
@@ -227,7 +228,7 @@ def main(argv=None):
                 sums += measures(loss, logps, rewards, beta).mean(1) / accumulation
                 tokens += batch["tokens"]
                 batch = fetch(step * accumulation + micro + 1)  # while an accelerator still computes
-            loss, *others = (distributed.summed(sums, env) / env.world_size).tolist()
+            loss, *others = (distributed.summed(sums, env) / env.world_size).cpu().tolist()
             grad_norm = stage.clip_and_step(step, loss)
             metrics = {"train/loss": loss} | {f"dpo/{k}": x for k, x in zip(MEASURES[1:], others, strict=True)}
             metrics |= {"train/learning_rate": lr, "train/grad_norm": grad_norm}

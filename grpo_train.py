@@ -88,10 +88,11 @@ def group_loss(logps, old_logps, advantages, mask, n_replies, config):
 def experience(policy, reference, reward, prompts, seed, config, env):
     """Phases 1 to 4: group_size replies to each of this rank's prompts; their logps (B, T-1); advantages (B, 1), or
     (B, T-1) with the entropy's; metrics by name, of all ranks."""
-    group_size, eos_id = config["group_size"], reward.tokenizer.eos_id
+    group_size = config["group_size"]
     # 1. rollout
     prompts = [prompt for prompt in prompts for _ in range(group_size)]
-    batch = rollout(policy, prompts, config["max_new_tokens"], config["temperature"], eos_id, seed)
+    sampling = config["max_new_tokens"], config["temperature"], reward.tokenizer.eos_id, seed
+    batch = rollout(policy, prompts, *sampling, dtype=env.generation_dtype)
     # 2. score
     scores = reward.scores(batch)  # (B,)
     # 3. penalised rewards

@@ -441,8 +441,10 @@ class Llama(nn.Module):
         return torch.cat(logps).squeeze(1) if logps else upcast(h.new_zeros(0))
 
     def values(self, ids):
-        """The scalar head at every position: (B, T)."""
-        return upcast(self.scalar(self.hidden(ids)).squeeze(-1))
+        """The scalar head at every position, in float32: bfloat16 would make different scores equal. (B, T)"""
+        h = upcast(self.hidden(ids))
+        with torch.autocast(h.device.type, enabled=False):
+            return self.scalar(h).squeeze(-1)
 
     def num_params(self):
         return sum(p.numel() for p in self.parameters())

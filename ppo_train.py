@@ -87,8 +87,8 @@ def experience(policy, reference, value, reward, prompts, kl_coef, seed, config,
     """Phases 1 to 4: replies to this rank's prompts; (logps, values, advantages, returns), each (B, T-1); metrics by
     name, of all ranks."""
     # 1. rollout
-    eos_id = reward.tokenizer.eos_id
-    batch = rollout(policy, prompts, config["max_new_tokens"], config["temperature"], eos_id, seed)
+    sampling = config["max_new_tokens"], config["temperature"], reward.tokenizer.eos_id, seed
+    batch = rollout(policy, prompts, *sampling, dtype=env.generation_dtype)
     # 2. score
     scores = reward.scores(batch)  # (B,)
     # 3. penalised rewards

@@ -57,7 +57,7 @@ def add_up(parts, env=None):
     largest. Floats, for which the host waits once."""
     table = torch.stack([torch.stack(list(part.values())) for part in parts]).detach()  # (parts, names)
     ranks = distributed.gathered(torch.stack([table.sum(0), table.amax(0)]), env)  # (ranks, 2, names)
-    sums, largest = torch.stack([ranks[:, 0].mean(0), ranks[:, 1].amax(0)]).tolist()
+    sums, largest = torch.stack([ranks[:, 0].mean(0), ranks[:, 1].amax(0)]).cpu().tolist()
     pairs = zip(parts[0], sums, largest, strict=True)
     return {name: most if name.endswith("_max") else total for name, total, most in pairs}
 

@@ -121,7 +121,7 @@ class Reward:
         config, eos_id, env = self.config, self.tokenizer.eos_id, self.env
         mine = prompts[env.rank :: env.world_size]
         sampling = config["max_new_tokens"], config["temperature"], eos_id, config["seed"] + env.rank
-        self.normalise_on(rollout(reference, mine, *sampling) if mine else None)
+        self.normalise_on(rollout(reference, mine, *sampling, dtype=env.generation_dtype) if mine else None)
 
     def normalise_on(self, batch):
         """Take mean and standard deviation from replies of the reference, those of all ranks."""
@@ -142,7 +142,8 @@ class Reward:
 def evaluate_policy(policy, reference, reward, prompts, config):
     """Score, KL, length, eos rate and distinct-2 of replies to held-out prompts, and some of the replies."""
     tokenizer = reward.tokenizer
-    batch = rollout(policy, prompts, config["max_new_tokens"], config["temperature"], tokenizer.eos_id, config["seed"])
+    sampling = config["max_new_tokens"], config["temperature"], tokenizer.eos_id, config["seed"]
+    batch = rollout(policy, prompts, *sampling, dtype=reward.env.generation_dtype)
     texts = [tokenizer.decode(reply) for reply in batch.replies]
     metrics = {
         "val/score": reward.scores(batch).mean().item(),

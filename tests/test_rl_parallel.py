@@ -41,7 +41,7 @@ reward = Reward.__new__(Reward)
 reward.config, reward.tokenizer, reward.env = config, words, env
 reward.raw = lambda rows: raw[mine.start : mine.stop]
 reward.normalise_on(batch)
-sampler = lambda *args: batch
+sampler = lambda *args, dtype: batch
 ppo_train.rollout = grpo_train.rollout = sampler
 found = dict(norm=reward.norm)
 for name in ("ppo", "grpo", "dr_grpo", "rloo"):

@@ -26,6 +26,16 @@ def test_sequence_scores_reads_the_last_real_token_whatever_the_padding():
         assert_same(sequence_scores(model, batch["ids"], batch["lengths"]), alone)
 
 
+@torch.no_grad()
+def test_scores_are_not_rounded_to_bfloat16_under_autocast():
+    model, ids = tiny(scalar_head=True), torch.arange(64).view(2, 32) % 40
+    torch.nn.init.normal_(model.scalar.weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        values = model.values(ids)
+    assert values.dtype == torch.float32 and (values != values.bfloat16().float()).float().mean() > 0.9
+    torch.testing.assert_close(values, model.values(ids), atol=0.3, rtol=0)  # the trunk was, by 2^-9 each product
+
+
 def test_masked_mean_and_whiten_ignore_padding():
     x, mask = torch.tensor([[9e9, 1.0, 2, -9e9], [3, 6, 9e9, 9e9]]), torch.tensor([[0.0, 1, 1, 0], [1, 1, 0, 0]])
     assert masked_mean(x, mask).item() == 3
