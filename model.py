@@ -104,9 +104,9 @@ class Rope(torch.autograd.Function):
         ctx.save_for_backward(cos, sin)
         cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same angle for every head
         y = torch.mul(x, cos, out=torch.empty_like(x))
-        (a, b), (turned_a, turned_b) = (pairs.unflatten(-1, (-1, 2)).unbind(-1) for pairs in (x, y))
-        turned_a.addcmul_(b, sin, value=-1)
-        turned_b.addcmul_(a, sin)
+        pairs, turned = (each.unflatten(-1, (-1, 2)) for each in (x, y))
+        turned[..., 0].addcmul_(pairs[..., 1], sin, value=-1)
+        turned[..., 1].addcmul_(pairs[..., 0], sin)
         return y
 
     @staticmethod
@@ -159,7 +159,7 @@ class Attention(nn.Module):
             k, v = (kv.type_as(q) for kv in cache.write(layer, k, v))
         if T == 1:  # the heads that share keys stand as positions of one head, and no kernel needs to know of groups
             q = q.reshape(B, self.n_kv_heads, -1, self.head_dim)
-        causal, gqa = mask is None and T > 1, q.size(1) != self.n_kv_heads
+        causal, gqa = mask is None and (cache is None or T > 1), q.size(1) != self.n_kv_heads
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=gqa)
         return self.wo(y.reshape(B, self.n_heads, T, -1).transpose(1, 2).reshape(B, T, -1))
 

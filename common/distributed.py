@@ -167,17 +167,47 @@ def wrap(model: Llama, env: Env, config: dict) -> torch.nn.Module:
     return _shard(model, env)
 
 
-def compiled(model: torch.nn.Module, env: Env) -> torch.nn.Module:
-    """torch.compile of the model, or itself, with one line of warning, where what generates the code is missing."""
-    if env.device.type == "cuda":
-        missing = None if importlib.util.find_spec("triton") else "the package triton"
-    else:
-        compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++", "cl")), None)
-        missing = None if compiler else "a C++ compiler"
-    if missing:
+def compiled(model: Llama, env: Env, config: dict, **options) -> None:
+    """torch.compile, in place, the blocks and the softmax of the head's rows: config["compile"]; before `wrap`.
+
+    In pieces, so that compiling takes seconds, blocks share their code, and no number of rows compiles anew. "auto":
+    on a GPU that has all that it takes. True: anywhere, or one line of warning says what is missing.
+    """
+    wanted = config["compile"]
+    missing = _missing_to_compile(env.device) if wanted else None
+    if missing and wanted != "auto":
         print(f"compile=True: {missing} is not here, training goes on without torch.compile", file=sys.stderr)
-        return model
-    return torch.compile(model)
+    if not wanted or missing or (wanted == "auto" and env.device.type != "cuda"):
+        return
+    import torch._dynamo as dynamo  # takes seconds
+    from torch.fx.experimental import _config as shapes
+
+    shapes.use_duck_shape = False  # sizes that happen to be equal need not be so next time
+    dynamo.config.specialize_float = True  # an epsilon stays what it is
+    options = dict(dynamic=True) | options
+    for layer in model.layers:
+        layer.compile(**options)
+    chunk = torch.compile(model.chunk, **options | dict(dynamic=None))
+
+    def chunk_of_any_rows(logits, targets, *rest):
+        for tensor in (logits, targets):
+            dynamo.maybe_mark_dynamic(tensor, 0)
+        return chunk(logits, targets, *rest)
+
+    model.chunk = chunk_of_any_rows
+
+
+def _missing_to_compile(device: torch.device) -> str | None:
+    """What torch.compile would generate code with and does not find; Triton too compiles some C."""
+    names = ("cc", "gcc", "clang") if device.type == "cuda" else ("c++", "g++", "clang++", "cl")
+    compiler = os.environ.get("CC" if device.type == "cuda" else "CXX") or next(filter(shutil.which, names), None)
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) < (7, 0):
+            return "a GPU of compute capability 7.0"
+        if not importlib.util.find_spec("triton"):
+            return "the package triton"
+        return None if compiler or os.name == "nt" else "a C compiler"  # Triton for Windows brings its own
+    return None if compiler else "a C++ compiler"
 
 
 def _shard(model, env):
@@ -196,7 +226,6 @@ def _shard(model, env):
 
 def sync(model: torch.nn.Module, last: bool) -> None:
     """Before a micro-batch: gradients are exchanged in the backward of the step's last one only."""
-    model = getattr(model, "_orig_mod", model)
     if isinstance(model, Replicated):
         model.require_backward_grad_sync = last  # what no_sync() sets
     elif is_sharded(model):

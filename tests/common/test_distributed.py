@@ -1,5 +1,6 @@
 """Device choice, and several gloo processes, replicated or sharded, against one process on the joint batch."""
 
+import copy
 import json
 import shutil
 from contextlib import nullcontext
@@ -8,7 +9,10 @@ import pytest
 import torch
 from chains import make_data, options_of, train
 from parallel import SCRIPTS, assert_same_training, torchrun, torchrun_stage
+from tiny import conversations
+from torch._dynamo.testing import CompileCounterWithBackend
 
+import sft
 from common.config import ConfigError, UserError
 from common.distributed import (
     Env,
@@ -23,7 +27,8 @@ from common.distributed import (
     sync,
     wrap,
 )
-from model import Llama, ModelConfig
+from dataset.batches import pad_batch
+from model import Llama, ModelConfig, log_softmax_chunk
 
 # several processes add up in another order than one, and what AdamW makes of a tiny gradient knows no bound in float32
 pytestmark = pytest.mark.usefixtures("module_in_float64")
@@ -309,13 +314,48 @@ def test_a_device_or_dtype_that_is_not_there_is_named(arguments, message):
         setup(**arguments)
 
 
+def is_compiled(model):
+    return [layer._compiled_call_impl is not None for layer in model.layers] + [model.chunk is not log_softmax_chunk]
+
+
 def test_without_a_compiler_training_goes_on(monkeypatch, tmp_path, capsys):
-    model, env = Llama(ModelConfig(dim=8, n_layers=1, n_heads=2, n_kv_heads=2, vocab_size=10)), setup("cpu")
+    model, env = Llama(ModelConfig(dim=8, n_layers=2, n_heads=2, n_kv_heads=2, vocab_size=10)), setup("cpu")
+    names = list(model.state_dict())
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    assert compiled(model, env) is model
+    for wanted in ("auto", False, True):
+        assert not capsys.readouterr().err
+        compiled(model, env, dict(compile=wanted))
+        assert is_compiled(model) == [False] * 3
     assert capsys.readouterr().err == (
         "compile=True: a C++ compiler is not here, training goes on without torch.compile\n"
     )
     monkeypatch.setenv("CXX", "c++")
-    assert compiled(model, env) is not model
+    compiled(model, env, dict(compile="auto"))
+    assert is_compiled(model) == [False] * 3  # on a CPU only where it is asked for
+    compiled(model, env, dict(compile=True))
+    assert is_compiled(model) == [True] * 3
+    assert list(model.state_dict()) == names
+
+
+def test_two_fine_tuning_batches_compile_once(monkeypatch):
+    """And give the loss and gradients of the plain model: other lengths, numbers of rows and of answer tokens."""
+    monkeypatch.setenv("CXX", "c++")
+    torch.manual_seed(0)
+    shape = dict(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=97, max_seq_len=64)
+    plain = Llama(ModelConfig(**shape))
+    model, counter = copy.deepcopy(plain), CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled(model, setup("cpu"), dict(compile=True), backend=counter)
+    compilations = []
+    for sizes in ([(20, 9), (3, 30)], [(5, 3), (7, 33), (11, 40)]):
+        batch, found = pad_batch(conversations(*sizes)), []
+        for each in (plain, model):
+            each.zero_grad()
+            loss = sft.answer_loss(each, batch, batch["loss_mask"] / 100)
+            loss.backward()
+            found.append([loss.detach(), *(p.grad for p in each.parameters())])
+        for mine, expected in zip(*found, strict=True):
+            torch.testing.assert_close(mine, expected, atol=1e-9, rtol=1e-9)
+        compilations.append(counter.frame_count)
+    assert compilations == [2, 2]  # a block, which stands for all, and the softmax of the head
