@@ -247,7 +247,8 @@ def product(a, b, out=None):
     """a (M, K) times b (K, N) with sums and result in float32 at least, also where a and b are bfloat16."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(upcast(a), upcast(b), out=out)
+    with torch.autocast(a.device.type, enabled=False):  # which else rounds operands and result of a product on a CPU
+        return torch.mm(upcast(a), upcast(b), out=out)
 
 
 def add_product(total, a, b):
