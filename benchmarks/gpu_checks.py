@@ -22,7 +22,7 @@ from dataset.batches import keep_multiple, pad_batch, to_device
 from dataset.corpus import document_numbers
 from dpo_train import dpo_loss, pair_logps
 from lowbit.layers import GROUP_SIZES, LowBitWeight, build
-from model import Llama, ModelConfig
+from model import Llama, ModelConfig, document_starts
 from rm_train import pair_scores, reward_loss
 from sft import answer_loss, loss_weights, make_batch
 
@@ -70,9 +70,10 @@ def pretrain_step(env, documents=False):
     model = build_model(env)
     ids = torch.randint(3, SHAPE["vocab_size"], (4, 129), generator=torch.Generator().manual_seed(0))
     ids[:, 20::37] = EOS
+    starts = document_starts(document_numbers(ids[:, :-1], EOS)).to(env.device) if documents else None
     x, y = ids[:, :-1].to(env.device), ids[:, 1:].to(env.device)
     with env.autocast():
-        loss = model(x, y, documents=document_numbers(x, EOS) if documents else None)
+        loss = model(x, y, documents=starts)
     return backward(loss, model)
 
 

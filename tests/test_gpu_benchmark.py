@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -45,6 +46,12 @@ def test_every_part_runs_on_a_cpu_and_every_check_holds(tmp_path):
 def test_a_step_in_float32_is_far_within_the_bounds(checks, name):
     found = checks.check_step(ENV, name)
     assert checks.failed(found) == [] and found["loss"] < 1e-5 and found["gradient"] < 1e-4
+
+
+def test_bfloat16_is_within_the_bounds(checks):
+    low = replace(ENV, dtype=torch.bfloat16)
+    assert checks.failed(checks.check_step(low, "dpo")) == []
+    assert checks.failed(checks.check_logps(low)) == []  # a softmax in bfloat16 is off by 0.9 nats
 
 
 def test_what_is_wrong_in_a_step_exceeds_the_bounds(checks):
