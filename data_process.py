@@ -59,7 +59,7 @@ from corpora.shards import (
 )
 from dataset import formats
 from dataset.formats import DataError, token_dtype
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, TokenizerError
 
 SOURCES = sources.SOURCES | reviews.SOURCES
 STAGES = dict(text="pretrain", pretrain="pretrain", sft="sft", rm="rm", prompts="prompts")  # of each part's sources
@@ -276,8 +276,11 @@ def main(argv=None):
     i, n = check_config(config)
     out, parts = Path(config["out"]), [part for part in STREAMS if part in config["parts"]]
     tokenizer = Tokenizer.load(config["tokenizer"]) if parts != ["text"] else None
-    if tokenizer and tokenizer.changes:
-        print(f"{config['tokenizer']} changes text: {'; '.join(tokenizer.changes)}", file=sys.stderr)
+    try:
+        if tokenizer and tokenizer.changes:
+            print(f"{config['tokenizer']} changes text: {'; '.join(tokenizer.changes)}", file=sys.stderr)
+    except TokenizerError as error:
+        raise TokenizerError(f"{config['tokenizer']}: {error}") from None
     jobs = {part: list_jobs(part, config, tokenizer) for part in parts}
     refuse_own(out, [job for part in parts for job in jobs[part]])
     load_decontaminator(*config["decontaminate"])  # its mistakes should show before any work is done

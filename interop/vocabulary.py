@@ -12,8 +12,6 @@ import re
 import struct
 from dataclasses import dataclass
 
-from sentencepiece import sentencepiece_model_pb2
-
 from tokenizer import SPACE_MARK, Tokenizer, TokenizerError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePiece's numbers and GGUF's
@@ -70,7 +68,7 @@ class Vocabulary:
 
 def read_vocabulary(tok: Tokenizer) -> Vocabulary:
     """The vocabulary of `tok`; TokenizerError names what none of the formats has."""
-    model = sentencepiece_model_pb2.ModelProto.FromString(tok.model_bytes)
+    model = tok.parts
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     pieces = [piece.piece for piece in model.pieces]
     vocabulary = Vocabulary(

@@ -69,11 +69,20 @@ class Tokenizer:
         return not self._sp.is_unknown(self._sp.piece_to_id(SPACE_MARK))
 
     @property
+    def parts(self):
+        """The ModelProto: pieces, scores, rules."""
+        from google.protobuf.message import DecodeError  # protobuf, which training does not need
+        from sentencepiece import sentencepiece_model_pb2
+
+        try:
+            return sentencepiece_model_pb2.ModelProto.FromString(self.model_bytes)
+        except DecodeError as error:  # it reads more closely than SentencePiece does
+            raise TokenizerError(f"a damaged SentencePiece model: {error}") from None
+
+    @property
     def changes(self) -> list[str]:
         """What its normaliser does to text before encoding it, other than to write spaces as U+2581."""
-        from sentencepiece import sentencepiece_model_pb2  # needs protobuf, which training does not
-
-        rules = sentencepiece_model_pb2.ModelProto.FromString(self.model_bytes).normalizer_spec
+        rules = self.parts.normalizer_spec
         found = [rules.name or "own rules"] if rules.precompiled_charsmap else []
         return found + (["spaces in a row become one, those at the ends go"] if rules.remove_extra_whitespaces else [])
 

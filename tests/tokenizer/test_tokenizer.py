@@ -229,6 +229,13 @@ def test_load_refuses_pieces_that_are_no_text_and_missing_bytes(tok):
             Tokenizer(content)
 
 
+def test_what_only_protobuf_refuses_is_refused_too(tok):
+    odd = Tokenizer(tok.model_bytes)
+    odd.model_bytes = odd.model_bytes[:-1]  # it reads more closely than SentencePiece, which passes over some damage
+    with pytest.raises(TokenizerError, match="a damaged SentencePiece model"):
+        odd.changes  # noqa: B018
+
+
 def test_load_names_the_missing_path(tmp_path):
     for source in (tmp_path, tmp_path / "no.model", "no/such.model"):
         with pytest.raises(TokenizerError, match="no tokenizer at"):
