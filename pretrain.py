@@ -25,7 +25,7 @@ from common.stage import Stage
 from dataset.batches import move
 from dataset.corpus import Corpus, document_numbers
 from dataset.formats import load_meta
-from model import Llama
+from model import Llama, document_starts
 from tokenizer import Tokenizer, encode_opening
 
 PANELS = [
@@ -36,10 +36,13 @@ PANELS = [
 ]
 
 
-def fetch(corpus, n, config, env):
-    """Micro-batch n of this process, on its way to the device: x, y (B, T)."""
+def fetch(corpus, n, config, env, eos_id):
+    """Micro-batch n of this process, on its way to the device: x, y (B, T), and what masks documents, or None."""
     B, T = config["batch_size"], config["seq_len"]
-    return move(corpus.batch((n * env.world_size + env.rank) * B, B, T, config["seed"]), env.device)
+    x, y = corpus.batch((n * env.world_size + env.rank) * B, B, T, config["seed"])
+    if not config["mask_documents"]:
+        return *move((x, y), env.device), None
+    return move((x, y, document_starts(document_numbers(x, eos_id))), env.device)
 
 
 def evaluate(model, val, env, max_tokens=None):
@@ -84,8 +87,8 @@ def main(argv=None):
     plan.check_fits(shape, config, env)
     model = Llama(shape).to(env.device)
     model.recompute = config["recompute"]
+    distributed.compiled(model, env, config, dynamic=None)  # its rows are all of one length
     forward = distributed.wrap(model, env, config)
-    forward = distributed.compiled(forward, env) if config["compile"] else forward
     optimizer = build_optimizer(model, config)
     stage.start(model, optimizer, tokenizer)
     already_seen = stage.tokens_seen
@@ -98,7 +101,8 @@ def main(argv=None):
         for name, epochs in train.epochs(config["max_steps"] * rows_per_step, T).items():
             print(f"{name}: {epochs:.2f} epochs")
 
-    x, y = fetch(train, stage.first * accumulation, config, env)
+    eos_id = tokenizer.eos_id
+    x, y, documents = fetch(train, stage.first * accumulation, config, env, eos_id)
     with stage.interrupt:
         for step in range(stage.first, config["max_steps"] + 1):
             lr = set_learning_rate(optimizer, learning_rate(step, config))
@@ -116,12 +120,12 @@ def main(argv=None):
             losses = []
             for micro in range(accumulation):
                 distributed.sync(forward, last=micro == accumulation - 1)
-                documents = document_numbers(x, tokenizer.eos_id) if config["mask_documents"] else None
                 with env.autocast():  # each row counts T targets: the mean of means is exact
                     micro_loss = forward(x, y, documents=documents) / accumulation
                 micro_loss.backward()
                 losses.append(micro_loss.detach())
-                x, y = fetch(train, step * accumulation + micro + 1, config, env)  # while an accelerator still computes
+                # while an accelerator still computes
+                x, y, documents = fetch(train, step * accumulation + micro + 1, config, env, eos_id)
             loss = distributed.mean(sum(part.item() for part in losses), env)
             grad_norm = stage.clip_and_step(step, loss)
             metrics = {"train/loss": loss, "train/learning_rate": lr, "train/grad_norm": grad_norm}

@@ -141,6 +141,7 @@ def main(argv=None):
 
     model = checkpoint.build_model(parent, scalar_head=True).to(env.device)
     torch.nn.init.normal_(model.scalar.weight, std=1 / math.sqrt(model.config.dim + 1))
+    distributed.compiled(model, env, config)
     forward = distributed.wrap(model, env, config)
     optimizer = build_optimizer(model, config)
     stage.start(model, optimizer, tokenizer, parent)

@@ -31,6 +31,7 @@ from dataset.batches import (
     to_device,
 )
 from dataset.formats import load_pkl
+from model import document_starts
 
 PANELS = [
     ("loss (nats per answer token)", ["train/loss", "val/loss"]),
@@ -57,6 +58,7 @@ def loss_weights(loss_mask, example_weight, documents=None):
 def answer_loss(model, batch, weights):
     """sum of weights * nll over the answers: ids (B, T), weights (B, T) aligned with ids."""
     documents = batch["documents"][:, :-1] if "documents" in batch else None
+    documents = batch.get("starts", documents)  # of the same, where they are known
     return model(batch["ids"][:, :-1], batch["ids"][:, 1:], weights[:, 1:], documents, batch["keep"])
 
 
@@ -81,18 +83,41 @@ def make_batch(train, chosen, multiple=1):
     return pad_batch([train[i] for i in chosen], multiple=multiple)
 
 
+def fetch(train, order, step, config, env):
+    """The micro-batches of this process in a step, on their way to the device, and the real tokens in them.
+
+    Their weights are divided by one normaliser for the whole step; the gradients are averaged over the processes, hence
+    the mean.
+    """
+    accumulation, batches = config["grad_accumulation_steps"], []
+    for micro in range(accumulation):
+        n = (step * accumulation + micro) * env.world_size + env.rank
+        batch = make_batch(train, order[n], keep_multiple(env.device))
+        batch["weights"] = loss_weights(batch["loss_mask"], config["example_weight"], batch.get("documents"))
+        if "documents" in batch:
+            batch["starts"] = document_starts(batch["documents"][:, :-1])
+        batches.append(batch)
+    total = distributed.mean(sum(batch["weights"][:, 1:].sum().item() for batch in batches), env)
+    for batch in batches:
+        batch["weights"] /= total
+    tokens = sum(batch["lengths"].sum().item() for batch in batches)
+    return [to_device(batch, env.device) for batch in batches], tokens
+
+
 @torch.no_grad()
 def evaluate(model, val, tokenizer, config, env, n_prompts):
     """Loss, weighted as in training, on validation conversations; eos rate on n_prompts of their questions; samples."""
     model.eval()
-    loss, total = 0.0, 0.0
+    losses, total = [], 0.0
     for i in range(0, min(len(val), config["eval_examples"]), 32):
         rows = [val[j] for j in range(i, min(i + 32, len(val), config["eval_examples"]))]
-        batch = to_device(pad_batch(rows), env.device)
-        weights = loss_weights(batch["loss_mask"], config["example_weight"])
+        batch = pad_batch(rows, multiple=keep_multiple(env.device))
+        batch["weights"] = loss_weights(batch["loss_mask"], config["example_weight"])
+        total += batch["weights"][:, 1:].sum().item()
+        batch = to_device(batch, env.device)
         with env.autocast():
-            loss += answer_loss(model, batch, weights).item()
-        total += weights[:, 1:].sum().item()
+            losses.append(answer_loss(model, batch, batch["weights"]))
+    loss = sum(part.item() for part in losses)
     prompts = [question(*val[i]) for i in range(min(len(val), n_prompts))]
     by_length, replies = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
     for i in range(0, len(prompts), 50):
@@ -126,14 +151,15 @@ def main(argv=None):
     order, rows_hold = make_order(train, config, parent.model_config["max_seq_len"])
 
     model = checkpoint.build_model(parent).to(env.device)
+    distributed.compiled(model, env, config)
     forward = distributed.wrap(model, env, config)
     optimizer = build_optimizer(model, config)
     stage.start(model, optimizer, tokenizer, parent)
-    accumulation = config["grad_accumulation_steps"]
     if env.is_main:
-        epochs = config["max_steps"] * accumulation * env.world_size / order.per_epoch
+        epochs = config["max_steps"] * config["grad_accumulation_steps"] * env.world_size / order.per_epoch
         print(f"{len(train):,} training and {len(val):,} validation conversations; {epochs:.2f} epochs; {rows_hold}")
 
+    batches, tokens = fetch(train, order, stage.first, config, env)
     with stage.interrupt:
         for step in range(stage.first, config["max_steps"] + 1):
             lr = set_learning_rate(optimizer, learning_rate(step, config))
@@ -145,25 +171,19 @@ def main(argv=None):
             if stage.ends(step):
                 break
 
-            numbers = [(step * accumulation + micro) * env.world_size + env.rank for micro in range(accumulation)]
-            batches = [to_device(make_batch(train, order[i], keep_multiple(env.device)), env.device) for i in numbers]
-            weights = [
-                loss_weights(batch["loss_mask"], config["example_weight"], batch.get("documents")) for batch in batches
-            ]
-            # one normaliser for the whole step; gradients are averaged over the processes, hence the mean
-            total = distributed.mean(sum(w[:, 1:].sum().item() for w in weights), env)
-            loss = 0.0
-            for micro, (batch, w) in enumerate(zip(batches, weights, strict=True)):
-                distributed.sync(forward, last=micro == accumulation - 1)
+            losses = []
+            for batch in batches:
+                distributed.sync(forward, last=batch is batches[-1])
                 with env.autocast():
-                    micro_loss = answer_loss(forward, batch, w / total)
+                    micro_loss = answer_loss(forward, batch, batch["weights"])
                 micro_loss.backward()
-                loss += micro_loss.item()
-            loss = distributed.mean(loss, env)
+                losses.append(micro_loss.detach())
+            seen = tokens
+            batches, tokens = fetch(train, order, step + 1, config, env)  # while an accelerator still computes
+            loss = distributed.mean(sum(part.item() for part in losses), env)
             grad_norm = stage.clip_and_step(step, loss)
-            tokens = int(distributed.all_sum(sum(batch["lengths"].sum().item() for batch in batches), env))
             metrics = {"train/loss": loss, "train/learning_rate": lr, "train/grad_norm": grad_norm}
-            stage.log(step + 1, tokens, metrics)
+            stage.log(step + 1, int(distributed.all_sum(seen, env)), metrics)
     stage.close()
 
 

@@ -149,8 +149,8 @@ def train_at(env, seconds, config, B, T, kind):
         step = training_step(model, lambda: forward(input_ids=x, labels=x, use_cache=False).loss, env)
     else:
         model = Llama(config).to(env.device)
-        forward = distributed.compiled(model, env) if kind == "compiled" else model
-        step = training_step(model, lambda: forward(x, y), env)
+        distributed.compiled(model, env, dict(compile=kind == "compiled"), dynamic=None)
+        step = training_step(model, lambda: model(x, y), env)
     rate = B * T * rate_of(step, env, seconds)
     flops, peak_gb = rate * flops_per_token(config, T), peak_memory_gb(env.device)
     return dict(rate=rate, flops=flops, batch=B, tokens=T, peak_gb=peak_gb)

@@ -40,6 +40,7 @@ config = dict(
     seed=1,  # order of the prompts and sampling
     device="auto",  # auto: cuda, else mps, else cpu
     dtype="auto",  # auto: bfloat16 autocast on cuda, float32 elsewhere
+    compile="auto",  # torch.compile blocks and loss: auto, on a GPU with Triton and a C compiler; true, elsewhere too
     parallel="ddp",  # under torchrun: ddp, a copy of the models per process; fsdp is for the other stages
     logger="none",  # where metrics.jsonl goes as well: none, tensorboard (in out/tensorboard), swanlab or wandb
     resume=False,  # go on from out/ckpt.pt if it is there; from ckpt-<step>.pt where that is damaged

@@ -29,6 +29,7 @@ config = dict(
     seed=1,  # order of the pairs and the reward head's first weights
     device="auto",  # auto: cuda, else mps, else cpu
     dtype="auto",  # auto: bfloat16 autocast on cuda, float32 elsewhere
+    compile="auto",  # torch.compile blocks and loss: auto, on a GPU with Triton and a C compiler; true, elsewhere too
     parallel="ddp",  # under torchrun: ddp, a copy of the model per process, or fsdp, its weights and state sharded
     logger="none",  # where metrics.jsonl goes as well: none, tensorboard (in out/tensorboard), swanlab or wandb
     resume=False,  # go on from out/ckpt.pt if it is there; from ckpt-<step>.pt where that is damaged

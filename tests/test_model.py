@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -15,7 +16,15 @@ from torch.utils._pytree import tree_leaves
 from configs.sizes import count_parameters, sizes
 from dataset.batches import kept
 from dataset.corpus import document_numbers
-from model import LinearCrossEntropy, LinearLogps, Llama, ModelConfig, log_softmax_chunk
+from model import (
+    LinearCrossEntropy,
+    LinearLogps,
+    Llama,
+    ModelConfig,
+    document_mask,
+    document_starts,
+    log_softmax_chunk,
+)
 
 SHAPES = {"MHA": dict(), "GQA": dict(n_kv_heads=2), "untied": dict(tied=False), "MQA": dict(n_kv_heads=1, tied=False)}
 COUNTS = [4_393_216, 24_636_096, 58_479_616, 134_714_880, 268_756_992]  # of the five sizes, tied
@@ -355,10 +364,59 @@ def test_with_documents_a_row_is_as_its_documents_alone(n_kv_heads):
         alone = torch.cat([model(torch.tensor([part]))[0] for part in parts])
         assert_same(row, alone)
     assert not torch.allclose(logits, model(ids), atol=1e-3)  # without it, earlier documents are seen
+    assert_same(model(ids, documents=document_starts(documents)), logits)
     targets = ids.roll(-1, 1)
     loss = model(ids, targets, documents=documents)
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
     assert_same(loss, expected)
+
+
+def test_document_starts_and_the_mask_they_stand_for():
+    documents = torch.tensor([[4, 4, 7, 7], [7, 7, 7, 9], [9, 1, 2, 3]])  # a row's first token starts one in any case
+    starts = [0, 2, 4, 7, 8, 9, 10, 11]
+    assert document_starts(documents, multiple=1).tolist() == [*starts, 12]
+    assert document_starts(documents, multiple=6).tolist() == [*starts, 12, 12, 12, 12]
+    assert document_starts(documents).shape == (256,) and document_starts(documents).dtype == torch.int32
+    mask = document_mask(documents, 3, 4, torch.float32)
+    assert torch.equal(document_mask(document_starts(documents), 3, 4, torch.float32), mask)
+    assert mask[0, 0].tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+
+
+@float64
+def test_attention_from_start_to_start_equals_attention_under_the_mask():
+    """What the kernel for documents is asked for: the rows end to end, causal from each start to the next."""
+    documents = torch.randint(0, 2, (3, 20)).cumsum(1)
+    q, k, v = torch.randn(3, 3, 2, 20, 8)  # (B, H, T, D/H) each
+    expected = F.scaled_dot_product_attention(q, k, v, document_mask(documents, 3, 20, torch.float64))
+    flat = [x.transpose(1, 2).flatten(0, 1).transpose(0, 1) for x in (q, k, v)]  # (H, B * T, D/H)
+    parts = [
+        F.scaled_dot_product_attention(*(x[:, start:stop] for x in flat), is_causal=True)
+        for start, stop in pairwise(document_starts(documents).tolist())
+    ]
+    assert_same(torch.cat(parts, 1), expected.transpose(1, 2).flatten(0, 1).transpose(0, 1))
+    with torch.device("meta"):  # no kernel runs, but it is called with shapes that it takes
+        model = tiny_model(n_kv_heads=2).train()
+        x, starts = torch.empty(3, 20, 32, requires_grad=True), document_starts(documents).to("meta")
+        y = model.layers[0].attention(x, model.rope_cos[:20], model.rope_sin[:20], None, 0, starts)
+        y.sum().backward()
+    assert y.shape == x.grad.shape == (3, 20, 32)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+def test_the_training_forward_is_one_graph(autocast):
+    model, ids = tiny_model(n_layers=1, n_kv_heads=2), random_ids(3, 41)
+    mask = (torch.rand(3, 40) < 0.5).float()
+    keep, documents = kept(mask, 128), torch.arange(40).div(7, rounding_mode="floor").expand(3, -1)
+    x, y, starts = ids[:, :-1], ids[:, 1:], document_starts(documents)
+    for call in (
+        lambda: model(x, y),
+        lambda: model(x, y, mask, starts, keep),
+        lambda: model.token_logps(ids, 0.7, mask, keep),
+    ):
+        torch._dynamo.reset()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = torch._dynamo.explain(call)()
+        assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
 
 
 def test_recomputed_activations_give_the_same_gradients():

@@ -339,7 +339,7 @@ def test_without_a_compiler_training_goes_on(monkeypatch, tmp_path, capsys):
 
 
 def test_two_fine_tuning_batches_compile_once(monkeypatch):
-    """And give the loss and gradients of the plain model: other lengths, numbers of rows and of answer tokens."""
+    """They differ in their rows, length and answer tokens. Loss and gradients are those of the plain model."""
     monkeypatch.setenv("CXX", "c++")
     torch.manual_seed(0)
     shape = dict(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=97, max_seq_len=64)
