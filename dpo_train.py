@@ -184,7 +184,8 @@ def main(argv=None):
 
     model, reference = (checkpoint.build_model(parent).to(env.device).eval() for _ in range(2))  # no dropout
     reference.requires_grad_(False)
-    distributed.compiled(model, env, config)
+    for each in (model, reference):
+        distributed.compiled(each, env, config)
     forward = distributed.wrap(model, env, config)
     optimizer = build_optimizer(model, config)
     stage.start(model, optimizer, tokenizer, parent)

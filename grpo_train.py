@@ -168,7 +168,8 @@ def main(argv=None):
     policy, reference = (checkpoint.build_model(parent).to(env.device) for _ in range(2))
     policy.eval()  # no dropout: a ratio must compare the policy with itself
     reference.eval().requires_grad_(False)
-    distributed.compiled(policy, env, config)
+    for model in (policy, reference):
+        distributed.compiled(model, env, config)
     forward = distributed.wrap(policy, env, config)
     optimizer = build_optimizer(policy, config)
     stage.start(policy, optimizer, tokenizer, parent)

@@ -176,7 +176,7 @@ def main(argv=None):
     torch.nn.init.zeros_(value.scalar.weight)  # normalised scores have mean 0 on the reference: so does the first value
     both = torch.nn.ModuleDict({"policy": policy, "value": value})
     both.eval()  # no dropout: a ratio must compare the policy with itself
-    for model in (policy, value):
+    for model in (policy, reference, value):
         distributed.compiled(model, env, config)
     wrapped = [distributed.wrap(model, env, config) for model in (policy, value)]
     optimizer = build_optimizer(both, config)

@@ -87,6 +87,7 @@ class Reward:
             print(f"{self.name} reads {context} tokens of {self.context}: prompts and replies must be as short")
         self.context = min(self.context, context)
         self.model = checkpoint.build_model(self.ckpt).to(env.device).eval().requires_grad_(False)
+        distributed.compiled(self.model, env, config)
 
     def raw(self, batch):
         """In the reward's own unit: (B,)."""

@@ -23,7 +23,7 @@ from common import checkpoint
 from common.files import file_sha256
 from common.ranges import CHOICES
 from dataset.batches import load_prompts
-from dataset.formats import load_pkl, save_pkl
+from dataset.formats import load_meta, load_pkl, save_meta, save_pkl
 
 LOSSES = list(CHOICES["grpo_train:loss"])
 CONFIG = dict(temperature=TEMPERATURE, epochs=1, minibatch_size=4, micro_batch_size=4, cliprange=0.2, max_new_tokens=16)
@@ -257,12 +257,20 @@ def test_without_kl_penalty_the_reference_is_asked_in_validation_only(small, tmp
     assert {row["grpo/rlhf_reward"] - row["grpo/score"] for row in rows if "grpo/kl" in row} == {0}
 
 
+def save_prompts(folder, arrays):
+    """prompts.pkl anew, as meta.json then says."""
+    save_pkl(folder / "prompts.pkl", arrays)
+    meta = load_meta(folder)
+    meta["files"]["prompts.pkl"]["sha256"] = file_sha256(folder / "prompts.pkl")
+    save_meta(folder, meta)
+
+
 def with_fields(small, folder, fields):
     """A copy of small's data whose prompts have the fields that fields(i) gives for the i-th."""
     shutil.copytree(small / "data", folder)
     arrays = load_pkl(folder / "prompts.pkl")
     arrays["fields"] = [json.dumps(fields(i), ensure_ascii=False) for i in range(len(arrays["is_val"]))]
-    save_pkl(folder / "prompts.pkl", arrays)
+    save_prompts(folder, arrays)
 
 
 def test_a_reward_compares_replies_with_the_answer_of_their_row(small, tmp_path, monkeypatch):
@@ -309,7 +317,7 @@ def test_prompts_must_leave_room_for_replies(small, tmp_path, capsys):
     assert f"prompts.pkl: a prompt of {longest} tokens and a reply of {65 - longest} exceed the context of 64" in line
     shutil.copytree(small / "data", tmp_path / "data")
     arrays = load_pkl(tmp_path / "data" / "prompts.pkl")
-    save_pkl(tmp_path / "data" / "prompts.pkl", arrays | dict(is_val=arrays["is_val"] & False))
+    save_prompts(tmp_path / "data", arrays | dict(is_val=arrays["is_val"] & False))
     line = failure(capsys, grpo_train.main, options_of(small, tmp_path / "out", data=tmp_path / "data"))
     assert "prompts.pkl: no held-out prompt; make it of two or more" in line
 

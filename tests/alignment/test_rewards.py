@@ -229,7 +229,7 @@ def reward_of(small, folder, change=lambda model: None, **shape):
     facts = dict(stage="rm", step=1, tokens_seen=1, tokenizer=ckpt.tokenizer, config={})
     checkpoint.save(folder / "ckpt.pt", model=model, **facts)
     policy = checkpoint.load(small / "sft")
-    config = dict(reward="model", reward_model=folder, micro_batch_size=2)
+    config = dict(reward="model", reward_model=folder, micro_batch_size=2, compile=False)
     return Reward(config, policy, Tokenizer(policy.tokenizer), ENV), policy
 
 
