@@ -40,7 +40,7 @@ def all_parts(tiny):
     """{name: (seconds that it may take, function, its arguments after env and scale)}, the most wanted first."""
     scale = TINY if tiny else REAL
     parts = {"device": (8, measure_device)}
-    parts |= {f"check: {name}": (8, run_check, name) for name in all_checks()}
+    parts |= {f"check: {name}": (30 if "compiled" in name else 8, run_check, name) for name in all_checks()}
     for kind, seconds in (("eager", 10), ("compiled", 40)):
         parts |= {f"train {size}, {kind}": (seconds, train, size, kind) for size in scale["sizes"]}
     for program in ("ours", "transformers"):

@@ -15,6 +15,7 @@ import ppo_train
 import quantize
 from alignment.pairs import pair_batch
 from alignment.rollout import Rollout, sequence_scores
+from common import distributed
 from common.distributed import Env
 from configs.grpo_train import config as grpo_defaults
 from configs.ppo_train import config as ppo_defaults
@@ -31,6 +32,10 @@ SHAPE = dict(dim=128, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=1003, max_
 EOS, EXACT = 2, Env(0, 1, torch.device("cpu"))
 
 
+class Compiled(Env):
+    """Where models are compiled, too."""
+
+
 def build_model(env, seed=0, **changes):
     """A model whose distributions are far from flat: on the device, or for EXACT in float64."""
     with torch.random.fork_rng(devices=[]):
@@ -39,7 +44,10 @@ def build_model(env, seed=0, **changes):
         for p in model.parameters():
             if p.dim() == 2:
                 torch.nn.init.normal_(p, std=0.06)
-    return model.to(env.device, torch.float64 if env is EXACT else torch.float32).eval()
+    model = model.to(env.device, torch.float64 if env is EXACT else torch.float32).eval()
+    if isinstance(env, Compiled):
+        distributed.compiled(model, env, dict(compile=True))
+    return model
 
 
 def conversations(seed=0, sizes=((9, 30), (4, 60), (20, 7), (15, 40), (30, 33), (2, 11))):
@@ -173,6 +181,10 @@ def check_step(env, name):
     return compare_steps(STEPS[name](env), STEPS[name](EXACT))
 
 
+def check_compiled_step(env, name):
+    return check_step(Compiled(**vars(env)), name)
+
+
 @torch.no_grad()
 def check_logps(env):
     """Nats by which the log-probability of a reply is off, and the reward model's score of one."""
@@ -238,6 +250,8 @@ def try_to_make(kernel):
 def all_checks():
     """{name: (function, arguments after env)}"""
     found = {name: (check_step, name) for name in STEPS} | {"log-probabilities": (check_logps,)}
+    compiled = ("pretrain", "pretrain, documents apart", "sft, packed", "dpo", "ppo")
+    found |= {f"{name}, compiled": (check_compiled_step, name) for name in compiled}
     found |= {"generate, one prompt": (check_generate, [20]), "generate, even": (check_generate, [90] * 8)}
     found |= {"generate, ragged": (check_generate, [3, 100, 30, 11, 75]), "int8": (check_kernels, quantize.INT8)}
     for group_size in GROUP_SIZES:

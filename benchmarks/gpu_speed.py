@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import torch
 from gpu_checks import relative
+from harness import hf_config
 
 import grpo_train
 import ppo_train
@@ -23,7 +24,7 @@ from configs.grpo_train import config as grpo_defaults
 from configs.ppo_train import config as ppo_defaults
 from configs.pretrain import config as pretrain_defaults
 from configs.sizes import sizes
-from model import Llama, ModelConfig
+from model import Llama, ModelConfig, log_softmax_chunk
 
 ORDER = [f"tiny-llama2-{size}" for size in ("134m", "24m", "256m", "58m", "9m")]  # the most wanted first
 REAL = dict(
@@ -96,22 +97,10 @@ def stand_in(model, env, optimizer):
 
 def hf_llama(config, env, dtype):
     """transformers' model of the same shape."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     with torch.device(env.device):
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                hidden_size=config.dim,
-                num_hidden_layers=config.n_layers,
-                num_attention_heads=config.n_heads,
-                num_key_value_heads=config.n_kv_heads,
-                vocab_size=config.vocab_size,
-                max_position_embeddings=config.max_seq_len,
-                intermediate_size=config.hidden_dim,
-                tie_word_embeddings=config.tied,
-            )
-        )
-    return model.to(dtype)
+        return LlamaForCausalLM(hf_config(config)).to(dtype)
 
 
 def training_step(model, loss_of, env):
@@ -149,7 +138,9 @@ def train_at(env, seconds, config, B, T, kind):
         step = training_step(model, lambda: forward(input_ids=x, labels=x, use_cache=False).loss, env)
     else:
         model = Llama(config).to(env.device)
-        distributed.compiled(model, env, dict(compile=kind == "compiled"), dynamic=None)
+        distributed.compiled(model, env, dict(compile=kind == "compiled"))
+        if kind == "compiled" and model.chunk is log_softmax_chunk:
+            raise RuntimeError("not compiled: what that takes is not here")
         step = training_step(model, lambda: model(x, y), env)
     rate = B * T * rate_of(step, env, seconds)
     flops, peak_gb = rate * flops_per_token(config, T), peak_memory_gb(env.device)

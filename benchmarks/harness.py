@@ -60,6 +60,22 @@ def measure(function, *arguments, launcher=(), **environment):
     return read_figures(run_python(*launcher, sys.argv[0], *worker, **environment))
 
 
+def hf_config(config):
+    """A ModelConfig as transformers has it: a Llama of the same shape."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        hidden_size=config.dim,
+        num_hidden_layers=config.n_layers,
+        num_attention_heads=config.n_heads,
+        num_key_value_heads=config.n_kv_heads,
+        vocab_size=config.vocab_size,
+        max_position_embeddings=config.max_seq_len,
+        intermediate_size=config.hidden_dim,
+        tie_word_embeddings=config.tied,
+    )
+
+
 def take_turns(jobs, rounds, call=measure):
     """{name: [what call(*arguments) returned in each round]} of jobs {name: arguments}.
 

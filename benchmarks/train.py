@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from harness import argument_parser, fastest, launch, print_figures, read_figures, run_python, take_turns
+from harness import argument_parser, fastest, hf_config, launch, print_figures, read_figures, run_python, take_turns
 
 from common.optim import build_optimizer
 from common.plan import flops_per_token, measured_peak
@@ -48,25 +48,13 @@ def make_ours(config, T):
 
 def make_hf(config, T):
     """The loop one finds in tutorials: LlamaForCausalLM computes its own loss, torch's AdamW as it comes."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=config.dim,
-            num_hidden_layers=config.n_layers,
-            num_attention_heads=config.n_heads,
-            num_key_value_heads=config.n_kv_heads,
-            vocab_size=config.vocab_size,
-            max_position_embeddings=config.max_seq_len,
-            intermediate_size=config.hidden_dim,
-            tie_word_embeddings=config.tied,
-            use_cache=False,
-        )
-    )
+    model = LlamaForCausalLM(hf_config(config))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
 
     def step(ids):
-        model(input_ids=ids[:, :-1], labels=ids[:, :-1]).loss.backward()
+        model(input_ids=ids[:, :-1], labels=ids[:, :-1], use_cache=False).loss.backward()
         finish(model, optimizer)
 
     return step
