@@ -138,7 +138,7 @@ def train_at(env, seconds, config, B, T, kind):
         step = training_step(model, lambda: forward(input_ids=x, labels=x, use_cache=False).loss, env)
     else:
         model = Llama(config).to(env.device)
-        distributed.compiled(model, env, dict(compile=kind == "compiled"))
+        distributed.compiled(model, env, dict(compile=kind == "compiled"), dynamic=None)
         if kind == "compiled" and model.chunk is log_softmax_chunk:
             raise RuntimeError("not compiled: what that takes is not here")
         step = training_step(model, lambda: model(x, y), env)
