@@ -1,8 +1,4 @@
-"""What a pretraining run will take, before it is started: parameters, memory, tokens and time (pretrain.py --plan).
-
-Memory is that of tensors which live at once, on one process without torch.compile. What a CPU's malloc holds back, or
-what CUDA itself needs, comes on top.
-"""
+"""What a pretraining run will take, before it is started: parameters, memory, tokens and time (pretrain.py --plan)."""
 
 import math
 import os
@@ -12,22 +8,32 @@ from pathlib import Path
 import torch
 
 from common.config import ConfigError
-from common.optim import build_optimizer
+from common.memory import count_parameters, loss_bytes, stage_memory
 from common.report import format_table
-from model import Llama, ModelConfig, row_chunks
+from model import ModelConfig
 from tokenizer import MODEL_FILE, Tokenizer
 
-# Dense peaks in TFLOP/s from NVIDIA's data sheets and white papers, bfloat16 with float32 accumulation unless said, and
-# what the driver's name of the GPU contains. Sheets that give them "with sparsity" give twice as much.
-PEAKS = {
-    "V100 SXM2, float32 (it has no bfloat16)": (15.7, "V100-SXM2"),  # Tesla V100 data sheet, 2018
-    "RTX 3090": (71, "RTX 3090"),  # GA102 white paper, 2020
-    "RTX 4090": (165.2, "RTX 4090"),  # Ada white paper, 2022; 82.6 is its float32 outside the tensor cores
-    "A100": (312, "A100"),  # A100 data sheet, 2020
-    "L40S": (362, "L40S"),  # L40S data sheet, 2023
-    "H100 SXM": (989.4, "H100 80GB HBM3"),  # H100 data sheet, 2022; its PCIe and NVL are slower
+# By the name that the driver gives a GPU, or a part of it: dense TFLOP/s in bfloat16 with float32 sums unless said,
+# TB/s of its memory, GB, and a name for people. From NVIDIA's data sheets and architecture papers of each; sheets that
+# give TFLOP/s "with sparsity" give twice as much. A laptop's chip reaches its figure where it may draw enough power.
+CARDS = {
+    "RTX 3060": (25.5, 0.360, 12, "RTX 3060 12 GB"),
+    "RTX 4060 Laptop": (29.1, 0.256, 8, "RTX 4060 of a laptop, 8 GB"),
+    "RTX 3090": (71, 0.936, 24, "RTX 3090"),
+    "RTX 4090": (165.2, 1.008, 24, "RTX 4090"),
+    "V100-SXM2": (15.7, 0.9, 16, "V100 SXM2, float32 (it has no bfloat16)"),
+    "L40S": (362, 0.864, 48, "L40S"),
+    "A100": (312, 2.039, 80, "A100 80 GB"),
+    "H100 PCIe": (756, 2.0, 80, "H100 PCIe"),
+    "H100 80GB HBM3": (989.4, 3.35, 80, "H100 SXM"),
+    "H200": (989.4, 4.8, 141, "H200"),
+    "B200": (2250, 8.0, 180, "B200"),
 }
-SHARE = 0.4  # of the peak that training reaches, about; 0.3 to 0.9 of sgemm were measured on CPUs of two threads
+# What programs reach of these: large products, and kernels that only move numbers. A model, not a measurement.
+PRODUCTS, BANDWIDTH = 0.8, 0.75
+SHARE = 0.4  # of a CPU's products that training reaches, about; 0.3 to 0.9 were measured on two threads
+TRAFFIC = 282  # bytes of a token for each layer and number of its state
+RESERVED = 1e9  # bytes of a GPU that CUDA itself, its libraries and gaps between tensors take, about
 TOKENS_A_PARAMETER = 20  # at the least compute for a loss, Hoffmann et al., 2022, arXiv:2203.15556
 
 
@@ -53,9 +59,7 @@ def machine_memory(device: torch.device) -> float:
 
 def check_fits(shape: ModelConfig, config: dict, env) -> None:
     """ConfigError for a model that cannot be trained here, instead of a machine that swaps until it is killed."""
-    D, kv = shape.dim, shape.n_kv_heads * shape.head_dim
-    block = 2 * D * D + 2 * D * kv + 3 * D * shape.hidden_dim + 2 * D  # wq, wo; wk, wv; w1, w2, w3; two norms
-    total = shape.n_layers * block + D + shape.vocab_size * D * (1 if shape.tied else 2)
+    total = sum(count_parameters(shape).values())
     shards = env.world_size if config["parallel"] == "fsdp" else 1
     needed = total * 4 * (3 if config["optimizer"] == "muon" else 4) / shards  # weights, gradients, one state or two
     if needed > (has := machine_memory(env.device)):
@@ -63,21 +67,6 @@ def check_fits(shape: ModelConfig, config: dict, env) -> None:
             f"model: {total:,} parameters need {needed / 1e9:,.0f} GB with their gradients and the optimizer's state, "
             f"and {env.device} has {has / 1e9:,.0f} GB: choose a smaller model.dim, model.n_layers or vocabulary"
         )
-
-
-def skeleton(shape: ModelConfig) -> Llama:
-    """The model without memory for its weights."""
-    with torch.device("meta"):
-        return Llama(shape)
-
-
-def count_parameters(shape: ModelConfig) -> dict[str, int]:
-    """Of the trunk (blocks and last norm), of the embedding, and of the output projection where it has its own."""
-    counts = dict(trunk=0, embedding=0, output=0)
-    for name, p in skeleton(shape).named_parameters():
-        kind = {"tok_embeddings": "embedding", "output": "output"}.get(name.split(".")[0], "trunk")
-        counts[kind] += p.numel()
-    return counts
 
 
 def flops_per_token(shape: ModelConfig, seq_len: int) -> float:
@@ -92,74 +81,24 @@ def flops_per_token(shape: ModelConfig, seq_len: int) -> float:
     return 6 * multiplied + 12 * shape.n_layers * shape.dim * seq_len / 2
 
 
-def activation_bytes(shape: ModelConfig, batch_size: int, seq_len: int, size: int, fused_norm: bool) -> int:
-    """What the trunk keeps of a micro-batch for the backward pass.
+def traffic_per_token(shape: ModelConfig, n_tokens: int) -> float:
+    """Bytes that all but products and attention move on a GPU without torch.compile, in a micro-batch of n_tokens.
 
-    size: bytes of a number in the matrix products: 4, or 2 under bfloat16 autocast, where what is added up and
-    normalised still has 4, each product keeps a copy of its input, and every matrix has one in bfloat16.
-    fused_norm: CUDA's, which keeps no normalised copy.
+    The head's softmax reads and writes logits (14 bytes each); each chunk of 1,024 rows adds to the gradient of the
+    projection; weights are cast and gradients added once; the rest grows with the width of the states. Within 8 % of a
+    count of what every operator reads and writes, at 24m, 134m and 256m.
     """
-    D, F, H = shape.dim, shape.hidden_dim, shape.n_heads
-    kv = shape.n_kv_heads * shape.head_dim
-    norm = 4 * (D + 1 + (0 if fused_norm else D))  # input, 1 / root mean square, and input times that
-    inputs = (3 + 2 if size < 4 else 1 + 1) * D  # of wq, wk, wv and of w1, w3
-    attention = size * (D + kv + kv + D) + 4 * H  # rotated q and k, v, output; log-sum-exp of each head
-    feed_forward = size * (inputs + 3 * F)  # w1's output, w3's output, the product of the gated
-    cast = size * count_parameters(shape)["trunk"] if size < 4 else 0
-    return batch_size * seq_len * (shape.n_layers * (2 * norm + attention + feed_forward) + norm) + cast
-
-
-def loss_bytes(shape: ModelConfig, n_tokens: int, size: int, device: str, chunked: bool = True) -> int:
-    """The largest that exists at once for the output projection and the loss of a micro-batch, gradients included."""
     V, D = shape.vocab_size, shape.dim
-    if not chunked:  # log-softmax, its gradient and that of the logits; gradient of the projection
-        return 3 * 4 * n_tokens * V + 4 * V * D
-    rows = len(range(n_tokens)[row_chunks(torch.empty(n_tokens, 1, device=device), V)[0]])
-    projection, chunk = 4 * V * D, 4 * rows * V  # its gradient; the logits, which everything is written over
-    if size < 4:  # the weight in bfloat16; a chunk's logits before and their gradient after float32
-        projection, chunk = projection + size * V * D, chunk + 2 * size * rows * V
-    return projection + chunk + 3 * 4 * n_tokens * D  # three of the states and their gradients
+    head = 14 * V + V * D * (12 / 1024 + 54 / n_tokens)
+    return head + TRAFFIC * shape.n_layers * D
 
 
-def optimizer_bytes(shape: ModelConfig, config: dict, size: int) -> tuple[int, int]:
-    """(state, largest temporary of a step): AdamW keeps two numbers a parameter, Muon one.
-
-    Muon's step holds six copies of all matrices of a shape at once, two of them in float32, and two squares of the
-    shorter side.
-    """
-    state, scratch = 0, 0
-    for group in build_optimizer(skeleton(shape), config).param_groups:
-        muon = group.get("muon", False)
-        state += (4 if muon else 8) * sum(p.numel() for p in group["params"])
-        shapes = [tuple(p.shape) for p in group["params"]] if muon else []
-        for N, M in set(shapes):
-            scratch = max(scratch, shapes.count((N, M)) * ((2 * 4 + 4 * size) * N * M + 2 * size * min(N, M) ** 2))
-    return state, scratch
-
-
-def memory(shape: ModelConfig, config: dict, on_gpu: bool) -> dict[str, int]:
-    """Bytes by part, and the most that lives at once: float32 on a CPU, bfloat16 autocast on a GPU.
-
-    The peak is at the loss, or, in models that are large for their batch, when all gradients are there.
-    """
-    size, device = (2, "meta") if on_gpu else (4, "cpu")  # row_chunks asks only whether it is a CPU
-    B, T = config["batch_size"], config["seq_len"]
-    weights = 4 * sum(count_parameters(shape).values())
-    state, scratch = optimizer_bytes(shape, config, size)
-    activations = activation_bytes(shape, B, T, size, fused_norm=on_gpu)
-    loss, embedding = loss_bytes(shape, B * T, size, device), 4 * shape.vocab_size * shape.dim
-    accumulated = weights if config["grad_accumulation_steps"] > 1 else 0  # there while the next micro-batch runs
-    peak = weights + state + max(activations + loss + accumulated, weights + max(scratch, embedding))
-    return {
-        "weights": weights,
-        "gradients": weights,
-        "optimizer state": state,
-        "optimizer step": scratch,
-        "activations of a micro-batch": activations,
-        "loss, in chunks": loss,
-        "peak": peak,
-        "loss, were it in one piece": loss_bytes(shape, B * T, size, device, chunked=False),
-    }
+def seconds_per_token(
+    shape: ModelConfig, n_tokens: int, T: int, tflops: float, bandwidth: float
+) -> tuple[float, float]:
+    """(as fast as the products alone, with what is moved between them) on a GPU of these TFLOP/s and TB/s."""
+    products = flops_per_token(shape, T) / (PRODUCTS * tflops * 1e12)
+    return products, products + traffic_per_token(shape, n_tokens) / (BANDWIDTH * bandwidth * 1e12)
 
 
 def measured_peak(size: int = 1024, seconds: float = 0.5) -> float:
@@ -178,7 +117,7 @@ def utilisation(flops: float, env) -> str:
         peak, what = measured_peak(), "of matrix products measured here"
     else:
         name = torch.cuda.get_device_name(env.device) if env.device.type == "cuda" else env.device.type
-        known = [tflops for tflops, part in PEAKS.values() if part in name]
+        known = [tflops for part, (tflops, *_) in CARDS.items() if part in name]
         if not known:
             return f"{flops / 1e9:,.0f} GFLOP/s a process; the peak of {name} is not known here"
         peak, what = known[0] * 1e12, f"of {name}'s data sheet"
@@ -214,16 +153,27 @@ def report(config: dict) -> str:
         f"tokens: {tokens:,} in {config['max_steps']:,} steps of {per_step:,} on one process, {tokens / total:.1f} a "
         f"parameter; {TOKENS_A_PARAMETER} a parameter (arXiv:2203.15556) are {wanted / per_step:,.0f} steps",
     ]
-    columns = [memory(shape, config, on_gpu) for on_gpu in (False, True)]
+    B, n_tokens = config["batch_size"], T * config["batch_size"]
+    columns = [stage_memory("pretrain", shape, config, on_gpu, B, T) for on_gpu in (False, True)]
+    for column, on_gpu in zip(columns, (False, True), strict=True):
+        del column["generation"]
+        column["loss, were it in one piece"] = loss_bytes(shape, n_tokens, 2 if on_gpu else 4, on_gpu, "one piece")
     rows = [dict(part=part, cpu=columns[0][part] / 1e6, gpu=columns[1][part] / 1e6) for part in columns[0]]
     form = {"memory (MB)": "{part}", "CPU, float32": "{cpu:,.0f}", "GPU, bfloat16": "{gpu:,.0f}"}
     lines += ["", format_table(form, rows), ""]
 
     peak = measured_peak()
     here = f"this CPU, {torch.get_num_threads()} threads, {SHARE:.0%} of {peak / 1e9:,.0f} GFLOP/s measured"
-    speeds = {here: peak * SHARE}
-    for name, (tflops, _) in PEAKS.items():
-        speeds[f"{name}, {SHARE:.0%} of {tflops} TFLOP/s"] = tflops * 1e12 * SHARE
-    rows = [dict(on=on, speed=rate / flops, time=duration(tokens * flops / rate)) for on, rate in speeds.items()]
-    lines.append(format_table({"on": "{on}", "tokens/s": "{speed:,.0f}", "time": "{time}"}, rows))
+    rows = [dict(on=here, share="", least=peak * SHARE / flops, most="", fits="")]
+    for tflops, bandwidth, gigabytes, name in CARDS.values():
+        most, least = (1 / seconds for seconds in seconds_per_token(shape, n_tokens, T, tflops, bandwidth))
+        fits = "yes" if columns[1]["peak"] + RESERVED < gigabytes * 1e9 else "batch_size is too large"
+        share = f"{least * flops / tflops / 1e12:.0%} of {tflops} TFLOP/s"
+        rows.append(dict(on=name, share=share, least=least, most=f"{most:,.0f}", fits=fits))
+    for row in rows:
+        row["time"] = duration(tokens / row["least"])
+    form = {"on": "{on}", "tokens/s": "{least:,.0f}", "of the peak": "{share}", "time": "{time}"}
+    form |= {"by products alone (tokens/s)": "{most}", "fits its memory": "{fits}"}
+    lines.append(format_table(form, rows))
+    lines.append("GPUs: modelled without torch.compile, which moves less and comes nearer to the products alone.")
     return "\n".join(lines)

@@ -1,15 +1,8 @@
-"""The plan of common/plan.py against the model itself: what it counts, computes, keeps and allocates."""
-
-import copy
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""The plan of common/plan.py: its floating-point operations against torch's count, its times, what it says."""
 
 import pytest
 import torch
-from chains import ROOT
+from planning import SHAPE, config_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,29 +10,11 @@ import pretrain
 from common import plan
 from common.config import ConfigError
 from common.distributed import Env
-from configs.pretrain import config as base
-from configs.sizes import count_parameters, sizes
+from configs.sizes import sizes
 from configs.tokenizer import config as train_defaults
 from model import Llama, ModelConfig
 from tokenizer import Tokenizer
 from tokenizer.train import Corpus, train_bpe
-
-SHAPE = dict(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=512, max_seq_len=64)
-
-
-def config_of(**changes):
-    """The default config with these values; those of the model by their own names."""
-    config = copy.deepcopy(base)
-    for key, value in changes.items():
-        (config["model"] if key in config["model"] else config)[key] = value
-    return config
-
-
-@pytest.mark.parametrize("name", sizes)
-def test_parameters_are_those_of_the_sizes(name):
-    counts = plan.count_parameters(ModelConfig(**sizes[name]))
-    assert counts["embedding"] == 64793 * sizes[name]["dim"] and counts["output"] == 0
-    assert sum(counts.values()) == count_parameters(**sizes[name])
 
 
 def test_an_untied_output_is_counted_by_itself():
@@ -62,122 +37,29 @@ def test_flops_are_those_that_torch_counts(tied):
     assert counter.get_total_flops() == expected
 
 
-@pytest.mark.parametrize("dtype, size", [(torch.float32, 4), (torch.bfloat16, 2)])
-@pytest.mark.parametrize("n_kv_heads", [2, 4])
-def test_activations_are_what_autograd_keeps(dtype, size, n_kv_heads):
-    model, sizes, kept = Llama(ModelConfig(**SHAPE | dict(n_kv_heads=n_kv_heads))), {}, []
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        kept.append(tensor)  # or its address would be used again
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        with torch.autocast("cpu", dtype, enabled=size == 2):
-            model.hidden(torch.randint(0, 512, (4, 32)))
-    expected = plan.activation_bytes(model.config, 4, 32, size, fused_norm=False)
-    assert sum(sizes.values()) == pytest.approx(expected, rel=1e-3)  # the ids, and vectors in bfloat16, are left out
-
-
-# Trains as pretrain.py does and prints by how many bytes the process grew at most. A small model comes first, so that
-# what the libraries need is not counted.
-MEASURE = """
-import json, sys
-import torch
-import torch.nn.functional as F
-from common.optim import build_optimizer
-from model import Llama, ModelConfig
-
-def status(key):
-    return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
-
-def train(config, vocab_size, chunked, steps):
-    model = Llama(ModelConfig(vocab_size=vocab_size, **config["model"]))
-    optimizer = build_optimizer(model, config)
-    for _ in range(steps):
-        for _ in range(config["grad_accumulation_steps"]):
-            ids = torch.randint(0, vocab_size, (config["batch_size"], config["seq_len"] + 1))
-            x, y = ids[:, :-1], ids[:, 1:]
-            (model(x, y) if chunked else F.cross_entropy(model(x).flatten(0, 1), y.flatten())).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-torch.set_num_threads(1)
-config, vocab_size, chunked = json.loads(sys.argv[1])
-small = dict(dim=32, n_layers=1, n_heads=2, n_kv_heads=2, max_seq_len=16)
-train(config | dict(model=small, batch_size=2, seq_len=16), 64, chunked, 2)
-before = status("VmRSS")
-train(config, vocab_size, chunked, 2)
-print(status("VmHWM") - before)
-"""
-
-
-def measured_growth(config, vocab_size, chunked=True):
-    """Without glibc's habit of holding back what was freed, which is not the model's."""
-    env = os.environ | dict(PYTHONPATH=str(ROOT), MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
-    command = [sys.executable, "-c", MEASURE, json.dumps([config, vocab_size, chunked])]
-    return int(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
-
-
-WIDE = dict(dim=256, n_layers=4, n_heads=4, n_kv_heads=2, max_seq_len=256, seq_len=256)
-MEMORY_CASES = {
-    "activations": (WIDE | dict(batch_size=16, grad_accumulation_steps=1), 6144),
-    "vocabulary": (WIDE | dict(batch_size=4, grad_accumulation_steps=2), 32000),
-    "muon's step": (
-        dict(dim=512, n_layers=6, n_heads=8, n_kv_heads=8, max_seq_len=128, seq_len=128)
-        | dict(batch_size=2, grad_accumulation_steps=1, optimizer="muon"),
-        6144,
-    ),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-@pytest.mark.parametrize("case", MEMORY_CASES)
-def test_memory_is_what_training_takes(case):
-    changes, vocab_size = MEMORY_CASES[case]
-    config = config_of(**changes)
-    parts = plan.memory(plan.shape_of(config, vocab_size), config, on_gpu=False)
-    assert measured_growth(config, vocab_size) == pytest.approx(parts["peak"], rel=0.15)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-def test_memory_of_a_loss_in_one_piece():
-    config = config_of(**WIDE, batch_size=4, grad_accumulation_steps=1)
-    parts = plan.memory(plan.shape_of(config, 32000), config, on_gpu=False)
-    expected = parts["peak"] - parts["loss, in chunks"] + parts["loss, were it in one piece"]
-    assert measured_growth(config, 32000, chunked=False) == pytest.approx(expected, rel=0.15)
-
-
-def test_optimizer_state_is_the_optimizers():
-    shape = ModelConfig(**SHAPE)
-    for name in ("adamw", "muon"):
-        config = config_of(optimizer=name)
-        model = Llama(shape)
-        optimizer = plan.build_optimizer(model, config)
-        model(*torch.randint(0, 512, (2, 2, 16))).backward()
-        optimizer.step()
-        tensors = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t) and t.dim()]
-        assert plan.optimizer_bytes(shape, config, 4)[0] == sum(t.nbytes for t in tensors)
-
-
 def test_plan_needs_no_files_and_leaves_none(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     pretrain.main(["--plan", "--max_steps=1000", "--grad_accumulation_steps=4"])
-    text = capsys.readouterr().out
+    text, traffic = capsys.readouterr().out, plan.traffic_per_token(ModelConfig(**sizes["tiny-llama2-58m"]), 32 * 512)
     assert list(tmp_path.iterdir()) == []
     assert "parameters: 58,479,616 (trunk 25,305,600, embedding 33,174,016; vocabulary 64,793" in text
     # 6 * 58,479,616 + 12 * 8 * 512 * 512 / 2
     assert "compute: 363.5 MFLOP a token" in text
     # 1000 * 32 * 4 * 512 tokens; 20 * 58,479,616 / 65,536 steps
     assert "tokens: 65,536,000 in 1,000 steps of 65,536" in text and "are 17,847 steps" in text
-    # 65,536,000 * 363.46 MFLOP / (312 TFLOP/s * 0.4)
-    assert "| A100, 40% of 312 TFLOP/s | 343,366 | 3.2 minutes |" in text
+    # 363.46 MFLOP / (312 TFLOP/s * 0.8), to which traffic_per_token / (2.039 TB/s * 0.75) comes
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    on, rate, share, time, products, fits = next(row for row in rows if row[0] == "A100 80 GB")
+    assert products == "686,732" and fits == "yes"
+    rate = int(rate.replace(",", ""))
+    assert rate == pytest.approx(1 / (1 / 686732 + traffic / (2.039e12 * 0.75)), rel=1e-4)
+    assert share == f"{rate * 363.46e6 / 312e12:.0%} of 312 TFLOP/s" and time == plan.duration(65_536_000 / rate)
+
+
+def test_traffic_grows_with_what_is_moved():
+    """By hand for dim 64, 3 layers, 512 rows of vocabulary and 1,024 tokens."""
+    expected = 14 * 512 + 512 * 64 * (12 + 54) / 1024 + plan.TRAFFIC * 3 * 64
+    assert plan.traffic_per_token(ModelConfig(**SHAPE), 1024) == pytest.approx(expected)
 
 
 def test_plan_asks_the_tokenizer_if_there_is_one(tmp_path):
@@ -243,13 +125,16 @@ def test_utilisation_is_beside_the_measured_peak(monkeypatch):
     assert line == "20 GFLOP/s a process, 25.0% of the 80 of matrix products measured here"
 
 
-@pytest.mark.parametrize("name, share", [("NVIDIA H100 80GB HBM3", "10.1%"), ("NVIDIA GeForce RTX 4090", "60.5%")])
+@pytest.mark.parametrize(
+    "name, share",
+    [("NVIDIA H100 80GB HBM3", "10.1%"), ("NVIDIA H100 PCIe", "13.2%"), ("NVIDIA GeForce RTX 4090", "60.5%")],
+)
 def test_utilisation_of_a_known_gpu_is_beside_its_data_sheet(monkeypatch, name, share):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert share in plan.utilisation(100e12, Env(0, 1, torch.device("cuda")))
 
 
-@pytest.mark.parametrize("name", ["GeForce 256", "NVIDIA H100 PCIe"])
+@pytest.mark.parametrize("name", ["GeForce 256", "NVIDIA H100 NVL"])
 def test_utilisation_of_an_unknown_gpu_says_so(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert f"the peak of {name} is not known" in plan.utilisation(1e12, Env(0, 1, torch.device("cuda")))
