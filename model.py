@@ -374,7 +374,11 @@ class Llama(nn.Module):
         return self.tok_embeddings.weight if self.output is None else self.output.weight
 
     def head(self, h):
-        """(..., D) -> logits (..., V)."""
+        """(..., D) -> logits (..., V); on a GPU in float32, as bfloat16 would make different ones equal."""
+        dense = isinstance(self.output or self.tok_embeddings, nn.Linear | nn.Embedding)
+        if h.is_cuda and dense and not torch.is_grad_enabled():
+            low = product_dtype(h)
+            return product(h.flatten(0, -2).to(low), self.head_weight.to(low).T).unflatten(0, h.shape[:-1])
         return self.tok_embeddings.linear(h) if self.output is None else self.output(h)
 
     def hidden(self, ids, cache=None, documents=None):
