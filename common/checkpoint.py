@@ -32,7 +32,7 @@ from lowbit import layers
 from model import Llama, ModelConfig
 from tokenizer import DOCUMENT_IDS, Tokenizer
 
-LARGEST_TABLE = 1 << 28  # bytes of rotary tables that any model may have: 500,000 positions of heads of 64
+LARGEST_TABLE = 1 << 28  # bytes of rotary tables that any model may have: 350,000 positions of heads of 64
 
 
 def save(
@@ -72,7 +72,7 @@ def save(
         stage=stage,
         step=step,
         tokens_seen=tokens_seen,
-        model_config=asdict(unwrap(model).config),
+        model_config=asdict(model.config),
         weights=_weights(model, keep_dtype=quant is not None),
         tokenizer=torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8),  # a pickle of bytes is half as large again
         document_ids=list(document_ids),
@@ -102,23 +102,11 @@ def _copied(value):
     return type(value)(map(_copied, value)) if isinstance(value, list | tuple) else value
 
 
-def unwrap(model: torch.nn.Module) -> torch.nn.Module:
-    """The model inside torch.compile and torch's own DistributedDataParallel."""
-    while (inner := getattr(model, "_orig_mod", getattr(model, "module", None))) is not None:
-        model = inner
-    return model
-
-
-def _plain_name(name: str) -> str:
-    """A parameter's name without the wrappers: `module._orig_mod.norm.weight` is `norm.weight`."""
-    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "module"))
-
-
 def _weights(model: torch.nn.Module, keep_dtype: bool) -> dict[str, torch.Tensor]:
     weights = {}
     for name, tensor in model.state_dict().items():
         dtype = tensor.dtype if keep_dtype or not tensor.is_floating_point() else torch.float32
-        weights[_plain_name(name)] = tensor.detach().to(dtype)
+        weights[name] = tensor.detach().to(dtype)
     return weights
 
 
@@ -179,7 +167,7 @@ def _bare_model(config: ModelConfig, quant: dict | None) -> Llama:
 
 def check_size(config: ModelConfig, weights: dict) -> None:
     """ValueError for what the weights cannot tell: too many layers to list, a rotary table larger than a model."""
-    table = 8 * config.max_seq_len * config.head_dim  # bytes of cos and sin, made in float64
+    table = 12 * config.max_seq_len * config.head_dim  # bytes of cos, each twice, and sin, made in float64
     if config.n_layers > len(weights):
         raise ValueError(f"n_layers={config.n_layers}, but there are {len(weights)} weights")
     if table > max(LARGEST_TABLE, sum(tensor.nbytes for tensor in weights.values())):
@@ -188,8 +176,7 @@ def check_size(config: ModelConfig, weights: dict) -> None:
 
 def check_fit(model: torch.nn.Module, weights: dict, path: Path) -> None:
     """Refuse weights that are not those of the model, by name, shape and kind of number."""
-    own = {_plain_name(name): tensor for name, tensor in model.state_dict().items()}
-    problems = []
+    own, problems = model.state_dict(), []
     for name in own.keys() | weights.keys():
         there = tuple(weights[name].shape) if name in weights else "missing"
         here = tuple(own[name].shape) if name in own else "missing"
@@ -207,10 +194,10 @@ def _same_kind(a: torch.dtype, b: torch.dtype) -> bool:
 
 
 def load_weights(model: torch.nn.Module, weights: dict, path: Path) -> None:
-    """Copy weights by name into a model, wrapped or sharded or not; they must fit exactly."""
+    """Copy weights by name into a model, sharded or not; they must fit exactly."""
     check_fit(model, weights, path)
-    own = {_plain_name(name): (name, tensor) for name, tensor in model.state_dict().items()}
-    model.load_state_dict({own[n][0]: distributed.shard_like(tensor, own[n][1]) for n, tensor in weights.items()})
+    own = model.state_dict()
+    model.load_state_dict({name: distributed.shard_like(tensor, own[name]) for name, tensor in weights.items()})
 
 
 def refuse_quantized(ckpt: Checkpoint) -> None:
@@ -226,7 +213,7 @@ def restore(ckpt: Checkpoint, model: torch.nn.Module, optimizer) -> None:
 
     How the optimizer updates (betas, decay, kernels), but for its learning rate, stays as this run's config has it.
     """
-    here = asdict(unwrap(model).config)
+    here = asdict(model.config)
     there = ckpt.model_config
     pairs = ((key, there.get(key), here.get(key)) for key in sorted(there.keys() | here.keys()))
     different = [f"{key} is {old} there and {new} in this run's model" for key, old, new in pairs if old != new]

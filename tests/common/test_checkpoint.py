@@ -73,26 +73,6 @@ def test_several_optimizers_are_restored_in_order(tmp_path):
         restore(load(tmp_path), model, fresh[0])
 
 
-def test_prefixes_of_compile_and_ddp_are_stripped(tmp_path):
-    class Wrapper(torch.nn.Module):  # what DistributedDataParallel looks like from outside
-        def __init__(self, module):
-            super().__init__()
-            self.module = module
-
-    model = tiny()
-    wrapped = Wrapper(torch.compile(model))
-    assert all(name.startswith("module._orig_mod.") for name in wrapped.state_dict())
-    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
-    write(tmp_path, wrapped, optimizer=optimizer)
-    ckpt = load(tmp_path)
-    assert ckpt.weights.keys() == model.state_dict().keys()
-    before = ckpt.weights["norm.weight"].clone()
-    with torch.no_grad():
-        model.norm.weight.add_(1)
-    restore(ckpt, wrapped, optimizer)
-    assert torch.equal(model.norm.weight, before)
-
-
 def test_weights_are_stored_in_float32(tmp_path):
     model = tiny().bfloat16()
     write(tmp_path, model)
