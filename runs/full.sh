@@ -17,8 +17,8 @@ python data_process.py --out=data/zh --tokenizer="$TOKENIZER" --sources="$SOURCE
 "${train[@]}" sft.py --resume
 "${train[@]}" rm_train.py --resume
 "${train[@]}" dpo_train.py --resume
-python ppo_train.py --resume
-python grpo_train.py --resume
+"${train[@]}" ppo_train.py --resume
+"${train[@]}" grpo_train.py --resume
 python quantize.py --resume
 python eval_generate.py --data=data/zh --compare=out/zh/sft,out/zh/dpo,out/zh/ppo,out/zh/grpo,out/zh/quantize \
     --reward_model=out/zh/rm --report=out/zh/report.md
