@@ -5,6 +5,7 @@ BUCKET tokens, so that it is captured as a CUDA graph and replayed. A CPU has no
 """
 
 import copy
+import functools
 import sys
 from dataclasses import dataclass
 
@@ -85,9 +86,11 @@ class Graphed:
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     """
 
+    failed = False  # whether a capture did, of any cache: then none is tried again
+
     def __init__(self, step, cache):
-        self.step, self.cache, self.stream = step, cache, torch.cuda.Stream(cache.kv.device)
-        self.shape, self.graph, self.failed = None, None, False
+        self.step, self.cache, self.stream = step, cache, side_stream(cache.kv.device)
+        self.shape, self.graph = None, None
 
     def __call__(self, token):
         cache, longest = self.cache, self.cache.longest
@@ -118,9 +121,15 @@ class Graphed:
                 self.logits = self.step(self.token)
             self.graph = graph
         except RuntimeError as error:
-            self.failed, reason = True, str(error.__context__ or error).strip().partition("\n")[0]
+            Graphed.failed, reason = True, str(error.__context__ or error).strip().partition("\n")[0]
             print(f"warning: generation goes on without a CUDA graph, and slower: {reason}", file=sys.stderr)
         self.cache.longest = longest  # as no kernel runs in a capture
+
+
+@functools.lru_cache
+def side_stream(device):
+    """The one for captures: libraries keep a workspace, megabytes, for each stream that they have seen."""
+    return torch.cuda.Stream(device)
 
 
 class Sampler:
@@ -306,7 +315,8 @@ def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     It is -1 where logits are not finite: to raise an error would be to wait for the device.
     """
     if temperature == 0:
-        return logits.max(-1).indices  # argmax is three times slower on a CPU
+        highest, token = logits.max(-1)  # argmax is three times slower on a CPU
+        return token.where(highest.isfinite(), -1)
     logits = logits / temperature
     if top_k:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]

@@ -126,12 +126,19 @@ def document_starts(documents, multiple=256):
     return F.pad(starts, (0, 1 + -(len(starts) + 1) % multiple), value=documents.numel()).int()
 
 
-def document_mask(documents, B, T, dtype):
+def has_varlen(device, dtype, head_dim):
+    """Whether a GPU has the kernel behind varlen_attn, FlashAttention's: from Ampere on, in half precision."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_dim % 8 or head_dim > 256:
+        return False
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def document_mask(documents, B, T, varlen):
     """What keeps attention within documents, their numbers (B, T) or starts (N,): (B, 1, T, T) bool.
 
-    For products of half precision on a GPU their starts, which a kernel takes that skips what is masked.
+    With varlen their starts, which a kernel takes that skips what is masked.
     """
-    if documents.is_cuda and dtype in (torch.bfloat16, torch.float16):
+    if varlen:
         return documents if documents.dim() == 1 else document_starts(documents)
     if documents.dim() == 1:
         positions = torch.arange(B * T, dtype=documents.dtype, device=documents.device)
@@ -160,6 +167,9 @@ class Attention(nn.Module):
         if T == 1:  # the heads that share keys stand as positions of one head, and no kernel needs to know of groups
             q = q.reshape(B, self.n_kv_heads, -1, self.head_dim)
         causal, gqa = mask is None and (cache is None or T > 1), q.size(1) != self.n_kv_heads
+        if gqa and q.is_cuda and q.dtype == torch.float32:  # its kernels know no groups: all scores would exist
+            k, v = (heads.repeat_interleave(self.n_heads // self.n_kv_heads, 1) for heads in (k, v))
+            gqa = False
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=gqa)
         return self.wo(y.reshape(B, self.n_heads, T, -1).transpose(1, 2).reshape(B, T, -1))
 
@@ -245,7 +255,7 @@ def padded(W, dtype):
 
 def product(a, b, out=None):
     """a (M, K) times b (K, N) with sums and result in float32 at least, also where a and b are bfloat16."""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16) and not torch.version.hip:  # only CUDA's has out_dtype
         return torch.mm(a, b, out_dtype=torch.float32)
     with torch.autocast(a.device.type, enabled=False):  # which else rounds operands and result of a product on a CPU
         return torch.mm(upcast(a), upcast(b), out=out)
@@ -384,7 +394,8 @@ class Llama(nn.Module):
     def hidden(self, ids, cache=None, documents=None):
         """The trunk: ids (B, T) -> final normalised states (B, T, D); with a cache, T tokens more for every row.
 
-        With documents (B, T), the number of the document each token is of, none attends to another document. Rotary
+        With documents (B, T), the number of the document that each token is of, none attends to another document; those
+        of one stand side by side. Rotary
         positions need no reset, as attention sees only their differences. Their document_starts, computed on the CPU,
         do as well, and on a GPU without its waiting for the host.
         """
@@ -393,7 +404,8 @@ class Llama(nn.Module):
             raise ValueError(f"{T} tokens are longer than max_seq_len={self.config.max_seq_len}")
         positions, mask = (slice(T), None) if cache is None else cache.append(T)
         if documents is not None:
-            mask = document_mask(documents, B, T, product_dtype(self.norm.weight))
+            varlen = has_varlen(ids.device, product_dtype(self.norm.weight), self.config.head_dim)
+            mask = document_mask(documents, B, T, varlen)
         cos, sin = self.rope_cos[positions], self.rope_sin[positions]
         h = self.dropout(self.tok_embeddings(ids).to(self.norm.weight.dtype))  # a low-bit embedding's is float32
         for i, layer in enumerate(self.layers):
@@ -416,7 +428,7 @@ class Llama(nn.Module):
         if targets is None:
             return self.head(h)
         counts = targets != -100
-        weights = counts / counts.sum().clamp(min=1) if weights is None else weights * counts
+        weights = counts.to(h.dtype) / counts.sum().clamp(min=1) if weights is None else weights * counts
         h, targets, weights = at(keep, h, targets.clamp(min=0), weights)  # (N, D), (N,), (N,)
         if torch.is_grad_enabled():
             return LinearCrossEntropy.apply(h, self.head_weight, targets, weights, self.chunk)

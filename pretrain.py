@@ -62,10 +62,11 @@ def warn_unless_uniform(loss, vocab_size):
         tqdm.write(f"warning: first loss {loss:.3f} is not ln(vocab) = {expected:.3f}")
 
 
-def continue_prompts(model, tokenizer, config):
+def continue_prompts(model, tokenizer, config, env):
     """[(prompt, continuation)] of the configured prompts, the same seed every time."""
     prompts = [encode_opening(tokenizer, text) for text in config["sample_prompts"]]
-    replies = model.generate(prompts, config["sample_tokens"], temperature=0.8, top_p=0.9, seed=config["seed"])
+    sampling = dict(temperature=0.8, top_p=0.9, seed=config["seed"], dtype=env.generation_dtype)
+    replies = model.generate(prompts, config["sample_tokens"], **sampling)
     return [(text, tokenizer.decode(ids)) for text, ids in zip(config["sample_prompts"], replies.tokens, strict=True)]
 
 
@@ -109,7 +110,7 @@ def main(argv=None):
             if stage.due(step, "eval_interval"):
                 full = config["eval_all"] and step == config["max_steps"]
                 metrics = evaluate(stage.whole, val, env, None if full else config["eval_tokens"])
-                stage.report(step, metrics, continue_prompts(stage.whole, tokenizer, config))
+                stage.report(step, metrics, continue_prompts(stage.whole, tokenizer, config, env))
                 if step == 0:
                     warn_unless_uniform(metrics["val/loss"], tokenizer.vocab_size)
             if stage.due(step, "save_interval"):

@@ -183,6 +183,7 @@ def compiled(model: Llama, env: Env, config: dict, **options) -> None:
     from torch.fx.experimental import _config as shapes
 
     shapes.use_duck_shape = False  # sizes that happen to be equal need not be so next time
+    dynamo.config.optimize_ddp = False  # it splits for DDP's buckets, which blocks by themselves are small enough for
     dynamo.config.specialize_float = True  # an epsilon stays what it is
     options = dict(dynamic=True) | options
     for layer in model.layers:

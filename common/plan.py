@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import time
 from pathlib import Path
 
@@ -117,7 +118,7 @@ def utilisation(flops: float, env) -> str:
         peak, what = measured_peak(), "of matrix products measured here"
     else:
         name = torch.cuda.get_device_name(env.device) if env.device.type == "cuda" else env.device.type
-        known = [tflops for part, (tflops, *_) in CARDS.items() if part in name]
+        known = [tflops for part, (tflops, *_) in CARDS.items() if re.search(rf"{part}\b(?! Ti| Laptop| SUPER)", name)]
         if not known:
             return f"{flops / 1e9:,.0f} GFLOP/s a process; the peak of {name} is not known here"
         peak, what = known[0] * 1e12, f"of {name}'s data sheet"
@@ -167,7 +168,8 @@ def report(config: dict) -> str:
     rows = [dict(on=here, share="", least=peak * SHARE / flops, most="", fits="")]
     for tflops, bandwidth, gigabytes, name in CARDS.values():
         most, least = (1 / seconds for seconds in seconds_per_token(shape, n_tokens, T, tflops, bandwidth))
-        fits = "yes" if columns[1]["peak"] + RESERVED < gigabytes * 1e9 else "batch_size is too large"
+        kind = columns[0 if "float32" in name else 1]
+        fits = "yes" if kind["peak"] + RESERVED < gigabytes * 1e9 else "batch_size is too large"
         share = f"{least * flops / tflops / 1e12:.0%} of {tflops} TFLOP/s"
         rows.append(dict(on=name, share=share, least=least, most=f"{most:,.0f}", fits=fits))
     for row in rows:

@@ -23,6 +23,7 @@ from model import (
     ModelConfig,
     document_mask,
     document_starts,
+    has_varlen,
     log_softmax_chunk,
 )
 
@@ -377,9 +378,27 @@ def test_document_starts_and_the_mask_they_stand_for():
     assert document_starts(documents, multiple=1).tolist() == [*starts, 12]
     assert document_starts(documents, multiple=6).tolist() == [*starts, 12, 12, 12, 12]
     assert document_starts(documents).shape == (256,) and document_starts(documents).dtype == torch.int32
-    mask = document_mask(documents, 3, 4, torch.float32)
-    assert torch.equal(document_mask(document_starts(documents), 3, 4, torch.float32), mask)
+    mask = document_mask(documents, 3, 4, False)
+    assert torch.equal(document_mask(document_starts(documents), 3, 4, False), mask)
     assert mask[0, 0].tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    "device, dtype, head_dim, varlen",
+    [
+        ("cuda", torch.bfloat16, 64, True),
+        ("cuda", torch.bfloat16, 20, False),  # the kernel wants a multiple of 8
+        ("cuda", torch.bfloat16, 264, False),
+        ("cuda", torch.float32, 64, False),
+        ("cpu", torch.bfloat16, 64, False),
+    ],
+)
+def test_where_documents_have_a_kernel(device, dtype, head_dim, varlen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert has_varlen(torch.device(device), dtype, head_dim) == varlen
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not has_varlen(torch.device(device), dtype, head_dim)
 
 
 @float64
@@ -387,7 +406,7 @@ def test_attention_from_start_to_start_equals_attention_under_the_mask():
     """What the kernel for documents is asked for: the rows end to end, causal from each start to the next."""
     documents = torch.randint(0, 2, (3, 20)).cumsum(1)
     q, k, v = torch.randn(3, 3, 2, 20, 8)  # (B, H, T, D/H) each
-    expected = F.scaled_dot_product_attention(q, k, v, document_mask(documents, 3, 20, torch.float64))
+    expected = F.scaled_dot_product_attention(q, k, v, document_mask(documents, 3, 20, False))
     flat = [x.transpose(1, 2).flatten(0, 1).transpose(0, 1) for x in (q, k, v)]  # (H, B * T, D/H)
     parts = [
         F.scaled_dot_product_attention(*(x[:, start:stop] for x in flat), is_causal=True)
