@@ -26,7 +26,7 @@ import torch
 
 from alignment.comparison import compare, draw_replies
 from alignment.rollout import sequence_scores
-from common import checkpoint
+from common import checkpoint, resume
 from common.checkpoint import Checkpoint, CheckpointError
 from common.config import ConfigError, UserError, parse_config, run
 from common.distributed import setup
@@ -203,7 +203,9 @@ def main(argv=None):
     opening = [] if config["system"] is None else [dict(role="system", content=config["system"])]
     question = [*opening, dict(role="user", content=config["prompt"])]
     if config["ppl"]:
-        publish(*perplexity(loaded, Corpus(data, "val"), config, env), config["report"])
+        val = Corpus(data, "val")
+        resume.verify_data(data, resume.hashes_of(data, [val.file(source).name for source in val.sources]))
+        publish(*perplexity(loaded, val, config, env), config["report"])
     elif config["reply"] is not None:
         print(score(loaded, question, config["reply"]))
     elif config["prompt"] is not None:

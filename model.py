@@ -39,6 +39,9 @@ class ModelConfig:
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len", "hidden_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1 is needed")
+        for name, low, high in (("norm_eps", 0, 1), ("rope_theta", 0, math.inf), ("dropout", -1, 1)):
+            if not low < getattr(self, name) < high or self.dropout < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: not a value that it can have")
         for a, b in (("dim", "n_heads"), ("n_heads", "n_kv_heads")):
             if getattr(self, a) % getattr(self, b):
                 raise ValueError(f"{a}={getattr(self, a)} is not a multiple of {b}={getattr(self, b)}")

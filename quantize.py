@@ -180,6 +180,7 @@ def open_val(data_dir, ckpt, tok):
     """The validation text of a data directory that was made with the checkpoint's tokenizer."""
     corpus = Corpus(data_dir, "val")
     checkpoint.check_data(tok, ckpt.path, corpus.meta, Path(data_dir) / "meta.json")
+    resume.verify_data(data_dir, resume.hashes_of(data_dir, [corpus.file(name).name for name in corpus.sources]))
     if len(corpus) < 2:
         raise ConfigError(f"{corpus.path}: {len(corpus)} tokens are too few to measure on")
     return corpus

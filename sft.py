@@ -30,7 +30,7 @@ from dataset.batches import (
     pad_batch,
     to_device,
 )
-from dataset.formats import load_pkl
+from dataset.formats import DataError, load_pkl
 from model import document_starts
 
 PANELS = [
@@ -148,6 +148,9 @@ def main(argv=None):
     arrays = load_pkl(data / "sft.pkl")
     examples = Examples(arrays, "", tokenizer.vocab_size, data / "sft.pkl", parent.model_config["max_seq_len"])
     train, val = examples.split()
+    for side, name in ((train, "training"), (val, "held-out")):
+        if not len(side):
+            raise DataError(f"{data / 'sft.pkl'}: no {name} conversation; more or another val_share are needed")
     val = val.select(epoch_order(len(val), config["seed"], 0))
     order, rows_hold = make_order(train, config, parent.model_config["max_seq_len"])
 

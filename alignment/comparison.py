@@ -14,6 +14,7 @@ import torch
 from alignment.rewards import check_rows, score_rows
 from alignment.rollout import in_batches, rollout
 from alignment.tradeoff import best_of, best_of_kl, draw
+from common import resume
 from common.config import ConfigError, UserError
 from common.metrics import distinct_2, share, wilson_interval
 from common.plots import png
@@ -168,6 +169,9 @@ def compare(models, data, config, reward_model=None):
     tokenizer = models[first].tokenizer
     readers = [*models.values(), reward_model] if reward_model else models.values()
     context = min(loaded.model.config.max_seq_len for loaded in readers)
+    resume.verify_data(
+        data, resume.hashes_of(data, [name for name in ("prompts.pkl", "sft.pkl") if (data / name).exists()])
+    )
     _, prompts = load_prompts(data / "prompts.pkl", tokenizer.vocab_size)
     prompts = [prompt for prompt in prompts if len(prompt) < context][: config["compare_prompts"]]
     if not prompts:

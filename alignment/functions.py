@@ -35,7 +35,7 @@ def reward_function(config):
         module = load_file(Path(place)) if place.endswith(".py") else load_module(place)
     except (ImportError, FileNotFoundError) as error:
         raise ConfigError(f"reward={name}: cannot import {place}: {error}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"reward={name}: cannot import {place}: {told(error)}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -107,5 +107,5 @@ def call(name, function, prompts, replies, fields):
     """What a reward function returns; what it raises as one line."""
     try:
         return function(prompts, replies, **fields)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"{name} raised {told(error)}") from error

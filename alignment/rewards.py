@@ -19,7 +19,7 @@ def checked(name, rewards, n):
     """The rewards as floats, if they are n finite numbers; `name` is what they come from."""
     try:
         rewards = [float(reward) for reward in rewards]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"{name} must return a list of numbers: {error}") from None
     if len(rewards) != n:
         raise ConfigError(f"{name} returned {len(rewards)} rewards for {n} replies")

@@ -248,6 +248,8 @@ def check_state(state: dict, optimizer) -> None:
     params = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     if state["state"].keys() - range(len(params)):
         raise ValueError("it has a state of parameters that are not there")
+    if state["state"] and (missing := set(range(len(params))) - state["state"].keys()):
+        raise ValueError(f"it has no state of parameter {min(missing)}")
     for i, values in state["state"].items():
         param, group = params[i]
         needed = {"momentum"} if group.get("muon") else {"step", "exp_avg", "exp_avg_sq"} if "betas" in group else None

@@ -74,6 +74,12 @@ def _open(out: Path, overwrite: bool) -> None:
 def _look(out: Path, config: dict, stage: str) -> Checkpoint | None:
     there = [each for each in (out / FILE_NAME, *older(out / FILE_NAME)) if each.is_file()]
     if config["overwrite"] or not there:
+        others = [] if config["overwrite"] else [name for name in RUN_FILES if (out / name).exists()]
+        if others:  # a run's stand beside a checkpoint from its first save on
+            raise CheckpointError(
+                f"{out / others[0]} would be replaced, and no checkpoint beside it says that a run here wrote it: "
+                "choose another --out, or give --overwrite to replace it"
+            )
         if config["resume"] and _is_main():
             print(f"nothing to resume in {out}, starting at step 0")
         return None
