@@ -39,8 +39,9 @@ class ModelConfig:
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len", "hidden_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1 is needed")
-        for name, low, high in (("norm_eps", 0, 1), ("rope_theta", 0, math.inf), ("dropout", -1, 1)):
-            if not low < getattr(self, name) < high or self.dropout < 0:
+        fits = dict(norm_eps=0 < self.norm_eps < 1, rope_theta=0 < self.rope_theta < math.inf)
+        for name, right in (fits | dict(dropout=0 <= self.dropout < 1)).items():
+            if not right:
                 raise ValueError(f"{name}={getattr(self, name)}: not a value that it can have")
         for a, b in (("dim", "n_heads"), ("n_heads", "n_kv_heads")):
             if getattr(self, a) % getattr(self, b):

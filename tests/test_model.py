@@ -105,6 +105,15 @@ def test_config_refuses_impossible_heads(bad):
         ModelConfig(**dict(dim=32, n_heads=4, n_kv_heads=4) | bad)
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [dict(dropout=float("nan")), dict(dropout=-0.1), dict(dropout=1.0), dict(norm_eps=0.0), dict(rope_theta=-1.0)],
+)
+def test_config_refuses_numbers_that_compute_nothing(odd):
+    with pytest.raises(ValueError, match=f"{next(iter(odd))}="):
+        ModelConfig(**odd)
+
+
 @pytest.mark.parametrize("name", "dim n_layers n_heads n_kv_heads vocab_size max_seq_len hidden_dim".split())
 def test_config_refuses_sizes_below_one(name):
     for size in (0, -32):

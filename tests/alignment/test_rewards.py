@@ -140,9 +140,15 @@ def test_the_file_of_a_function_is_known_whatever_kind_it_is(own_rewards):
 
 
 def test_what_a_users_code_raises_is_one_line(tmp_path):
-    cases = dict(syntax="def score(:\n", raises="\n1 / 0\n", imports="import no_such_package\n")
+    cases = dict(
+        syntax="def score(:\n",
+        raises="\n1 / 0\n",
+        exits="import sys\nsys.exit(0)\n",
+        imports="import no_such_package\n",
+    )
     words = dict(
         syntax=r"SyntaxError: invalid syntax \(.*syntax.py:1\)",
+        exits=r"SystemExit: 0 \(.*exits.py:2\)",
         raises=r"ZeroDivisionError: division by zero \(.*raises.py:2\)",
         imports="cannot import .*imports.py: No module named 'no_such_package'",
     )

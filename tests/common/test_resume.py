@@ -39,6 +39,15 @@ def test_begin_does_not_touch_a_checkpoint_unasked(tmp_path):
     assert path.read_bytes() == before
 
 
+def test_files_that_no_run_here_wrote_are_not_replaced_unasked(tmp_path):
+    (tmp_path / "samples.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"samples\.txt would be replaced, .* --overwrite"):
+        begin(run_config(tmp_path), "sft")
+    unlock(tmp_path)
+    assert (tmp_path / "samples.txt").read_text() == "mine"
+    assert begin(run_config(tmp_path, overwrite=True), "sft") is None
+
+
 def old_run(out):
     """A run with files of all kinds and two that are somebody's own; returns {name: bytes}."""
     save_steps(out / "ckpt.pt", 1, 2, 3, keep_last=3)
