@@ -150,10 +150,17 @@ def main(argv: list[str] | None = None) -> None:
     if (out / MODEL_FILE).exists() and not config["overwrite"]:
         raise TokenizerError(f"{out / MODEL_FILE} exists; give --overwrite to replace it, or another --out")
     corpus = Corpus(config["input"], config["max_line_bytes"])
+    ours = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     lock(out)
     print(f"training {config['vocab_size']:,} pieces on {', '.join(corpus.paths)}")
-    tokenizer = Tokenizer(train_bpe(corpus, config))
+    try:
+        tokenizer = Tokenizer(train_bpe(corpus, config))
+    except BaseException:
+        unlock(out)
+        if ours:
+            out.rmdir()
+        raise
 
     write_file(out / "tokenizer.vocab", vocab_text(tokenizer).encode())
     save_config(config, out)

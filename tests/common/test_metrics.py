@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -294,9 +295,10 @@ def test_a_stage_writes_to_its_logger(tmp_path, capsys):
     pytest.importorskip("tensorboard")
     config = pretraining | dict(out=str(tmp_path), logger="tensorboard", max_steps=1, log_interval=1, device="cpu")
     stage, model = Stage("pretrain", config, []), tiny_llama()
-    stage.start(model, build_optimizer(model, config), None)
+    stage.start(model, build_optimizer(model, config), SimpleNamespace(model_bytes=b"any"))
     stage.log(1, 8, {"train/loss": 2.0})
     stage.report(1, {"val/loss": 3.0})
+    stage.save(1)  # from here on it has a place in `out`
     assert stage.ends(1)
     stage.close()
     written = tensorboard_rows(tmp_path / "tensorboard")

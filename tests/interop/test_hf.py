@@ -400,7 +400,7 @@ def test_only_a_new_name_is_a_target(tmp_path, tok, monkeypatch, name):
     (tmp_path / "cwd").mkdir()
     (tmp_path / "cwd" / "link").symlink_to(tmp_path)
     monkeypatch.chdir(tmp_path / "cwd")
-    with pytest.raises(ConfigError, match="the name of a new folder is needed|it holds ckpt="):
+    with pytest.raises(ConfigError, match="the name of a (?:new )?folder is needed|it holds ckpt="):
         run(format="hf", ckpt=ckpt, out=name, overwrite="true")
     assert checkpoint.load(ckpt).step == 7 and [path.name for path in Path().iterdir()] == ["link"]
 
@@ -470,7 +470,9 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, tok, value, dtype
     payload = torch.load(ckpt / "ckpt.pt", weights_only=True)
     payload["weights"]["layers.1.feed_forward.w2.weight"][3, 4] = value
     torch.save(payload, ckpt / "ckpt.pt")
-    with pytest.raises(UserError, match=f"layers.1.feed_forward.w2.weight holds .*{dtype} ends at"):
+    with pytest.raises(
+        UserError, match=f"layers.1.feed_forward.w2.weight holds (?:.*{dtype} ends at|values that are not finite)"
+    ):
         run(format="gguf", ckpt=ckpt, out=tmp_path / "out", dtype=dtype)
 
 
