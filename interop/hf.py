@@ -4,7 +4,6 @@ wq and wk need their rows in another order, as transformers rotates the halves o
 """
 
 import json
-import math
 import re
 from functools import partial
 from pathlib import Path
@@ -216,8 +215,6 @@ def read_config(path):
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from None
-    if not (0 < config.norm_eps < 1 and 0 < config.rope_theta < math.inf):
-        raise UserError(f"{path}: rms_norm_eps is {config.norm_eps}, rope_theta {config.rope_theta}")
     if values.get("head_dim") not in (None, config.head_dim):
         raise UserError(f"{path}: head_dim is {values['head_dim']}, Llama 2 has {config.head_dim} (dim / n_heads)")
     return config

@@ -121,7 +121,7 @@ def test_import_refuses_what_is_no_number_or_no_weight(tmp_path, tok, shared_dat
         (dict(num_hidden_layers=10**9), "config.json: n_layers=1000000000, but there are 21 weights"),
         (dict(max_position_embeddings=2**31 - 1), "config.json: max_seq_len=2147483647: its rotary tables would take"),
         (dict(rope_parameters=[1]), "config.json: rope_parameters is .1., no object"),
-        (dict(rms_norm_eps=0), "config.json: rms_norm_eps is 0.0, rope_theta 20000.0"),
+        (dict(rms_norm_eps=0), "config.json: norm_eps=0.0: not a value that it can have"),
         (dict(rms_norm_eps="a"), "config.json: could not convert"),
     ],
 )
