@@ -464,7 +464,7 @@ class Llama(nn.Module):
     def values(self, ids):
         """The scalar head at every position, in float32: bfloat16 would make different scores equal. (B, T)"""
         h = upcast(self.hidden(ids))
-        with torch.autocast(h.device.type, enabled=False):
+        with torch.autocast(h.device.type, enabled=False):  # under which a low-bit head would round
             return self.scalar(h).squeeze(-1)
 
     def num_params(self):
