@@ -16,7 +16,7 @@ from tokenizer import MODEL_FILE, Tokenizer
 
 # By the name that the driver gives a GPU, or a part of it: dense TFLOP/s in bfloat16 with float32 sums unless said,
 # TB/s of its memory, GB, and a name for people. From NVIDIA's data sheets and architecture papers; sheets that give
-# TFLOP/s "with sparsity" give twice as much. Of the 3060 and the laptop's chip twice the float32 rate is taken, as their
+# TFLOP/s "with sparsity" give twice as much. Of the 3060 and the laptop twice the float32 rate is taken, as their
 # kin has it in the GA102 and Ada papers; a laptop reaches it where it may draw enough power.
 CARDS = {
     "RTX 3060": (25.5, 0.360, 12, "RTX 3060 12 GB"),
