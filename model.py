@@ -89,6 +89,12 @@ def product_dtype(x):
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def written(y):
+    """What the forward of an autograd.Function wrote in place and returns: torch 2.11 compiles that to a gradient of
+    zeros, without a word, unless it is a copy, which costs nothing there."""
+    return y.clone() if torch.compiler.is_compiling() else y
+
+
 def rope_table(config):
     """cos (max_seq_len, head_dim), each twice, and sin (max_seq_len, head_dim/2) of position * theta^(-2i/head_dim)."""
     freqs = config.rope_theta ** (-torch.arange(0, config.head_dim, 2).double() / config.head_dim)
@@ -111,7 +117,7 @@ class Rope(torch.autograd.Function):
         pairs, turned = (each.unflatten(-1, (-1, 2)) for each in (x, y))
         turned[..., 0].addcmul_(pairs[..., 1], sin, value=-1)
         turned[..., 1].addcmul_(pairs[..., 0], sin)
-        return y
+        return written(y)
 
     @staticmethod
     def backward(ctx, grad):
@@ -192,7 +198,7 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return written(F.silu(gate).mul_(up))
 
     @staticmethod
     def backward(ctx, grad):
