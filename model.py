@@ -294,10 +294,22 @@ def log_softmax_chunk(logits, targets, V, grad_dtype=None):
     return picked, grad.scatter_add_(1, targets, picked.expm1().to(grad_dtype))
 
 
+def fused_log_softmax_chunk(logits, targets, V, grad_dtype=None):
+    """The same for torch.compile, which reads the logits twice for it and writes the derivative once."""
+    columns, targets = torch.arange(logits.size(1), device=logits.device), targets[:, None]
+    logits = torch.where(columns < V, logits, -torch.inf)
+    largest = logits.amax(1, keepdim=True)
+    lse = (logits - largest).exp().sum(1, keepdim=True).log() + largest  # as logsumexp, but in one kernel
+    picked = logits.gather(1, targets) - lse
+    if grad_dtype is None:
+        return picked
+    return picked, torch.where(columns == targets, picked.expm1(), (logits - lse).exp()).to(grad_dtype)
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """sum_n weights[n] * -log softmax(h[n] W^T)[targets[n]], the gradients computed with the loss, chunk by chunk.
 
-    `chunk` is log_softmax_chunk or its compiled form.
+    `chunk` is log_softmax_chunk or, compiled, fused_log_softmax_chunk.
     """
 
     @staticmethod
@@ -368,7 +380,7 @@ class Llama(nn.Module):
         needs_output = not (config.tied or config.scalar_head)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False) if needs_output else None
         self.scalar = ScalarHead(config.dim, 1, bias=False) if config.scalar_head else None
-        self.chunk = log_softmax_chunk  # of the head's rows; or its compiled form
+        self.chunk = log_softmax_chunk  # of the head's rows; or the fused one, compiled
         self.recompute = False  # activation checkpointing: backward computes each block's activations again
         cos, sin = rope_table(config)
         self.register_buffer("rope_cos", cos, persistent=False)

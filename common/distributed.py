@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from common.config import ConfigError, UserError
-from model import Llama
+from model import Llama, fused_log_softmax_chunk
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -188,7 +188,7 @@ def compiled(model: Llama, env: Env, config: dict, **options) -> None:
     options = dict(dynamic=True) | options
     for layer in model.layers:
         layer.compile(**options)
-    chunk = torch.compile(model.chunk, **options | dict(dynamic=None))
+    chunk = torch.compile(fused_log_softmax_chunk, **options | dict(dynamic=None))
 
     def chunk_of_any_rows(logits, targets, *rest):
         for tensor in (logits, targets):

@@ -23,6 +23,7 @@ from model import (
     ModelConfig,
     document_mask,
     document_starts,
+    fused_log_softmax_chunk,
     has_varlen,
     log_softmax_chunk,
 )
@@ -201,14 +202,15 @@ def test_products_of_bfloat16_with_float32_sums_are_as_exact_as_their_operands()
     assert (mine - exact).norm() <= 2**-6 * exact.norm()
 
 
-def test_columns_that_fill_up_the_vocabulary_have_no_probability():
+@pytest.mark.parametrize("chunk", [log_softmax_chunk, fused_log_softmax_chunk])
+def test_columns_that_fill_up_the_vocabulary_have_no_probability(chunk):
     logits, targets = torch.randn(5, 12, dtype=torch.float64), torch.tensor([0, 3, 9, 9, 4])
     expected = logits[:, :10].log_softmax(-1)
-    picked, grad = log_softmax_chunk(logits.clone(), targets, 10, torch.float64)
+    picked, grad = chunk(logits.clone(), targets, 10, torch.float64)
     assert_same(picked, expected.gather(1, targets[:, None]))
     assert_same(grad[:, :10], expected.exp() - F.one_hot(targets, 10))
     assert not grad[:, 10:].any()
-    assert_same(log_softmax_chunk(logits.clone(), targets, 10), picked)
+    assert_same(chunk(logits.clone(), targets, 10), picked)
 
 
 def loss_reference(model, ids, targets, weights=None):
