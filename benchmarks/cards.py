@@ -1,7 +1,7 @@
 """What each stage takes of a GPU, the largest batch for cards of common sizes, and how fast pretraining may be.
 
 Of the five sizes with ChatGLM3's 64,793 rows of vocabulary, rows as long as the model's context, AdamW, bfloat16, on
-one process without torch.compile: by the formulae of common/memory.py and common/plan.py, nothing runs. Of each card
+one process: by the formulae of common/memory.py and common/plan.py, nothing runs. Of each card
 1 GB is set aside for CUDA itself; 0 is what does not fit. PPO and GRPO generate a whole step's replies in one batch.
 
     python benchmarks/cards.py
@@ -33,7 +33,7 @@ def figures_of(stage, name):
 
 
 def speeds_of(name):
-    """{card: (tokens a second without torch.compile, share of its peak)} of pretraining a size at the default batch."""
+    """{card: (tokens a second, share of its peak)} of pretraining a size at the default batch."""
     shape, batch_size = ModelConfig(**sizes[name]), import_module("configs.pretrain").config["batch_size"]
     T, speeds = shape.max_seq_len, {}
     for tflops, bandwidth, _, card in CARDS.values():

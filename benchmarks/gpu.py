@@ -65,8 +65,8 @@ def run_parts(names, device, tiny, deadline):
     except UserError as error:
         print(error)
         sys.exit(2)
-    if tiny:  # compiling takes minutes on a few slow cores: only tracing is tried
-        torch.compiler.set_stance(force_backend="eager")
+    if tiny:  # to generate code takes minutes on a few slow cores: what is traced runs as it is
+        torch.compiler.set_stance(force_backend="aot_eager")
     parts, scale = all_parts(tiny), TINY if tiny else REAL
     for name in names:
         seconds, function, *arguments = parts[name]

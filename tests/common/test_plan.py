@@ -47,12 +47,12 @@ def test_plan_needs_no_files_and_leaves_none(tmp_path, monkeypatch, capsys):
     assert "compute: 363.5 MFLOP a token" in text
     # 1000 * 32 * 4 * 512 tokens; 20 * 58,479,616 / 65,536 steps
     assert "tokens: 65,536,000 in 1,000 steps of 65,536" in text and "are 17,847 steps" in text
-    # 363.46 MFLOP / (312 TFLOP/s * 0.8), to which traffic_per_token / (2.039 TB/s * 0.75) comes
+    # 363.46 MFLOP / (312 TFLOP/s * 0.7), to which traffic_per_token / (2.039 TB/s * 0.75) comes
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
     on, rate, share, time, products, fits = next(row for row in rows if row[0] == "A100 80 GB")
-    assert products == "686,732" and fits == "yes"
+    assert products == "600,890" and fits == "yes"
     rate = int(rate.replace(",", ""))
-    assert rate == pytest.approx(1 / (1 / 686732 + traffic / (2.039e12 * 0.75)), rel=1e-4)
+    assert rate == pytest.approx(1 / (1 / 600890 + traffic / (2.039e12 * 0.75)), rel=1e-4)
     assert share == f"{rate * 363.46e6 / 312e12:.0%} of 312 TFLOP/s" and time == plan.duration(65_536_000 / rate)
 
 
