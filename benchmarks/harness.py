@@ -30,7 +30,8 @@ def run_python(*arguments, log=None, may_refuse=False, **environment):
     Where it fails, this process ends too, and says why. Exit code 2, which says that what it reads is not there, gives
     None if it may refuse.
     """
-    command, env = [sys.executable, *map(str, arguments)], os.environ | environment
+    command, path = [sys.executable, *map(str, arguments)], [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, path))) | environment  # -m from any folder
     with open(log, "w+", encoding="utf-8") if log else tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
         done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8")
         errors.seek(0)
