@@ -38,7 +38,7 @@ from pathlib import Path
 import numpy as np
 
 from common.config import ConfigError, UserError, parse_config, run
-from common.files import lock, unlock
+from common.files import lock, make_folder, unlock
 from corpora import reviews, sources
 from corpora.clean import text_hash
 from corpora.decontaminate import Decontaminator
@@ -284,7 +284,7 @@ def main(argv=None):
     jobs = {part: list_jobs(part, config, tokenizer) for part in parts}
     refuse_own(out, [job for part in parts for job in jobs[part]])
     load_decontaminator(*config["decontaminate"])  # its mistakes should show before any work is done
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     lock(out, shared=n > 1)  # several machines may make shards at once
     meta, replaced = start_meta(out, parts, config["val_share"], tokenizer)
     if not config["merge"]:

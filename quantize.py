@@ -285,7 +285,7 @@ def main(argv=None):
         resume.still_finished(done, config)
         print(f"{out} is complete: nothing to do")
         return
-    new = out / resume.NEW  # takes the place of what is in `out` once all is measured
+    new = resume.make_new(out)  # takes the place of what is in `out` once all is measured
     save_config(config, new)
     log = MetricLog(new)
 

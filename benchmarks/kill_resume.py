@@ -28,6 +28,7 @@ from harness import ROOT, argument_parser, flags, launch, print_figures, run_pyt
 from common import checkpoint
 from common.checkpoint_file import older
 from common.metrics import read_metrics
+from dataset.formats import OURS
 
 STEPS = 40
 SAVING = 0.1  # seconds in which a kill falls after a save has begun; a save takes about as long
@@ -66,11 +67,11 @@ def last_step(out):
 def wait_until_killed(process, out, rng, seconds):
     """Kill it at a random moment of the `seconds` it would take, or in a random save; what it did, None if it ended."""
     began = time.perf_counter()
-    tmp = out / (checkpoint.FILE_NAME + ".tmp")
+    saving = f"{checkpoint.FILE_NAME}.*.{OURS}"
     delay = rng.uniform(0, seconds)
     if rng.random() < 0.5:
         step, delay = rng.uniform(last_step(out), STEPS), rng.uniform(0, SAVING)
-        while process.poll() is None and not (tmp.exists() and last_step(out) >= step):
+        while process.poll() is None and not (any(out.glob(saving)) and last_step(out) >= step):
             time.sleep(0.002)
         began = time.perf_counter()
     while process.poll() is None and time.perf_counter() < began + delay:
@@ -78,7 +79,7 @@ def wait_until_killed(process, out, rng, seconds):
     process.kill()
     if process.wait() == 0:
         return None
-    return f"step {last_step(out)}" + (" saving" if tmp.exists() else "")
+    return f"step {last_step(out)}" + (" saving" if any(out.glob(saving)) else "")
 
 
 def cut_short(path):

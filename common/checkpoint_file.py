@@ -1,9 +1,9 @@
 """The file of a checkpoint and its older ones: written all or not at all, read with care, found again after a crash.
 
 out/ckpt.pt is the newest; out/ckpt-<step>.pt are those before it, as many as keep_last says; out/best.pt, if kept, has
-the lowest validation loss. A save writes ckpt.pt.tmp, gives ckpt.pt its second name ckpt-<step>.pt, moves the new file
-over ckpt.pt and then removes what is too old. So at no moment is ckpt.pt absent or half written, and a kill leaves at
-worst a file too many, which the next save removes. Which ckpt-<step>.pt are the run's own is kept in the checkpoint
+the lowest validation loss. A save writes a file beside it, gives ckpt.pt its second name ckpt-<step>.pt, moves the new
+file over ckpt.pt and then removes what is too old. So at no moment is ckpt.pt absent or half written, and a kill leaves
+at worst a file too many, which the next save removes. Which ckpt-<step>.pt are the run's own is kept in the checkpoint
 itself: no other is ever removed or replaced.
 """
 
@@ -15,7 +15,6 @@ import shutil
 import sys
 import threading
 import zipfile
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import torch
 
 from common.archive import Archive, ArchiveError
 from common.config import UserError
-from dataset.formats import escaped
+from dataset.formats import atomic_write, escaped, temporary_name
 from model import ModelConfig
 from tokenizer import DOCUMENT_IDS
 
@@ -109,10 +108,7 @@ def load_newest(path: Path, verbose: bool = True) -> Checkpoint:
 
 def make_newest(ckpt: Checkpoint, path: Path) -> None:
     """Let an older checkpoint take the place of the damaged one at `path`; it keeps its own name too."""
-    tmp = _tmp(path)
-    tmp.unlink(missing_ok=True)
-    _link(ckpt.path, tmp)
-    os.replace(tmp, path)
+    _link(ckpt.path, path)
 
 
 def _first_whole(files: list[Path]) -> Checkpoint | None:
@@ -208,34 +204,23 @@ def _save_deflated(payload: dict, file) -> None:
 
 def write(path: Path, payload: dict, deflate: bool = False, keep_last: int = 1) -> None:
     """Put a checkpoint at `path`, all of it or nothing; of those that were there the latest keep_last - 1 are kept."""
-    tmp = _tmp(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         own = own_steps(path)
         stays = own[1 - keep_last :] if keep_last > 1 else []
-        with open(tmp, "wb") as file:
+        with atomic_write(path) as file:
             (_save_deflated if deflate else torch.save)(payload | dict(kept=own), file)
             file.flush()
-            os.fsync(file.fileno())
-        with open(tmp, "rb") as file:  # what cannot be read back must not replace what can
-            Archive(file)
-        if own and own[-1] in stays and not (kept := second_name(path, own[-1])).exists():
-            _link(path, kept)
-        os.replace(tmp, path)
+            with open(file.name, "rb") as written:  # what cannot be read back must not replace what can
+                Archive(written)
+            if own and own[-1] in stays and not (kept := second_name(path, own[-1])).exists():
+                _link(path, kept)
         for step in own:
             if step not in stays:
                 second_name(path, step).unlink(missing_ok=True)
     except (OSError, RuntimeError, pickle.PickleError, ArchiveError) as error:
         left = f"the previous checkpoint {path} is intact" if path.is_file() else "nothing was left behind"
         raise CheckpointError(f"cannot save {path}: {_reason(error)}; {left}") from error
-    finally:
-        with suppress(OSError):  # of a disk that is gone
-            for left in (tmp, _tmp(path, "copy")):
-                left.unlink(missing_ok=True)
-
-
-def _tmp(path: Path, ending: str = "tmp") -> Path:
-    return path.with_name(f"{path.name}.{ending}")
 
 
 def second_name(path: Path, step: int) -> Path:
@@ -259,15 +244,13 @@ def own_steps(path: Path) -> list[int]:
 
 
 def _link(path: Path, name: Path) -> None:
-    """Give a file a second name, which stays when another takes its place."""
+    """Give a file a second name, in place of what has it, which stays when another takes the first."""
     try:
-        os.link(path, name)
+        os.link(path, temporary_name(name))
+        os.replace(temporary_name(name), name)
     except OSError:  # a file system without hard links
-        with open(path, "rb") as source, open(_tmp(path, "copy"), "wb") as copy:
+        with open(path, "rb") as source, atomic_write(name) as copy:
             shutil.copyfileobj(source, copy)
-            copy.flush()
-            os.fsync(copy.fileno())
-        os.replace(_tmp(path, "copy"), name)
 
 
 class Background:

@@ -11,6 +11,7 @@ import sys
 import tokenize
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,6 +24,7 @@ from tokenizer import TokenizerError
 NAMES = "ENOSPC EDQUOT EFBIG EROFS EIO ENODEV ENXIO ESTALE ENOTCONN ETIMEDOUT".split()
 DISK_ERRORS = {getattr(errno, name) for name in NAMES if hasattr(errno, name)}
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+ending = ExitStack()  # what is to be done when a script ends, in whatever way
 
 
 class UserError(Exception):
@@ -71,7 +73,8 @@ def run(main: Callable[[], Any]) -> None:
     if signal.getsignal(signal.SIGINT) is early.leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        main()
+        with ending:
+            main()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -4,10 +4,10 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 try:
@@ -15,8 +15,8 @@ try:
 except ImportError:  # Windows has none: there two processes can still write into one folder
     fcntl = None
 
-from common.config import ConfigError, UserError
-from dataset.formats import atomic_write
+from common.config import ConfigError, UserError, ending
+from dataset.formats import OURS, atomic_write
 
 
 def save_config(config: dict, out_dir: str | Path) -> None:
@@ -41,6 +41,19 @@ def write_file(path: str | Path, data: bytes) -> None:
         file.write(data)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it; a script that ends with nothing in them removes them again."""
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    ending.callback(_remove_empty, made)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    with suppress(OSError):  # of the first that something is in
+        for folder in filter(Path.exists, folders):
+            folder.rmdir()
+
+
 _locks: dict[Path, int] = {}  # folder: file descriptor; this process may lock again what it has locked
 
 
@@ -61,6 +74,7 @@ def lock(folder: Path, shared: bool = False) -> None:
             raise UserError(f"{folder}: another process writes into it: let it end, or choose another --out") from None
     else:
         _locks[folder] = descriptor
+        ending.callback(unlock, folder)
 
 
 def unlock(folder: Path) -> None:
@@ -91,21 +105,26 @@ def new_folder(out: str | Path, overwrite: bool) -> Iterator[Path]:
     out = Path(out)
     if out.name in ("", "..") or out.is_symlink():
         raise ConfigError(f"out={out}: the name of a new folder is needed")
+    _clear_away(out)
     if out.exists():
         if not overwrite:
             raise ConfigError(f"{out} exists: give --overwrite to replace it, or another --out")
         if why := not_ours(out):
             raise ConfigError(f"{out} {why}: choose another --out, or remove it yourself")
     fresh = secrets.token_hex(4)
-    new, old = (out.with_name(f".{out.name}.{fresh}.{ending}") for ending in ("new", "old"))
+    new, old = (out.with_name(f".{out.name}.{fresh}.{kind}") for kind in ("new", "old"))
     try:
-        new.mkdir(parents=True)
+        make_folder(new)
+        lock(new)
+        write_json(new / MARK, {"files": {}})
         yield new
-        write_json(new / MARK, {"files": {path.name: _known_by(path) for path in sorted(new.iterdir())}})
+        written = {path.name: _known_by(path) for path in sorted(new.iterdir()) if path.name != MARK}
+        write_json(new / MARK, {"files": written})
         for path in new.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         if out.exists() and overwrite:
+            lock(out)
             os.rename(out, old)
         os.rename(new, out)  # fails where somebody else has made `out` meanwhile
     except OSError as error:
@@ -114,7 +133,35 @@ def new_folder(out: str | Path, overwrite: bool) -> Iterator[Path]:
         if old.is_dir() and not out.exists():
             os.rename(old, out)
         for left in (new, old):
-            shutil.rmtree(left, ignore_errors=True)
+            _remove(left)
+        for folder in (new, out):
+            unlock(folder)
+
+
+def _clear_away(out: Path) -> None:
+    """Put back what one that was killed was about to replace, and remove what it had begun to write beside `out`."""
+    name = re.compile(rf"\.{re.escape(out.name)}\.[0-9a-f]{{8}}\.(new|old)")
+    for left in out.parent.glob(".*"):
+        if (kind := name.fullmatch(left.name)) is None or fcntl is None:
+            continue
+        marked = (left / MARK).is_file()
+        if not marked and any(not path.name.endswith(OURS) for path in left.iterdir()):
+            continue  # it is somebody else's
+        with suppress(UserError):  # it is still being written
+            lock(left)
+            if kind[1] == "old" and marked and not out.exists():
+                os.rename(left, out)
+            elif kind[1] == "new" or not marked or not_ours(left) is None:
+                _remove(left)
+            unlock(left)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder of files, its mark last, by which it is known when a kill leaves a part of it."""
+    with suppress(OSError):
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == MARK):
+            path.unlink()
+        folder.rmdir()
 
 
 def not_ours(folder: Path) -> str | None:

@@ -4,7 +4,6 @@ A logger has log(row) and close(). The two services read their own environment v
 """
 
 import importlib
-import shutil
 import uuid
 from pathlib import Path
 
@@ -42,7 +41,8 @@ class TensorBoard:
     def __init__(self, module, config, resume_step):
         folder = Path(config["out"]) / "tensorboard"
         if resume_step is None:
-            shutil.rmtree(folder, ignore_errors=True)
+            for file in folder.glob("events.out.tfevents.*"):
+                file.unlink()
         purge_step = None if resume_step is None else resume_step + 1
         self.writer = module.SummaryWriter(folder, purge_step=purge_step, flush_secs=10)
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -19,13 +20,14 @@ from common.checkpoint_file import (
     second_name,
 )
 from common.config import ConfigError, flatten
-from common.files import file_sha256, lock
-from dataset.formats import DataError, load_meta
+from common.files import file_sha256, lock, make_folder
+from dataset.formats import OURS, DataError, load_meta
 from tokenizer import MODEL_FILE
 
 # what a run writes beside its checkpoints: of an older run it must not stay
 RUN_FILES = (BEST_NAME, "metrics.jsonl", "samples.txt", "loss.png", "score_kl.png", "calibration.png")
 NEW, SAVED = ".new", ".saved"  # folders in `out`: a run from step 0 before its first save, and while that moves
+MARK = f".{OURS}"  # a file in them: a run made them
 READ = "init_from reward_model tokenizer data".split()  # config keys of what a stage reads
 # config keys that may change on --resume: where and how fast it runs, when it stops and what it reports
 SAFE_ON_RESUME = """
@@ -62,19 +64,20 @@ def begin(config: dict, stage: str) -> Checkpoint | None:
 
 def _open(out: Path, overwrite: bool) -> None:
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
     except OSError as error:
         raise CheckpointError(f"cannot make the run directory {out}: {error.strerror}") from None
     lock(out)
     recover(out)
     if overwrite and dist.is_initialized():  # torchrun may start this again: then it tells that nothing was saved yet
-        (out / NEW).mkdir()
+        make_new(out)
 
 
 def _look(out: Path, config: dict, stage: str) -> Checkpoint | None:
     there = [each for each in (out / FILE_NAME, *older(out / FILE_NAME)) if each.is_file()]
     if config["overwrite"] or not there:
-        others = [] if config["overwrite"] else [name for name in RUN_FILES if (out / name).exists()]
+        names = (*RUN_FILES, "config.json", "tensorboard", "logger_id.txt")
+        others = [] if config["overwrite"] else [name for name in names if (out / name).exists()]
         if others:  # a run's stand beside a checkpoint from its first save on
             raise CheckpointError(
                 f"{out / others[0]} would be replaced, and no checkpoint beside it says that a run here wrote it: "
@@ -135,6 +138,13 @@ def _refuse_changes(ckpt: Checkpoint, config: dict) -> None:
 # a run from step 0 writes into out/.new until its first save, so that what it replaces stays whole until then
 
 
+def make_new(out: Path) -> Path:
+    """out/.new, marked as a run's own."""
+    (out / NEW).mkdir(exist_ok=True)
+    (out / NEW / MARK).touch()
+    return out / NEW
+
+
 def commit(out: Path) -> None:
     """Let what a run wrote into out/.new, its first checkpoint too, take the place of an older run."""
     os.rename(out / NEW, out / SAVED)
@@ -149,12 +159,21 @@ def replace(out: Path) -> None:
             path.unlink(missing_ok=True)
         os.replace(new, old)
     for path in (out / SAVED).iterdir():
-        os.replace(path, out / path.name)
+        if path.name != MARK:
+            os.replace(path, out / path.name)
+    (out / SAVED / MARK).unlink()
     (out / SAVED).rmdir()
 
 
 def recover(out: Path) -> None:
-    """Finish what a killed run had begun to move, forget what it had not saved."""
+    """Finish what a killed run had begun to move, forget what it had not saved; refuse what is no run's."""
+    for folder in (out / NEW, out / SAVED):
+        with suppress(OSError):  # a kill may have left it without the mark, and empty
+            folder.rmdir()
+        if os.path.lexists(folder) and (folder.is_symlink() or not (folder / MARK).is_file()):
+            raise CheckpointError(
+                f"{folder} was not made by a run, which needs this name: move it, or choose another --out"
+            )
     if (out / SAVED).is_dir():
         replace(out)
     shutil.rmtree(out / NEW, ignore_errors=True)

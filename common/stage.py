@@ -155,6 +155,8 @@ class Stage:
     @functools.cached_property
     def metric_log(self):
         """The log of the run, opened when there is something to write."""
+        if self.folder != self.out:
+            resume.make_new(self.out)
         save_config(self.config, self.folder)
         if self.resumed:
             return MetricLog(self.folder, self.first, open_logger(self.config, self.first))

@@ -26,7 +26,7 @@ import numpy as np
 from common.config import UserError
 from common.report import Progress
 from corpora.encodings import reading
-from dataset.formats import DataError, writable
+from dataset.formats import OURS, DataError, writable
 
 SAMPLES = 20  # dropped records kept of each reason, to look at
 SHOWN = 500  # characters of a sample
@@ -104,7 +104,25 @@ class Outcomes:
 
 def unfinished(folder):
     """Folders in which a shard is being filled, or was by a process that was killed; each has a name of its own."""
-    return list(Path(folder).parent.glob(f"{Path(folder).name}.*.tmp"))
+    return list(Path(folder).parent.glob(f"{Path(folder).name}.*.{OURS}"))
+
+
+def temporary_folder(folder):
+    """A name for a shard folder that is not complete yet, or no longer."""
+    return folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.{OURS}")
+
+
+def is_shard(folder):
+    """Whether a folder is a complete shard and holds nothing else."""
+    names = {path.name for path in folder.glob("*") if path.suffix != ".bin"}
+    return names == {"index.npz", "done.json"} and "fingerprint" in (read_done(folder) or {})
+
+
+def remove(shard):
+    """Remove a shard folder; after a kill meanwhile none is left that looks complete."""
+    temporary = temporary_folder(shard)
+    os.rename(shard, temporary)
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def discard(folder):
@@ -116,21 +134,14 @@ def discard(folder):
 
 
 def remove_all(folder):
-    """Remove the shards in a folder and no other file; what calls them complete first, so that after a kill in between
-    none is left that only says so."""
-    folder = Path(folder)
-    shards = [path.parent for path in folder.glob("*/index.npz")] + list(
-        folder.glob("*-[0-9][0-9][0-9][0-9][0-9].*.tmp")
-    )
-    for shard in shards:
-        (shard / "done.json").unlink(missing_ok=True)
-    for shard in shards:
-        for path in [*shard.glob("*.bin"), shard / "index.npz"]:
-            path.unlink(missing_ok=True)
-        with suppress(OSError):  # something else is in it
-            shard.rmdir()
-    with suppress(OSError):
-        folder.rmdir()
+    """Remove the shards in a folder, unfinished ones too, and no other file."""
+    for path in Path(folder).glob("*/done.json"):
+        if is_shard(path.parent):
+            remove(path.parent)
+    for left in Path(folder).glob(f"*.{OURS}"):
+        shutil.rmtree(left, ignore_errors=True)
+    with suppress(OSError):  # something else is in it
+        Path(folder).rmdir()
 
 
 class ShardWriter:
@@ -138,11 +149,13 @@ class ShardWriter:
 
     def __init__(self, folder, dtypes):
         self.folder, self.dtypes = Path(folder), dtypes  # {stream: dtype}
-        self.temporary = self.folder.with_name(f"{self.folder.name}.{secrets.token_hex(4)}.tmp")
+        self.temporary = temporary_folder(self.folder)
         self.lengths = {stream: [] for stream in dtypes}
         self.columns = {}
 
     def __enter__(self):
+        if self.folder.exists() and not is_shard(self.folder):
+            raise UserError(f"{self.folder} holds something else than a shard: move it away, or choose another --out")
         for left in unfinished(self.folder):  # by one that was killed
             shutil.rmtree(left, ignore_errors=True)
         self.temporary.mkdir(parents=True)
@@ -178,7 +191,8 @@ class ShardWriter:
             json.dump(facts, file, ensure_ascii=False)
             file.flush()
             os.fsync(file.fileno())
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.folder.exists():  # one that was made from something else
+            remove(self.folder)
         os.rename(self.temporary, self.folder)
 
     def __exit__(self, *error):
@@ -228,9 +242,10 @@ class Shard:
 def read_done(folder):
     """The done.json of a shard folder; None where there is no complete one."""
     try:
-        return json.loads((Path(folder) / "done.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        done = json.loads((Path(folder) / "done.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
+    return done if isinstance(done, dict) else None
 
 
 def content_mark(path, start=0, stop=0, size=1 << 16):

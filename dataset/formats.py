@@ -5,7 +5,6 @@ it tells what it holds. A .pkl is a dict of flat numpy arrays: all examples end 
 tokens[offsets[i]:offsets[i + 1]], and in `loss_mask`, a bit a token; reading it can run no code.
 """
 
-import glob
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ import numpy as np
 from dataset.plain_pickle import read_pickle
 
 FORMAT_VERSION = 2
+OURS = "tiny-llama2-zh"  # in the name of whatever stands on disk for a moment only: nobody else's has it
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 OWN = re.compile(r"corpus\.txt|(?:train|val)\.[\w.-]+\.bin|(?:sft|rm|prompts)\.pkl")  # what data_process.py writes
 
@@ -47,18 +47,24 @@ def is_running(pid):
     return True
 
 
-@contextmanager
-def atomic_write(path, mode="wb"):
-    """Open a temporary file beside `path`; it takes that name only once it is complete and on disk.
+def temporary_name(path):
+    """What `path` is called until it is complete."""
+    return Path(path).with_name(f"{Path(path).name}.{os.getpid()}.{OURS}")
 
-    What one that was killed left of the same file is removed.
-    """
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    for left in path.parent.glob(f"{glob.escape(path.name)}.tmp*"):
-        number = left.name.removeprefix(f"{path.name}.tmp")
+
+def remove_left(folder):
+    """Remove the files in a folder to which processes that were killed left their temporary names."""
+    for left in folder.glob(f"*.{OURS}"):
+        number = left.name.removesuffix(f".{OURS}").rpartition(".")[2]
         if number.isdecimal() and not is_running(int(number)):
             left.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_write(path, mode="wb"):
+    """Open a temporary file beside `path`; it takes that name only once it is complete and on disk."""
+    path, temporary = Path(path), temporary_name(path)
+    remove_left(path.parent)
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file

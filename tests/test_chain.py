@@ -45,7 +45,7 @@ from common.distributed import setup
 from common.stage import Stage
 from dataset.batches import load_pairs
 from dataset.corpus import Corpus
-from dataset.formats import load_meta
+from dataset.formats import OURS, load_meta
 
 # what a finished chain leaves
 
@@ -381,7 +381,7 @@ def test_an_empty_or_missing_corpus_is_named(chain, tmp_path, capsys):
         for key in ("negative", "people_daily"):
             line = failure(capsys, data_process.main, argv(**data | {key: path}))
             assert f"corpus file {path} {what}" in line
-    assert not list((tmp_path / "data").glob("*.*")) and not list((tmp_path / "data").rglob("*.tmp"))
+    assert not list((tmp_path / "data").glob("*.*")) and not list((tmp_path / "data").rglob(f"*.{OURS}"))
     empty.write_text("", encoding="utf-8")
     for path, what in ((empty, "empty"), (tmp_path / "none.txt", "no such file")):
         line = failure(capsys, tokenizer.train.main, argv(input=path, out=tmp_path / "tokenizer"))

@@ -2,10 +2,10 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from chains import ROOT
@@ -13,6 +13,7 @@ from preparing import files_of, texts_of, two_sources, write_jsonl
 
 from common.config import ConfigError, UserError
 from data_process import main
+from dataset.formats import OURS
 
 DIES = """
 import os, signal, sys
@@ -73,7 +74,7 @@ def test_killed_runs_go_on_to_the_same_bytes(tmp_path, build, tokenizer_path):
             kills += 1
     assert process.returncode == 0
     assert files_of(tmp_path / "killed") == whole
-    assert not list((tmp_path / "killed").rglob("*tmp*"))
+    assert not list((tmp_path / "killed").rglob(f"*.{OURS}"))
 
 
 @pytest.mark.parametrize("death", [("BinWriter.write", 2, 2), ("save_pkl", 1, 0)], ids=["pretrain", "sft"])
@@ -88,12 +89,12 @@ def test_a_kill_in_the_merge_costs_no_shard_and_leaves_nothing(tmp_path, build, 
     command = [sys.executable, "-c", DIES.format(writer=writer, times=times), *options, f"--out={killed}"]
     process = subprocess.run([*command, f"--tokenizer={tokenizer_path}"], cwd=ROOT, capture_output=True)
     assert process.returncode == -signal.SIGKILL
-    assert len(list(killed.glob("*.tmp*"))) == left  # of train.a.bin and val.a.bin
+    assert len(list(killed.glob(f"*.{OURS}"))) == left  # of train.a.bin and val.a.bin
     capsys.readouterr()
     assert build("killed", *options) == whole
     said = capsys.readouterr().out
     assert all(f"{part} units: {n} of {n} are done" in said for part, n in dict(text=2, pretrain=2, sft=1).items())
-    assert not list(killed.rglob("*tmp*")) and not (killed / "work").exists()
+    assert not list(killed.rglob(f"*.{OURS}")) and not (killed / "work").exists()
     metas = [(tmp_path / out / "meta.json").read_text(encoding="utf-8") for out in ("whole", "killed")]
     assert metas[0].replace(str(tmp_path / "whole"), str(killed)) == metas[1]  # in the same order, too
 
@@ -102,15 +103,12 @@ def test_a_kill_while_the_shards_are_removed_leaves_none_that_looks_complete(tmp
     options = [two_sources(tmp_path), "--parts=pretrain"]
     whole = build("whole", *options)
 
-    remove = Path.unlink
-
-    def die(path, missing_ok=False):
-        remove(path, missing_ok)
-        if path.suffix == ".bin" and "work" in path.parts:  # the first file that a shard cannot do without
-            raise KeyboardInterrupt
+    def die(folder, **_):
+        next(folder.glob("*.bin")).unlink()  # the first file that a shard cannot do without
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Path, "unlink", die)
+        patched.setattr(shutil, "rmtree", die)
         build("killed", *options)
     assert (tmp_path / "killed" / "work").exists()
     assert build("killed", *options) == whole

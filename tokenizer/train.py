@@ -19,7 +19,7 @@ from pathlib import Path
 import sentencepiece
 
 from common.config import parse_config, run
-from common.files import lock, save_config, unlock, write_file
+from common.files import lock, make_folder, read_json, save_config, unlock, write_file
 from tokenizer import MODEL_FILE, SPACE_MARK, Tokenizer, TokenizerError
 
 SAMPLE_LINES = 10_000  # kept aside to measure characters per token
@@ -144,24 +144,28 @@ def characters_per_token(tokenizer: Tokenizer, lines: list[str]) -> float:
     return sum(map(len, lines)) / sum(map(len, tokenizer.encode_batch(lines)))
 
 
+def refuse_others(out: Path, overwrite: bool) -> None:
+    """TokenizerError for files that would be replaced, unasked or of another stage."""
+    if (out / "ckpt.pt").exists():
+        raise TokenizerError(f"{out / 'ckpt.pt'}: a run of another stage is there: choose another --out")
+    there = [name for name in (MODEL_FILE, "tokenizer.vocab", "config.json") if (out / name).exists()]
+    if there and not overwrite:
+        raise TokenizerError(f"{out / there[0]} exists; give --overwrite to replace it, or another --out")
+    if "config.json" in there and "character_coverage" not in read_json(out / "config.json"):
+        raise TokenizerError(
+            f"{out / 'config.json'} is not of a tokenizer, but would be replaced: choose another --out"
+        )
+
+
 def main(argv: list[str] | None = None) -> None:
     config = parse_config("tokenizer", argv, __doc__)
     out = Path(config["out"])
-    if (out / MODEL_FILE).exists() and not config["overwrite"]:
-        raise TokenizerError(f"{out / MODEL_FILE} exists; give --overwrite to replace it, or another --out")
+    refuse_others(out, config["overwrite"])
     corpus = Corpus(config["input"], config["max_line_bytes"])
-    ours = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     lock(out)
     print(f"training {config['vocab_size']:,} pieces on {', '.join(corpus.paths)}")
-    try:
-        tokenizer = Tokenizer(train_bpe(corpus, config))
-    except BaseException:
-        unlock(out)
-        if ours:
-            out.rmdir()
-        raise
-
+    tokenizer = Tokenizer(train_bpe(corpus, config))
     write_file(out / "tokenizer.vocab", vocab_text(tokenizer).encode())
     save_config(config, out)
     write_file(out / MODEL_FILE, tokenizer.model_bytes)

@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from saving import cut_short, flip_a_bit, killed_before, run_config, save_steps,
 from common.checkpoint import CheckpointError, load
 from common.config import ConfigError, UserError
 from common.files import unlock
-from common.resume import begin, commit
+from common.resume import begin, commit, make_new
 
 
 def test_begin_makes_the_run_directory_and_starts_at_zero(tmp_path, capsys):
@@ -62,7 +63,7 @@ def snapshot(out):
 
 
 def new_run(out):
-    (out / ".new").mkdir()
+    make_new(out)
     (out / ".new" / "metrics.jsonl").write_text("new")
     write(out / ".new" / "ckpt.pt", step=0)
 
@@ -118,6 +119,28 @@ def test_a_folder_that_is_read_is_not_written_into(tmp_path):
             with pytest.raises(ConfigError, match=f"out={tmp_path / out} is where {key}={read[key]} is read"):
                 begin(run_config(tmp_path / out, **read, **changes), "sft")
     assert begin(run_config(tmp_path / "new", init_from=str(tmp_path / "sft"), tokenizer="some/name"), "sft") is None
+
+
+@pytest.mark.parametrize("name", [".new", ".saved"])
+def test_a_folder_or_file_of_the_user_with_a_name_that_a_run_needs_is_refused(tmp_path, name):
+    write(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    for make in (
+        lambda path: path.write_text("mine"),
+        lambda path: path.symlink_to("mine"),
+        lambda path: path.symlink_to("nowhere"),
+        lambda path: shutil.copytree(tmp_path / "mine", path),
+    ):
+        make(tmp_path / name)
+        for changes in (dict(overwrite=True), dict(resume=True), {}):
+            with pytest.raises(CheckpointError, match=rf"{re.escape(name)} was not made by a run.*another --out"):
+                begin(run_config(tmp_path, **changes), "sft")
+        assert os.path.lexists(tmp_path / name) and (tmp_path / "mine" / "thesis.txt").read_text() == "mine"
+        if (tmp_path / name).is_dir() and not (tmp_path / name).is_symlink():
+            assert (tmp_path / name / "thesis.txt").read_text() == "mine"
+        else:
+            (tmp_path / name).unlink()
 
 
 LOCKING = """

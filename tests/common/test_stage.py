@@ -1,16 +1,19 @@
 """What a training stage does around its loop: signals, saves on the side, memory, data that is not what it was."""
 
 import gc
+import importlib
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
-from chains import MAINS, ROOT, STEPS, TRAINED, act_after, failure, metrics, options_of, train
+from chains import MAINS, ROOT, STEPS, TRAINED, act_after, argv, failure, metrics, options_of, train
 from saving import tiny, write
 
 import sft
@@ -59,13 +62,28 @@ def test_ctrl_c_during_imports_is_one_line(script, tmp_path):
     assert (process.returncode, err) == (130, "interrupted\n")
 
 
-def last_words(capsys, options):
+def last_words(capsys, options, main=sft.main):
     """The last line on stderr of a run of sft.py that ends with an error."""
     with pytest.raises(SystemExit) as stopped:
-        run(lambda: sft.main(options))
+        run(lambda: main(options))
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and "Traceback" not in err
     return err.splitlines()[-1]
+
+
+REFUSED = dict(data_process=dict(parts="text", sources="x:lines=empty.txt"), export=dict(format="hf", ckpt="sft"))
+
+
+@pytest.mark.parametrize("name", [*MAINS, "grpo_train", *REFUSED])
+def test_what_is_refused_after_its_config_leaves_no_folder(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(Path("sft"))
+    Path("empty.txt").touch()
+    parent = dict(tokenizer="empty.txt") if name == "pretrain" else dict(init_from="sft")
+    options = REFUSED.get(name, parent | dict(data="nowhere"))
+    module = MAINS.get(name) or importlib.import_module(name)
+    assert last_words(capsys, argv(out="out/deeper", **options), module.main).startswith("error: ")
+    assert sorted(os.listdir()) == ["empty.txt", "sft"]
 
 
 # saving on the side

@@ -11,6 +11,7 @@ import time
 import pytest
 from chains import ROOT
 
+from common.config import UserError
 from data_process import main
 from dataset.formats import DataError
 
@@ -64,10 +65,17 @@ def test_no_source_is_overwritten(tmp_path, run):
 
 
 def test_only_shards_are_removed_from_work(tmp_path, run):
-    mine = [tmp_path / "out" / "work" / name for name in ("notes.md", "text/notes.md", "text/photos-00001/one.jpg")]
+    names = (
+        "notes.md text/notes.md text/photos-00001/one.jpg text/mine/index.npz text/mine/a.bin text/x-00001.old.tmp/a"
+    )
+    mine = [tmp_path / "out" / "work" / name for name in [*names.split(), "text/x-00000/thesis.txt"]]
     for path in mine:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("mine")
+    with pytest.raises(UserError, match="work/text/x-00000 holds something else than a shard"):
+        run()
+    mine.pop().unlink()
+    (tmp_path / "out" / "work" / "text" / "x-00000").rmdir()
     run()
     assert sorted(path for path in (tmp_path / "out" / "work").rglob("*") if path.is_file()) == sorted(mine)
 

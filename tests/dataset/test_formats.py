@@ -13,7 +13,7 @@ from chains import ROOT
 from packing import make_bins
 
 from dataset.corpus import Corpus
-from dataset.formats import BinWriter, DataError, atomic_write, load_pkl, save_pkl
+from dataset.formats import OURS, BinWriter, DataError, atomic_write, load_pkl, save_pkl
 
 
 @pytest.mark.parametrize("vocab_size, size", [(1 << 16, 2), ((1 << 16) + 1, 4)])
@@ -54,8 +54,8 @@ def test_atomic_write_removes_what_one_that_was_killed_left(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     path, gone, alive = tmp_path / "a[1].bin", process.pid, os.getppid()
-    others = ["a1.bin.tmp", f"a1.bin.tmp{gone}", "a[1].bin.tmp", "a[1].bin.tmpx", f"a[1].bin.tmp{alive}"]
-    for name in [*others, f"a[1].bin.tmp{gone}", "a[1].bin.tmp" + "9" * 30]:
+    others = ["a1.bin.tmp", f"a[1].bin.tmp{gone}", f"a[1].bin.{OURS}", f"a.x.{OURS}", f"a[1].bin.{alive}.{OURS}"]
+    for name in [*others, f"a[1].bin.{gone}.{OURS}", f"b.{gone}.{OURS}", f"a[1].bin.{'9' * 30}.{OURS}"]:
         (tmp_path / name).write_text("half")
     with atomic_write(path) as file:
         file.write(b"whole")

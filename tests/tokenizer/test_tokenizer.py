@@ -14,6 +14,7 @@ import sentencepiece
 from chains import ROOT
 from sentencepiece import sentencepiece_model_pb2
 
+from common.config import UserError, ending
 from configs.tokenizer import config as train_defaults
 from tokenizer import (
     StreamDecoder,
@@ -645,9 +646,29 @@ def test_unusable_corpora(tmp_path, content, message):
     path, out = tmp_path / "corpus.txt", tmp_path / "out"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(TokenizerError, match=message):
-        train(("input", path), ("out", out), ("vocab_size", 5000))
+    with pytest.raises(TokenizerError, match=message), ending:
+        train(("input", path), ("out", out / "deeper"), ("vocab_size", 5000))
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "name, content", [("config.json", '{"model": {}}'), ("tokenizer.vocab", ""), ("config.json", "mine")]
+)
+def test_a_folder_of_another_stage_is_left_alone(tmp_path, name, content):
+    (tmp_path / "corpus.txt").write_text("abc\n")
+    (tmp_path / name).write_text(content)
+    with pytest.raises(TokenizerError, match=f"{name} exists; give --overwrite to replace it, or another --out"):
+        train(("input", tmp_path / "corpus.txt"), ("out", tmp_path))
+    if name == "config.json":
+        with pytest.raises((TokenizerError, UserError), match="config.json.* not"):
+            train(("input", tmp_path / "corpus.txt"), ("out", tmp_path), ("overwrite", "true"))
+    assert (tmp_path / name).read_text() == content and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_run_with_a_checkpoint_is_no_place_for_a_tokenizer(tmp_path):
+    (tmp_path / "ckpt.pt").touch()
+    with pytest.raises(TokenizerError, match="ckpt.pt: a run of another stage is there: choose another --out"):
+        train(("input", tmp_path / "ckpt.pt"), ("out", tmp_path), ("overwrite", "true"))
 
 
 def test_no_input_named():

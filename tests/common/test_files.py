@@ -1,0 +1,48 @@
+"""common/files.py: a folder appears whole or not at all, and nobody else's goes with what a kill left of one."""
+
+import os
+import shutil
+
+import pytest
+from saving import killed_before
+
+from common.config import ConfigError, ending
+from common.files import make_folder, new_folder
+
+
+def fill(out, text, overwrite=True):
+    with new_folder(out, overwrite) as folder:
+        (folder / "file").write_text(text)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_what_a_kill_leaves_of_a_new_folder_is_put_right_by_the_next(tmp_path):
+    mine = [".out.0123abcd.new", ".out.0123abcd.old", ".out.notes.new"]
+    killed, found = True, []
+    while killed:
+        parent = tmp_path / str(len(found))
+        fill(parent / "out", "old")
+        for name in mine:
+            (parent / name).mkdir()
+            (parent / name / "thesis.txt").write_text("mine")
+        events = {"os.mkdir", "os.rename", "os.rmdir", "open"}
+        killed = killed_before(len(found), lambda out=parent / "out": fill(out, "new"), events, "out")
+        with pytest.raises(ConfigError, match="out exists: give --overwrite"):
+            fill(parent / "out", "third", overwrite=False)
+        found.append((parent / "out" / "file").read_text())
+        assert sorted(os.listdir(parent)) == [*mine, "out"]
+        assert all((parent / name / "thesis.txt").read_text() == "mine" for name in mine)
+        fill(parent / "out", "third")
+        assert (parent / "out" / "file").read_text() == "third" and len(os.listdir(parent / "out")) == 2
+        shutil.rmtree(parent)
+    assert sorted(set(found)) == ["new", "old"] and found == sorted(found, reverse=True)
+
+
+def test_folders_in_which_nothing_came_to_stand_are_removed_at_the_end(tmp_path):
+    (tmp_path / "there").mkdir()
+    with ending:
+        make_folder(tmp_path / "there" / "a" / "b")
+        make_folder(tmp_path / "full" / "a" / "b")
+        (tmp_path / "full" / "file").touch()
+        make_folder(tmp_path / "there")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "full", "there"]
