@@ -178,6 +178,8 @@ def main(argv=None):
     parent, tokenizer = stage.load_parent()
     stage.check_data("rm.pkl", "prompts.pkl")
     train, val = load_pairs(data / "rm.pkl", tokenizer.vocab_size, parent.model_config["max_seq_len"])
+    lengths = sum(side.lengths for side in train)
+    order = BatchOrder(len(train[0]), config["batch_size"], config["seed"], lengths, data / "rm.pkl")
     val = [side.select(np.arange(min(len(side), config["eval_pairs"]))) for side in val]
     room = parent.model_config["max_seq_len"], config["eval_new_tokens"]
     prompts = load_prompts(data / "prompts.pkl", tokenizer.vocab_size, *room)[1][: config["eval_prompts"]]
@@ -191,7 +193,6 @@ def main(argv=None):
     stage.start(model, optimizer, tokenizer, parent)
     accumulation, beta, warned = config["grad_accumulation_steps"], config["beta"], False
     objective = partial(dpo_loss, beta=beta, kind=config["loss"], label_smoothing=config["label_smoothing"])
-    order = BatchOrder(len(train[0]), config["batch_size"], config["seed"], sum(side.lengths for side in train))
 
     def fetch(n):
         """Micro-batch n of this process with its reference log-probabilities, on its way to the device."""

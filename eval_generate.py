@@ -17,6 +17,7 @@ on the reviews that the demo uses; on other data by a reward model, if one is gi
 import common.early  # noqa: F401 - before what takes seconds to import
 
 import json
+import math
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -96,7 +97,8 @@ def say(loaded, messages, config, seed):
 
     sampling = {key: config[key] for key in ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")}
     ids = prompt_ids(loaded, messages, config["max_new_tokens"])
-    loaded.model.generate([ids], **sampling, eos_id=loaded.stop_id, seed=seed, on_token=on_token)
+    with checkpoint.naming(loaded.ckpt):
+        loaded.model.generate([ids], **sampling, eos_id=loaded.stop_id, seed=seed, on_token=on_token)
     print(flush=True)
     return "".join(parts)
 
@@ -137,12 +139,18 @@ def score(loaded, messages, reply):
     if example is None:
         raise UserError(f"--reply={reply} cannot be scored: {why}")
     ids = torch.tensor([example.ids], device=loaded.model.norm.weight.device)  # (1, T)
-    return sequence_scores(loaded.model, ids, torch.tensor([ids.size(1)], device=ids.device)).item()
+    found = sequence_scores(loaded.model, ids, torch.tensor([ids.size(1)], device=ids.device)).item()
+    if not math.isfinite(found):
+        raise CheckpointError(f"{loaded.ckpt.path}: its score is {found}: weights are too large, or training diverged")
+    return found
 
 
 def perplexity(loaded, val, config, env):
     """(Markdown, figures) of the loss on a Corpus."""
     total, sources = source_losses(loaded.model, val, env, config["eval_tokens"] or None)
+    if not math.isfinite(total.perplexity):
+        found = f"its perplexity is {total.perplexity}: weights are too large, or training diverged"
+        raise CheckpointError(f"{loaded.ckpt.path}: {found}")
     rows = [
         dict(source=name, tokens=loss.tokens, perplexity=loss.perplexity, bits_per_char=loss.bits_per_char)
         for name, loss in [*sources.items(), ("all", total)]

@@ -241,7 +241,7 @@ def take(out, rows, tokens, logps, room, eos_id, on_token):
         row = rows[i % len(rows)]
         if goes_on(row):
             if token < 0:
-                raise ValueError("cannot sample: the logits are not finite")
+                raise FloatingPointError("the logits are not finite: weights are too large, or training diverged")
             out.tokens[row].append(token)
             if logps:
                 out.logps[row].append(logps[i])

@@ -162,7 +162,9 @@ def main(argv=None):
     stage.check_data("prompts.pkl")
     reward = Reward(config, parent, tokenizer, env)
     room = reward.context, config["max_new_tokens"]
-    train, held_out = load_prompts(Path(config["data"]) / "prompts.pkl", tokenizer.vocab_size, *room)
+    path = Path(config["data"]) / "prompts.pkl"
+    train, held_out = load_prompts(path, tokenizer.vocab_size, *room)
+    order = BatchOrder(len(train), config["rollout_size"] // config["group_size"], config["seed"], path=path)
     held_out = held_out[: config["eval_prompts"]]
 
     policy, reference = (checkpoint.build_model(parent).to(env.device) for _ in range(2))
@@ -178,7 +180,6 @@ def main(argv=None):
     if env.is_main:
         scores = f"reference scores {reward.norm[0]:.3f} +- {reward.norm[1]:.3f}"
         print(f"{len(train):,} training and {len(held_out):,} held-out prompts; {scores}")
-    order = BatchOrder(len(train), config["rollout_size"] // config["group_size"], config["seed"])
 
     with stage.interrupt:
         for step in range(stage.first, config["max_steps"] + 1):

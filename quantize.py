@@ -180,7 +180,6 @@ def open_val(data_dir, ckpt, tok):
     """The validation text of a data directory that was made with the checkpoint's tokenizer."""
     corpus = Corpus(data_dir, "val")
     checkpoint.check_data(tok, ckpt.path, corpus.meta, Path(data_dir) / "meta.json")
-    resume.verify_data(data_dir, resume.hashes_of(data_dir, [corpus.file(name).name for name in corpus.sources]))
     if len(corpus) < 2:
         raise ConfigError(f"{corpus.path}: {len(corpus)} tokens are too few to measure on")
     return corpus
@@ -196,7 +195,7 @@ def calibration_batches(data_dir, calibration, n_tokens, max_len, batch_size, vo
         path, available, n_rows = source.path, len(source), -(-n_tokens // max_len)
     else:
         path = Path(data_dir) / calibration
-        source, _ = Examples(load_pkl(path), vocab_size=vocab_size, path=path, max_len=max_len).split()
+        source, _ = Examples(load_pkl(path), vocab_size=vocab_size, path=path, max_len=max_len).split(False)
         available = int(source.lengths.sum())
         n_rows = -(-n_tokens * len(source) // max(available, 1))
     if available <= max(n_tokens, max_len):
@@ -278,6 +277,15 @@ def main(argv=None):
     val = open_val(data, ckpt, tok)
     model = checkpoint.build_model(ckpt)
     calibrated, batches = quant.get("algorithm") == "gptq", None
+    files = [val.file(source).name for source in val.sources]
+    if calibrated:
+        text = config["calibration"] == "train"
+        files += [f"train.{source}.bin" for source in val.meta["sources"]] if text else [config["calibration"]]
+    hashes = resume.hashes_of(data, files)
+    if config["verify_data"]:
+        resume.verify_data(data, hashes)
+    else:
+        print(f"verify_data=False: the files in {data} are taken to be what meta.json says")
     if calibrated:
         sizes = config["calibration_tokens"], model.config.max_seq_len, config["eval_batch_size"]
         batches = calibration_batches(data, config["calibration"], *sizes, tok.vocab_size)
@@ -298,7 +306,8 @@ def main(argv=None):
     if config["sample_prompts"] and not model.config.scalar_head:
         continues = checkpoint.continues(ckpt)
         for m, label in ((model, "float32"), (low_model, quant["method"])):
-            pairs = sample_pairs(m, label, tok, continues, config["sample_prompts"], config["sample_tokens"])
+            with checkpoint.naming(ckpt):
+                pairs = sample_pairs(m, label, tok, continues, config["sample_prompts"], config["sample_tokens"])
             log.samples(ckpt.step, pairs)
 
     checkpoint.save(
@@ -312,6 +321,7 @@ def main(argv=None):
         config=config,
         parent=checkpoint.parent_of(ckpt),
         quant=quant,
+        data=hashes,
     )
     metrics |= file_sizes(ckpt, checkpoint.find(new))
     log.write(ckpt.step, metrics)

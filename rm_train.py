@@ -138,6 +138,8 @@ def main(argv=None):
     parent, tokenizer = stage.load_parent()
     stage.check_data("rm.pkl")
     train, val = load_pairs(data / "rm.pkl", tokenizer.vocab_size, parent.model_config["max_seq_len"])
+    lengths = sum(side.lengths for side in train)
+    order = BatchOrder(len(train[0]), config["batch_size"], config["seed"], lengths, data / "rm.pkl")
 
     model = checkpoint.build_model(parent, scalar_head=True).to(env.device)
     torch.nn.init.normal_(model.scalar.weight, std=1 / math.sqrt(model.config.dim + 1))
@@ -148,7 +150,6 @@ def main(argv=None):
     picture = stage.out / "calibration.png"
     accumulation = config["grad_accumulation_steps"]
     objective = partial(reward_loss, margin=config["margin"], centring=config["centring"])
-    order = BatchOrder(len(train[0]), config["batch_size"], config["seed"], sum(side.lengths for side in train))
 
     def fetch(n):
         """Micro-batch n of this process, on its way to the device."""

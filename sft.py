@@ -65,14 +65,14 @@ def answer_loss(model, batch, weights):
 def make_order(train, config, max_seq_len):
     """Which conversations batch i of the run holds: one a row, or several where packing is on; and a line about it."""
     if not config["packing"]:
-        order = BatchOrder(len(train), config["batch_size"], config["seed"], train.lengths)
+        order = BatchOrder(len(train), config["batch_size"], config["seed"], train.lengths, train.path)
         return order, "one conversation a row"
     room = config["pack_len"] or max_seq_len
     longest = int(train.lengths.max(initial=2))
     if not longest <= room <= max_seq_len:
         limits = f"{longest}, the longest conversation, to {max_seq_len}, the model's context"
         raise ConfigError(f"pack_len={room}: {limits}, are possible; 0 is all of it")
-    order = PackedOrder(train.lengths, room, config["batch_size"], config["seed"])
+    order = PackedOrder(train.lengths, room, config["batch_size"], config["seed"], train.path)
     return order, f"{len(train) / order.rows:.1f} conversations a row of {room}, {order.fill:.1%} of it real tokens"
 
 

@@ -14,7 +14,7 @@ import torch
 from alignment.rewards import check_rows, score_rows
 from alignment.rollout import in_batches, rollout
 from alignment.tradeoff import best_of, best_of_kl, draw
-from common import resume
+from common import checkpoint, resume
 from common.config import ConfigError, UserError
 from common.metrics import distinct_2, share, wilson_interval
 from common.plots import png
@@ -50,7 +50,8 @@ def answer(loaded, prompts, config, temperature, top_p=1.0):
     dtype = loaded.model.norm.weight.dtype  # float32 on a GPU too, as the log-probabilities that make up the KL
     for i in range(0, len(prompts), size):
         sampling = temperature, loaded.stop_id, config["seed"] + i, top_p, dtype
-        batches.append(rollout(loaded.model, prompts[i : i + size], config["max_new_tokens"], *sampling))
+        with checkpoint.naming(loaded.ckpt):
+            batches.append(rollout(loaded.model, prompts[i : i + size], config["max_new_tokens"], *sampling))
     texts = [loaded.tokenizer.decode(reply) for batch in batches for reply in batch.replies]
     return batches, texts, [ended for batch in batches for ended in batch.ended.tolist()]
 

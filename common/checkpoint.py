@@ -6,6 +6,8 @@ How it is written and read is in checkpoint_file.py: a full disk or a kill leave
 
 import math
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
@@ -30,7 +32,7 @@ from common.files import file_sha256
 from dataset.formats import escaped
 from lowbit import layers
 from model import Llama, ModelConfig
-from tokenizer import DOCUMENT_IDS, Tokenizer
+from tokenizer import DOCUMENT_IDS, Tokenizer, TokenizerError
 
 LARGEST_TABLE = 1 << 28  # bytes of rotary tables that any model may have: 350,000 positions of heads of 64
 
@@ -55,15 +57,15 @@ def save(
 ) -> None:
     """Write a checkpoint to a run directory or file, all of it or nothing.
 
-    With `optimizer` (one or its state_dict, or a list) or `extra` it can be resumed; the random states are kept too,
-    and what the files that are trained on are, as hashes_of tells it.
+    With `optimizer` (one or its state_dict, or a list) or `extra` it can be resumed; the random states are kept too.
+    `data` tells what the files are that it was made from, as hashes_of does.
     keep_last counts the checkpoints that stay, this one and those before it. With `background` only a copy of all is
     made now, in pinned memory if it comes from a GPU, and written while training goes on.
     """
     path = Path(path)
     if path.is_dir():
         path = path / FILE_NAME
-    training = None
+    training = data and dict(data=data)
     if optimizer is not None or extra is not None:
         states = [each if isinstance(each, dict) else each.state_dict() for each in _as_list(optimizer)]
         training = dict(optimizer=states, rng=_rng_states(), extra=extra, data=data)
@@ -272,9 +274,21 @@ def _as_list(optimizer) -> list:
     return list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
 
 
+@contextmanager
+def naming(ckpt: Checkpoint) -> Iterator[None]:
+    """Gives what its model cannot compute the name of the file that it came from."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise CheckpointError(f"{ckpt.path}: {error}") from None
+
+
 def tokenizer_of(ckpt: Checkpoint) -> Tokenizer:
     """The tokenizer that a checkpoint carries."""
-    return Tokenizer(ckpt.tokenizer, tuple(ckpt.document_ids))
+    try:
+        return Tokenizer(ckpt.tokenizer, tuple(ckpt.document_ids))
+    except TokenizerError as error:
+        raise CheckpointError(f"{ckpt.path}: its tokenizer: {error}") from None
 
 
 def continues(ckpt: Checkpoint) -> bool:

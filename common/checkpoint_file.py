@@ -22,6 +22,7 @@ import torch
 
 from common.archive import Archive, ArchiveError
 from common.config import UserError
+from common.ranges import LARGEST
 from dataset.formats import atomic_write, escaped, temporary_name
 from model import ModelConfig
 from tokenizer import DOCUMENT_IDS
@@ -162,7 +163,8 @@ def _check(ckpt: Checkpoint) -> None:
     for each in fields(Checkpoint):
         kind = getattr(each.type, "__name__", each.type)
         need(isinstance(getattr(ckpt, each.name), each.type), f"its {each.name} is no {kind}")
-    need(min(ckpt.step, ckpt.tokens_seen) >= 0, "step and tokens_seen are 0 or more")
+    for key, largest in (("step", LARGEST), ("tokens_seen", 10**18)):
+        need(0 <= (n := getattr(ckpt, key)) <= largest, f"{key}={n} is out of range")
     ids = ckpt.document_ids
     need(len(ids) == 2 and all(type(i) is int and i >= 0 for i in ids), "document_ids are two token ids")
     facts = (ckpt.parent or {}).get

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 from common import early
 from common.ranges import CHOICES, contradiction, fault
-from dataset.formats import DataError, escaped
+from dataset.formats import DataError, escaped, shortened
 from tokenizer import TokenizerError
 
 # a disk that is full, read-only, gone or failing; Windows lacks some
@@ -57,14 +57,14 @@ def parse_config(
             config |= _read_option(option, defaults)
     for key, value in config.items():
         if needed := fault(stage, key, value):
-            raise ConfigError(f"{key}={_text(value)}: {needed}")
+            raise ConfigError(f"{key}={shortened(_text(value))}: {needed}")
     if line := contradiction(config):
         raise ConfigError(line)
 
     if os.environ.get("RANK", "0") == "0":  # torchrun starts this once per process
         for key, value in config.items():
             if value != defaults[key]:
-                print(escaped(f"{key} = {_text(value)} (default {_text(defaults[key])})"), file=file)
+                print(escaped(f"{key} = {shortened(_text(value))} (default {_text(defaults[key])})"), file=file)
     return _unflatten(config)
 
 
@@ -86,14 +86,14 @@ def run(main: Callable[[], Any]) -> None:
             message = f"{error.strerror}: {error.filename}"
         if _is_out_of_memory(error):
             message = f"out of memory: fewer rows at once, such as batch_size, or a smaller model need less: {message}"
-        print(f"error: {escaped(' '.join(message.splitlines()))}", file=sys.stderr)
+        print(f"error: {escaped(shortened(' '.join(message.splitlines()), 1000))}", file=sys.stderr)
         sys.exit(2)
 
 
 def _is_users(error: Exception) -> bool:
     """Whether the user can act on this error; anything else is a bug and deserves its traceback."""
     kinds = (UserError, DataError, TokenizerError, FileNotFoundError, PermissionError)
-    kinds += (IsADirectoryError, NotADirectoryError)
+    kinds += (IsADirectoryError, NotADirectoryError, FloatingPointError)  # the last of model.generate
     on_disk = isinstance(error, OSError) and error.errno in DISK_ERRORS
     return isinstance(error, kinds) or on_disk or _is_out_of_memory(error)
 
@@ -121,7 +121,7 @@ def _read_file(path: Path, defaults: dict, configs_dir: Path) -> dict:
 def _read_option(option: str, defaults: dict) -> dict:
     """{key: value} of one --key=value; a bare --key is true."""
     if not option.startswith("--"):
-        raise ConfigError(f"{option}: options are written --key=value")
+        raise ConfigError(f"{shortened(option)}: options are written --key=value")
     key, equals, text = option[2:].partition("=")
     default = defaults.get(key)
     switch = isinstance(default, bool) or True in CHOICES.get(key, ())
@@ -130,19 +130,21 @@ def _read_option(option: str, defaults: dict) -> dict:
     try:
         return {key: _checked(key, _parse(text, True if switch else default) if equals else True, defaults)}
     except ConfigError as error:
-        raise ConfigError(f"{option}: {error}") from None
+        raise ConfigError(f"{shortened(option)}: {error}") from None
 
 
 def _checked(key: str, value: Any, defaults: dict) -> Any:
     """The value in its default's type, or ConfigError naming the key."""
     if key not in defaults:
-        raise ConfigError(f"unknown key {key} = {_text(value)}, the nearest is {_nearest(key, defaults)}")
+        raise ConfigError(
+            f"unknown key {shortened(key)} = {shortened(_text(value))}, the nearest is {_nearest(key, defaults)}"
+        )
     if value in CHOICES.get(key, ()):  # of which not all need be of one type
         return value
     try:
         return _typed(value, defaults[key])
     except TypeError as error:
-        raise ConfigError(f"{key} must be {error}, not {value!r}") from None
+        raise ConfigError(f"{key} must be {error}, not {shortened(repr(value))}") from None
 
 
 def _nearest(key: str, defaults: dict) -> str:

@@ -91,6 +91,8 @@ def _pick_device(name: str, under_torchrun: bool) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         device = torch.device(name)
+        if str(device) != name:  # torch takes cuda:300 for cuda:44
+            raise RuntimeError
     except RuntimeError:
         raise UserError(f"device={name}: not a device; use auto, cpu, cuda, cuda:1 or mps") from None
     if device.type == "cuda":

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 import __main__
 
@@ -13,6 +14,8 @@ def leave(*_) -> None:
 
 def is_ours() -> bool:
     """Whether a script of this project is run, and not another program that imports it."""
+    if sys.argv[:1] == ["-m"]:  # python -m imports the package first: there is no __main__ yet
+        return "tokenizer.train" in sys.orig_argv
     root = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
     folder = os.path.dirname(os.path.realpath(getattr(__main__, "__file__", os.sep)))
     return folder in (root, os.path.join(root, "tokenizer"))

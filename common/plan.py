@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from common.config import ConfigError
-from common.memory import count_parameters, loss_bytes, stage_memory
+from common.memory import activation_bytes, count_parameters, loss_bytes, stage_memory
 from common.report import format_table
 from model import ModelConfig
 from tokenizer import MODEL_FILE, Tokenizer
@@ -61,7 +61,7 @@ def machine_memory(device: torch.device) -> float:
 
 
 def check_fits(shape: ModelConfig, config: dict, env) -> None:
-    """ConfigError for a model that cannot be trained here, instead of a machine that swaps until it is killed."""
+    """ConfigError for what cannot be trained here, instead of a machine that swaps until it is killed."""
     total = sum(count_parameters(shape).values())
     shards = env.world_size if config["parallel"] == "fsdp" else 1
     needed = total * 4 * (3 if config["optimizer"] == "muon" else 4) / shards  # weights, gradients, one state or two
@@ -69,6 +69,15 @@ def check_fits(shape: ModelConfig, config: dict, env) -> None:
         raise ConfigError(
             f"model: {total:,} parameters need {needed / 1e9:,.0f} GB with their gradients and the optimizer's state, "
             f"and {env.device} has {has / 1e9:,.0f} GB: choose a smaller model.dim, model.n_layers or vocabulary"
+        )
+    n_tokens, size = config["batch_size"] * config["seq_len"], torch.finfo(env.dtype).bits // 8
+    kept = 4 * n_tokens * shape.dim * shape.n_layers  # of each block its input
+    if not config["recompute"]:
+        kept = activation_bytes(shape, n_tokens, size, env.device.type == "cuda")
+    if kept > has:
+        raise ConfigError(
+            f"batch_size={config['batch_size']}: {n_tokens:,} tokens at once need {kept / 1e9:,.0f} GB for what the "
+            f"backward pass reads, and {env.device} has {has / 1e9:,.0f} GB: choose a smaller one"
         )
 
 

@@ -72,7 +72,12 @@ CHOICES = {
     "hub": ("huggingface", "modelscope"),
     "parts": ("text", "pretrain", "sft", "rm", "prompts"),
 }
-AT_MOST = {"min_learning_rate": "learning_rate", "write_min_characters": "write_max_characters"}  # another key's value
+# another key's value
+AT_MOST = dict(
+    min_learning_rate="learning_rate",
+    write_min_characters="write_max_characters",
+    minibatch_size="rollout_size",
+)
 INTERVALS = {key: interval for interval, keys in RANGES.items() for key in keys.split()}
 
 

@@ -19,7 +19,7 @@ from common.checkpoint_file import (
     own_steps,
     second_name,
 )
-from common.config import ConfigError, flatten
+from common.config import ConfigError, ending, flatten
 from common.files import file_sha256, lock, make_folder
 from dataset.formats import OURS, DataError, load_meta
 from tokenizer import MODEL_FILE
@@ -69,7 +69,7 @@ def _open(out: Path, overwrite: bool) -> None:
         raise CheckpointError(f"cannot make the run directory {out}: {error.strerror}") from None
     lock(out)
     recover(out)
-    if overwrite and dist.is_initialized():  # torchrun may start this again: then it tells that nothing was saved yet
+    if overwrite and dist.is_initialized():
         make_new(out)
 
 
@@ -139,9 +139,11 @@ def _refuse_changes(ckpt: Checkpoint, config: dict) -> None:
 
 
 def make_new(out: Path) -> Path:
-    """out/.new, marked as a run's own."""
+    """out/.new, marked as a run's own; a script that ends without a save removes it."""
     (out / NEW).mkdir(exist_ok=True)
     (out / NEW / MARK).touch()
+    if not dist.is_initialized():  # torchrun may start this again: then it tells that nothing was saved yet
+        ending.callback(shutil.rmtree, out / NEW, ignore_errors=True)
     return out / NEW
 
 

@@ -3,7 +3,6 @@
 import functools
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -149,6 +148,9 @@ class Stage:
             ckpt.drop()
         logger_module(self.config)
         if self.env.is_main:
+            warmup, steps = self.config["warmup_steps"], self.config["max_steps"]
+            if warmup > steps > 0:
+                print(f"warmup_steps={warmup}, but max_steps={steps}: the learning rate rises to the end")
             self.progress = Progress(self.config["max_steps"], self.first, self.name)
         self.tick = time.perf_counter()
 
@@ -189,8 +191,6 @@ class Stage:
             print(f"error: {failed}", file=sys.stderr)
         finally:
             if self.env.is_main:
-                if error is not None and self.env.world_size == 1:
-                    shutil.rmtree(self.out / resume.NEW, ignore_errors=True)
                 unlock(self.out)
 
     def due(self, step, interval):

@@ -1,6 +1,7 @@
 config = dict(
     init_from="out/zh/sft",  # run directory or file of any stage's float32 checkpoint
     data="data/zh",  # where val.*.bin are: what the quantized model is compared on
+    verify_data=True,  # compare the sha256 of these files with meta.json first: seconds a gigabyte; False: trust them
     out="out/zh/quantize",  # run directory
     method="int8",  # int8: one scale per output channel, round to nearest; int4: a grid per group, by `algorithm`
     algorithm="gptq",  # of int4: gptq, or rtn, round to nearest, which needs no calibration

@@ -67,12 +67,20 @@ class Examples:
         bits = np.unpackbits(self.loss_mask[start // 8 : -(-stop // 8)], bitorder="little")
         return ids, bits[start % 8 :][: len(ids)].astype(np.int64)
 
-    def split(self):
-        """(training, validation) examples."""
+    def split(self, answered=True):
+        """(training, validation) examples; DataError for one that by its loss_mask has no question or no answer."""
         if self.is_val is None:
             raise DataError(f"{self.path}: no is_val, which tells validation examples from others")
         if not self.lengths.all():
             raise DataError(f"{self.path}: example {self.lengths.argmin()} has no tokens")
+        if answered and len(self):
+            if self.loss_mask is None:
+                raise DataError(f"{self.path}: no loss_mask, which tells the answers")
+            bits = np.unpackbits(self.loss_mask, count=len(self.tokens), bitorder="little")
+            answers, starts = np.maximum.reduceat(bits, self.offsets[:-1]), bits[self.offsets[:-1]]
+            for wrong, what in ((answers == 0, "has no answer"), (starts == 1, "begins with its answer")):
+                if wrong.any():
+                    raise DataError(f"{self.path}: example {wrong.argmax()} {what}, by its loss_mask")
         return self.select(~self.is_val), self.select(self.is_val)
 
     def select(self, mask):
@@ -113,7 +121,7 @@ def load_prompts(path, vocab_size, context=None, new_tokens=0):
     fields = read_fields(arrays.get("fields", [""] * len(prompts)), len(prompts), path)
     missing = dict.fromkeys(name for row in fields for name in row)
     found = [Prompt(prompts[i][0].tolist(), missing | row) for i, row in enumerate(fields)]
-    train, val = ([found[i] for i in part.index] for part in prompts.split())
+    train, val = ([found[i] for i in part.index] for part in prompts.split(False))
     if context is not None:
         if not (train and val):
             side = "held-out" if train else "training"
@@ -240,9 +248,11 @@ class BatchOrder:
     Every epoch is a new shuffle of the examples; the few that do not fill a last batch sit that epoch out.
     """
 
-    def __init__(self, n, batch_size, seed, lengths=None):
+    def __init__(self, n, batch_size, seed, lengths=None, path="data"):
         if n < batch_size:
-            raise DataError(f"{n} examples do not fill one batch of {batch_size}")
+            raise DataError(
+                f"{path}: {n} training examples do not fill one batch of {batch_size}: choose a smaller one"
+            )
         self.n, self.batch_size, self.seed, self.lengths = n, batch_size, seed, lengths
         self.per_epoch = n // batch_size
         self._epoch = None
@@ -284,15 +294,17 @@ class PackedOrder:
     come, is shuffled. So an epoch has always as many rows, and a batch is found without those before it.
     """
 
-    def __init__(self, lengths, room, batch_size, seed):
+    def __init__(self, lengths, room, batch_size, seed, path="data"):
         if (longest := np.max(lengths, initial=0)) > room:
-            raise DataError(f"an example of {longest} tokens does not fit into a row of {room}")
+            raise DataError(f"{path}: an example of {longest} tokens does not fit into a row of {room}")
         self.lengths, self.batch_size, self.seed = np.asarray(lengths), batch_size, seed
         packed = pack_lengths(self.lengths, room)
         sizes, times = np.array([(len(row), n) for row, n in packed], np.int64).reshape(-1, 2).T
         sizes = np.repeat(sizes, times)  # examples of each row
         if len(sizes) < batch_size:
-            raise DataError(f"{len(sizes)} packed rows do not fill one batch of {batch_size}")
+            raise DataError(
+                f"{path}: {len(sizes)} packed rows do not fill one batch of {batch_size}: choose a smaller one"
+            )
         row_lengths = np.concatenate([np.tile(row, n) for row, n in packed])
         self.starts = np.cumsum(np.append(0, sizes))  # row r holds the slots starts[r] to starts[r + 1]
         self.slots = np.argsort(row_lengths, kind="stable")  # by length

@@ -37,6 +37,11 @@ def escaped(text):
     return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), writable(text))
 
 
+def shortened(text, most=200):
+    """A text of at most about so many characters, without its middle where it has more."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 3 :]}"
+
+
 def is_running(pid):
     try:
         os.kill(pid, 0)  # sends nothing

@@ -390,6 +390,24 @@ def test_gptq_loses_less_than_rounding_to_nearest_and_the_spec_says_which(tmp_pa
     assert tok.vocab_size == 320 and errors["gptq"] < 0.7 * errors["rtn"]
 
 
+def test_what_it_was_made_from_is_kept_and_a_change_is_told(tmp_path, data_dir, tokenizer_bytes, capsys):
+    save_model(tiny_model(), tmp_path / "sft", tokenizer_bytes, "sft")
+    made = {"val.text.bin"}
+    for text, more in (("train", {"train.text.bin"}), ("sft.pkl", {"sft.pkl"}), (None, set())):
+        options = ["--method=int4", f"--calibration={text}", "--calibration_tokens=300"] if text else []
+        command = arguments(tmp_path / "sft", data_dir, tmp_path / str(text), *options)
+        quantize.main(command)
+        assert checkpoint.load(tmp_path / str(text)).training["data"].keys() == made | more
+        quantize.main([*command, "--resume"])
+        assert "is complete: nothing to do" in capsys.readouterr().out
+    command = arguments(tmp_path / "sft", data_dir, tmp_path / "train", "--method=int4", "--calibration_tokens=300")
+    data = bytearray((data_dir / "train.text.bin").read_bytes())
+    data[0] ^= 1
+    (data_dir / "train.text.bin").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"train\.text\.bin is \w{16}, step 7 of .* was trained on \w{16}"):
+        quantize.main([*command, "--resume"])
+
+
 def test_the_stage_never_replaces_its_own_input(tmp_path, data_dir, tokenizer_bytes):
     save_model(tiny_model(), tmp_path / "sft", tokenizer_bytes)
     before = (tmp_path / "sft" / "ckpt.pt").read_bytes()

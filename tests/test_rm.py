@@ -137,8 +137,10 @@ def test_a_tie_is_half_right():
 
 
 def test_pairs_none_of_which_is_held_out_are_refused(tmp_path):
-    sides = {f"{side}_{key}": np.array(x, kind) for side in ("chosen", "rejected")
-             for key, x, kind in (("tokens", [5, 6, 7], np.uint16), ("offsets", [0, 1, 3], np.int64))}  # fmt: skip
+    side = dict(
+        tokens=np.array([5, 6, 7, 8], np.uint16), offsets=np.array([0, 2, 4]), loss_mask=np.array([10], np.uint8)
+    )
+    sides = {f"{which}_{key}": value for which in ("chosen", "rejected") for key, value in side.items()}
     save_pkl(tmp_path / "rm.pkl", sides | dict(is_val=np.array([False, True])))
     train, val = load_pairs(tmp_path / "rm.pkl", 40)
     assert (len(train[0]), len(val[1])) == (1, 1)

@@ -1,6 +1,7 @@
 """Supervised fine-tuning: the loss by hand and beside Hugging Face's, packed rows against one example at a time."""
 
 import math
+import re
 import shutil
 
 import numpy as np
@@ -10,6 +11,7 @@ import transformers
 from chains import (
     HALF,
     assert_same_run,
+    failure,
     losses,
     make_data,
     make_model,
@@ -26,6 +28,7 @@ import sft
 from common.checkpoint import CheckpointError
 from common.config import ConfigError
 from dataset.batches import pack_batch, pad_batch
+from dataset.formats import load_pkl, save_pkl
 from interop import exchange, hf
 
 # two turns with two answers among them: question <bos> answer <eos>, twice
@@ -228,6 +231,27 @@ def test_a_run_from_before_packing_can_be_resumed_as_it_was(folder, tmp_path):
         train(folder, "sft", tmp_path, save_interval=HALF, resume=True, packing=True)
     train(folder, "sft", tmp_path, save_interval=HALF, resume=True)
     assert_same_run(tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("is_val", False, "no held-out conversation; more or another val_share are needed"),
+        ("is_val", True, "no training conversation; more or another val_share are needed"),
+        ("loss_mask", 0, "example 0 has no answer, by its loss_mask"),
+        (None, None, r"\d+ training examples do not fill one batch of 1000000: choose a smaller one"),
+    ],
+)
+def test_data_that_cannot_be_trained_on_is_refused_in_one_line(folder, tmp_path, capsys, name, value, message):
+    shutil.copytree(folder / "data", tmp_path / "data")
+    arrays = load_pkl(folder / "data" / "sft.pkl")
+    if name:
+        arrays[name] = np.full_like(arrays[name], value)
+    save_pkl(tmp_path / "data" / "sft.pkl", arrays)
+    changes = dict(data=tmp_path / "data", verify_data=False) | ({} if name else dict(batch_size=1_000_000))
+    line = failure(capsys, sft.main, options_of(folder, "sft", tmp_path / "out", changes))
+    assert re.fullmatch(f"error: {tmp_path / 'data' / 'sft.pkl'}: {message}", line)
+    assert not (tmp_path / "out").exists()
 
 
 @float64

@@ -5,6 +5,8 @@ loss falls on the answers' tokens and their <eos>. Ids 0, 1, 2 are pad (= unk), 
 vocabulary and in the ones trained here. Text never produces them: "</s>" typed by a user is plain characters.
 """
 
+import common.early  # noqa: F401 - python -m tokenizer.train imports this first
+
 import codecs
 import hashlib
 import re

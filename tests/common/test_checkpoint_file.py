@@ -82,6 +82,15 @@ def test_a_file_from_before_document_ids_is_ours(tmp_path):
     assert load(path).document_ids == [2, 2]
 
 
+@pytest.mark.parametrize("key, value", [("step", -1), ("step", 10**18), ("tokens_seen", -1), ("tokens_seen", 1 << 63)])
+def test_counts_that_no_run_reaches_are_refused(tmp_path, key, value):
+    path = write(tmp_path / "ckpt.pt", **{key: value})
+    with pytest.raises(
+        CheckpointError, match=f"ckpt.pt: not a checkpoint of this project: {key}={value} is out of range"
+    ):
+        load(path)
+
+
 def test_other_torch_files_and_other_versions_are_refused(tmp_path):
     path = tmp_path / "ckpt.pt"
     for foreign in ({"tok_embeddings.weight": torch.zeros(2)}, [1, 2]):

@@ -281,6 +281,19 @@ def test_what_would_steer_a_terminal_is_escaped(configs, capsys):
     assert "\\x1b[2J" in (err := capsys.readouterr().err) and "\x1b" not in err
 
 
+def test_what_is_very_long_is_not_shown_whole(configs, capsys):
+    long = "一" * 100_000
+    parse(configs, f"--out={long}")
+    assert len(capsys.readouterr().out) < 500
+    for option in (f"--max_steps={long}", f"--{long}=1", long, f"--{long}", f"--max_steps={'9' * 4000}"):
+        with pytest.raises(SystemExit):
+            run(lambda option=option: parse(configs, option))
+        assert len(line := capsys.readouterr().err) < 1200 and " ... " in line
+    with pytest.raises(SystemExit):
+        run(raising(UserError(f"{long}: not there")))
+    assert len(line := capsys.readouterr().err) < 1200 and line.endswith(": not there\n")
+
+
 def raising(error):
     def main():
         raise error

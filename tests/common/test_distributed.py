@@ -306,6 +306,8 @@ def test_bfloat16_is_chosen_where_it_is_not_emulated(monkeypatch, capsys, card, 
         (dict(device="gpu"), "device=gpu"),
         (dict(device="meta"), "device=meta"),
         (dict(device="cuda:99"), "GPU 99 was asked for"),
+        (dict(device="cuda:300"), "device=cuda:300: not a device"),
+        (dict(device="cpu:256"), "device=cpu:256: not a device"),
         (dict(device="cpu", dtype="float16"), "dtype=float16"),
     ],
 )

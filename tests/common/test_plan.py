@@ -107,12 +107,26 @@ def test_a_model_that_this_machine_cannot_hold_is_refused(monkeypatch, tied):
     shape, env = ModelConfig(**SHAPE, tied=tied), Env(0, 2, torch.device("cpu"))
     n = sum(plan.count_parameters(shape).values())
     for bytes_each, changes in ((16, {}), (12, dict(optimizer="muon")), (8, dict(parallel="fsdp"))):
-        config = dict(optimizer="adamw", parallel="ddp") | changes
+        config = dict(optimizer="adamw", parallel="ddp", batch_size=1, seq_len=1, recompute=False) | changes
         monkeypatch.setattr(plan, "machine_memory", lambda device, has=bytes_each * n: has)
         plan.check_fits(shape, config, env)
         monkeypatch.setattr(plan, "machine_memory", lambda device, has=bytes_each * n - 1: has)
         with pytest.raises(ConfigError, match=f"^model: {n:,} parameters need 0 GB .* and cpu has 0 GB: choose"):
             plan.check_fits(shape, config, env)
+
+
+def test_a_batch_that_this_machine_cannot_hold_is_refused(monkeypatch):
+    shape, env = ModelConfig(**SHAPE), Env(0, 1, torch.device("cpu"))
+    config = dict(optimizer="adamw", parallel="ddp", batch_size=1000, seq_len=1000)
+    kept = plan.activation_bytes(shape, 1_000_000, 4, False)
+    for recompute, needed in ((False, kept), (True, 4 * 1_000_000 * shape.dim * shape.n_layers)):
+        monkeypatch.setattr(plan, "machine_memory", lambda device, has=needed: has)
+        plan.check_fits(shape, config | dict(recompute=recompute), env)
+        monkeypatch.setattr(plan, "machine_memory", lambda device, has=needed - 1: has)
+        with pytest.raises(
+            ConfigError, match="^batch_size=1000: 1,000,000 tokens at once need .* choose a smaller one"
+        ):
+            plan.check_fits(shape, config | dict(recompute=recompute), env)
 
 
 def test_memory_of_this_machine():

@@ -50,12 +50,17 @@ def test_interrupt_asks_first_and_raises_on_the_second_ctrl_c():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to another process")
-@pytest.mark.parametrize("script", sorted({main.__name__ for main in MAINS.values()} | {"data_process", "export"}))
+@pytest.mark.parametrize(
+    "script",
+    [f"{name}.py" for name in sorted({main.__name__ for main in MAINS.values()} | {"data_process", "export"})]
+    + ["-m tokenizer.train"],
+)
 def test_ctrl_c_during_imports_is_one_line(script, tmp_path):
-    for name in ("torch", "numpy"):
+    for name in ("torch", "numpy", "sentencepiece"):
         (tmp_path / f"{name}.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen([sys.executable, f"{script}.py"], cwd=ROOT, env=dict(PYTHONPATH=str(tmp_path)), **pipes)
+    command = [sys.executable, *script.split()]
+    process = subprocess.Popen(command, cwd=ROOT, env=dict(PYTHONPATH=str(tmp_path)), **pipes)
     assert process.stdout.readline() == "importing\n"
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)

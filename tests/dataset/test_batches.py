@@ -24,6 +24,11 @@ def three_examples():
     return pack_examples([Example([5, 6], [0, 1]), Example([7], [1]), Example([8, 0, 2], [0, 1, 1])], 100)
 
 
+def three_pairs():
+    """Questions and answers of a token each."""
+    return pack_examples([Example(ids, [0, 1]) for ids in ([5, 6], [9, 7], [8, 2])], 100)
+
+
 def test_examples_and_selection():
     arrays = three_examples()
     assert arrays["offsets"].tolist() == [0, 2, 3, 6] and arrays["tokens"].dtype == np.uint16
@@ -65,14 +70,23 @@ def test_examples_refuse_inconsistent_arrays():
             Examples(arrays | dict(loss_mask=bad))
 
 
+@pytest.mark.parametrize("mask, why", [([0, 0], "has no answer"), ([1, 1], "begins with its answer")])
+def test_an_example_without_question_or_answer_is_named(mask, why):
+    arrays = pack_examples([Example([5, 6], [0, 1]), Example([7, 8], mask)], 100) | dict(is_val=np.array([False, True]))
+    with pytest.raises(DataError, match=f"sft.pkl: example 1 {why}, by its loss_mask"):
+        Examples(arrays, path="sft.pkl").split()
+    with pytest.raises(DataError, match="sft.pkl: no loss_mask"):
+        Examples(arrays | dict(loss_mask=None), path="sft.pkl").split()
+
+
 def test_every_column_has_its_type_its_length_and_its_range(tmp_path):
     path = tmp_path / "sft.pkl"
     rows = dict(is_val=np.array([False, True, True]), task=np.array([0, 1, 0], np.uint8))
-    right = three_examples() | rows | dict(task_names=["a", "b"], label=np.array([-1, 0, 1], np.int8))
+    right = three_pairs() | rows | dict(task_names=["a", "b"], label=np.array([-1, 0, 1], np.int8))
     save_pkl(path, right)
     train, val = Examples(load_pkl(path)).split()
     assert (train.index.tolist(), val.index.tolist()) == ([0], [1, 2])
-    assert load_tasks(path, 100) == {"a": [([8], [0, 2], 1)], "b": [([], [7], 0)]}
+    assert load_tasks(path, 100) == {"a": [([8], [2], 1)], "b": [([9], [7], 0)]}
     wrong = [
         (dict(tokens=right["tokens"].tolist()), "tokens is a list, but must be a row of whole numbers"),
         (dict(tokens=right["tokens"].astype(float)), r"tokens is float64 \(6,\), but"),
@@ -101,7 +115,7 @@ def test_every_column_has_its_type_its_length_and_its_range(tmp_path):
 
 def test_both_sides_of_pairs_and_all_prompts_have_their_rows(tmp_path):
     path, arrays = tmp_path / "a.pkl", three_examples()
-    sides = {f"{side}_{name}": value for name, value in arrays.items() for side in ("chosen", "rejected")}
+    sides = {f"{side}_{name}": value for name, value in three_pairs().items() for side in ("chosen", "rejected")}
     save_pkl(path, sides | dict(is_val=np.array([True, False, False])))
     (chosen, rejected), _ = load_pairs(path, 100)
     assert chosen.index.tolist() == rejected.index.tolist() == [1, 2]
