@@ -31,11 +31,11 @@ from common import checkpoint, resume
 from common.checkpoint import Checkpoint, CheckpointError
 from common.config import ConfigError, UserError, parse_config, run
 from common.distributed import setup
-from common.files import write_file
+from common.files import refuse_foreign, write_file
 from common.metrics import plain, source_losses
 from common.report import format_table
 from dataset.corpus import Corpus
-from dataset.formats import load_meta
+from dataset.formats import OURS, load_meta
 from model import Llama
 from tokenizer import StreamDecoder, Tokenizer, encode_example, encode_opening, encode_prompt
 
@@ -164,7 +164,7 @@ def publish(markdown, figures, report):
     """The tables to standard output and to the file `report`, then the figures as one line of JSON."""
     print(f"{markdown}\n\n{json.dumps(plain(figures), ensure_ascii=False)}")
     if report:
-        write_file(report, f"{markdown}\n".encode())
+        write_file(report, f"{markdown}\n\n<!-- written by {OURS} -->\n".encode())
 
 
 def sizes_of(best_of):
@@ -179,6 +179,9 @@ def check_config(config):
     wishes = [key for key in ("prompt", "ppl", "compare") if config[key] not in (None, False, [])]
     if len(wishes) > 1:
         raise ConfigError(f"--{wishes[0]} and --{wishes[1]} exclude each other")
+    for key, suffix in (("report", ".md"), ("picture", ".png")):
+        if config[key]:
+            refuse_foreign(config[key], suffix)
     if config["reply"] is not None and config["prompt"] is None:
         raise ConfigError("--reply needs the --prompt that it replies to")
     for key in ("best_of", "picture", "reward_model"):

@@ -15,7 +15,7 @@ import numpy as np
 
 from common import config
 from common.config import UserError
-from common.files import write_file
+from common.files import refuse_foreign, write_file
 from common.metrics import points, read_metrics
 from common.plots import Line, draw
 from common.report import format_table
@@ -92,8 +92,7 @@ def main(argv=None):
     parser.add_argument("--out", default="compare.png", help="the picture (compare.png)")
     parser.add_argument("--metric", default="val/loss", help="the validation metric (val/loss)")
     args = parser.parse_args(argv)
-    if Path(args.out).suffix != ".png":
-        raise UserError(f"--out={args.out}: the picture is a PNG, its name must end in .png")
+    refuse_foreign(args.out, ".png")
     if len(set(args.runs)) < len(args.runs):
         raise UserError(f"a run is given twice: {' '.join(args.runs)}")
     runs = [read_run(path, args.metric) for path in args.runs]

@@ -182,6 +182,15 @@ def _known_by(path: Path) -> int | str:
     return file_sha256(path) if size < _SMALL else size
 
 
+def refuse_foreign(path: str | Path, suffix: str) -> None:
+    """ConfigError unless a command may write a picture or report there: nothing is, or what one wrote."""
+    path = Path(path)
+    if path.suffix != suffix:
+        raise ConfigError(f"{path}: the name of a {suffix} file is needed")
+    if path.exists() and (path.is_dir() or OURS.encode() not in path.read_bytes()):
+        raise ConfigError(f"{path} was not written by such a command: choose another name, or remove it yourself")
+
+
 def read_json(path: Path) -> dict:
     """A JSON object, or UserError that says what is wrong with the file."""
     try:

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -317,9 +318,13 @@ def test_perplexity_per_source(tmp_path, tok, capsys):
     texts = {"book_reviews": "这本书很好看，我很喜欢。", "hotels": "酒店的房间很干净"}
     data = save_data(tmp_path / "data", tok, texts)
     report = tmp_path / "out" / "ppl.md"
-    out, err = run(capsys, f"--ckpt={ckpt}", "--ppl", f"--data={data}", f"--report={report}")
+    for _ in range(2):  # what it wrote itself it replaces
+        out, err = run(capsys, f"--ckpt={ckpt}", "--ppl", f"--data={data}", f"--report={report}")
     markdown, _, figures = out.rstrip("\n").rpartition("\n\n")
-    assert report.read_text(encoding="utf-8") == markdown + "\n" and "ppl = true" in err
+    assert (
+        report.read_text(encoding="utf-8") == markdown + "\n\n<!-- written by tiny-llama2-zh -->\n"
+        and "ppl = true" in err
+    )
     rows = json.loads(figures)["perplexity"]
     assert [row["source"] for row in rows] == ["book_reviews", "hotels", "all"]
     for row in rows[:2]:
@@ -369,7 +374,7 @@ def test_comparison_by_hand(tmp_path, tok, capsys):
     markdown, figures = compare(
         capsys, paths, data, "--max_new_tokens=12", "--batch_size=2", "--compare_samples=2", f"--report={report}"
     )
-    assert report.read_text(encoding="utf-8") == markdown + "\n"
+    assert report.read_text(encoding="utf-8") == markdown + "\n\n<!-- written by tiny-llama2-zh -->\n"
     good, bad, endless = figures["replies"]
     assert figures["prompts"] == 5 and [row["checkpoint"] for row in (good, bad)] == list(map(str, paths[:2]))
 
@@ -578,3 +583,24 @@ def test_rollout_within_a_small_nucleus_is_greedy(tok):
 def test_bad_values_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         eval_generate.main(options)
+
+
+@pytest.mark.parametrize(
+    "option, content, message",
+    [
+        ("report=ckpt.pt", "mine", "ckpt.pt: the name of a .md file is needed"),
+        ("report=train.a.bin", None, "train.a.bin: the name of a .md file is needed"),
+        ("report=README.md", "# mine", "README.md was not written by such a command"),
+        ("picture=a.jpg", None, "a.jpg: the name of a .png file is needed"),
+        ("picture=holiday.png", "mine", "holiday.png was not written by such a command"),
+        ("picture=.", None, "the name of a .png file is needed"),
+    ],
+)
+def test_a_file_that_no_such_command_wrote_is_not_replaced(tmp_path, monkeypatch, option, content, message):
+    monkeypatch.chdir(tmp_path)
+    name = option.partition("=")[2]
+    if content:
+        Path(name).write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        eval_generate.main(["--compare=a", f"--{option}"])
+    assert not content or Path(name).read_text() == content
