@@ -20,8 +20,8 @@ from common.ranges import CHOICES, contradiction, fault
 from dataset.formats import DataError, escaped, shortened
 from tokenizer import TokenizerError
 
-# a disk that is full, read-only, gone or failing; Windows lacks some
-NAMES = "ENOSPC EDQUOT EFBIG EROFS EIO ENODEV ENXIO ESTALE ENOTCONN ETIMEDOUT".split()
+# a disk that is full, read-only, gone or failing, and names that none has; Windows lacks some
+NAMES = "ENOSPC EDQUOT EFBIG EROFS EIO ENODEV ENXIO ESTALE ENOTCONN ETIMEDOUT ENAMETOOLONG ELOOP".split()
 DISK_ERRORS = {getattr(errno, name) for name in NAMES if hasattr(errno, name)}
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 ending = ExitStack()  # what is to be done when a script ends, in whatever way

@@ -195,7 +195,7 @@ def read_json(path: Path) -> dict:
     """A JSON object, or UserError that says what is wrong with the file."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a JSON object")

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -24,15 +25,15 @@ class NonFiniteError(UserError):
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl, none where there is no file; a last line cut by a crash is left out."""
+    """The rows of a metrics.jsonl, none where there is no file; what a crash cut off, or is none, is left out."""
     if not path.exists():
         return []
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+        with suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
     return rows
 
 
@@ -51,7 +52,7 @@ class MetricLog:
             self.samples_path.unlink(missing_ok=True)
         else:
             rows = [row for row in self.read() if row["step"] <= resume_step]
-            seconds = rows[-1]["seconds"] if rows else 0.0
+            seconds = rows[-1].get("seconds", 0.0) if rows else 0.0
             self._keep(self.metrics_path, [json.dumps(row, ensure_ascii=False) for row in rows])
             self._keep(self.samples_path, self._samples_until(resume_step))
         self.start = time.monotonic() - seconds

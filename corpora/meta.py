@@ -3,6 +3,7 @@ look at what was left out; and the check that the files are still what meta.json
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -108,8 +109,10 @@ def write_report(out, meta, part, outcomes):
 
     path, rows = Path(out) / "dropped.jsonl", []
     if path.exists():
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        rows = [row for row in rows if row["part"] != part]
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError, RecursionError, LookupError, TypeError):  # of what somebody changed
+                row = json.loads(line)
+                rows += [row] if row["part"] != part and row["part"] in PARTS else []
     for source, found in outcomes.items():
         for reason, samples in sorted(found.samples.items()):
             rows += [dict(part=part, source=source, reason=reason, place=p, text=text) for _, p, text in samples]

@@ -16,6 +16,7 @@ from common import checkpoint
 from common.archive import Archive, ArchiveError
 from common.config import UserError
 from common.files import read_json, write_json
+from common.ranges import fault
 from configs.eval_generate import config as chat_defaults
 from interop import compressed, vocabulary
 from interop.exchange import FACTS, SAMPLING, check_finite, imported, read_facts, renamed, shapes_of, text_ids
@@ -38,6 +39,9 @@ KEYS = dict(
 SIZES = [theirs for ours, theirs in KEYS.items() if ours not in ("norm_eps", "tied")]
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 ROTARY_TABLE = re.compile(r"rotary_emb\.(?:inv_freq|cos_cached|sin_cached)$")
+BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began until 1.6: a pickled number
+# of generation_config.json, where they mean nothing
+UNKNOWN = dict(min_p=0, typical_p=1, num_beams=1, no_repeat_ngram_size=0, encoder_repetition_penalty=1)
 FIXED = dict(model_type="llama", hidden_act="silu", attention_bias=False, mlp_bias=False, rope_scaling=None)
 
 
@@ -148,6 +152,8 @@ def read_weights(folder):
             raise UserError(f"{path}: no such file")
         found, said = (read_safetensors if path.suffix == ".safetensors" else read_bin)(path)
         check_finite(path, found)
+        if twice := sorted(tensors.keys() & found.keys()):
+            raise UserError(f"{path}: {twice[0]} is in another file of weights too")
         tensors |= {name: tensor.float() for name, tensor in found.items()}
         metadata |= said
     return tensors, metadata
@@ -170,7 +176,12 @@ def read_bin(path):
             tensors = archive.fill(archive.content)
             archive.check_rest()
     except ArchiveError as error:
-        raise UserError(f"{path}: {error}") from None
+        with open(path, "rb") as file:
+            old = file.read(len(BEFORE_ZIP)) == BEFORE_ZIP
+        said = (
+            "of torch before 1.6: load it there, or in a torch you trust it with, and save it again" if old else error
+        )
+        raise UserError(f"{path}: {said}") from None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise UserError(f"{path}: not a dict of tensors by name")
     return {str(name): tensor for name, tensor in tensors.items()}, {}
@@ -192,28 +203,37 @@ def read_config(path):
     values = dict(tie_word_embeddings=False) | FIXED | read_json(path)
     if values.get("quantization_config"):
         raise UserError(f"{path}: it has a quantization_config, only models with float weights are imported")
-    values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
+    if values.get("num_key_value_heads") is None:
+        values["num_key_value_heads"] = values.get("num_attention_heads")
     rope = values.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise UserError(f"{path}: rope_parameters is {rope!a:.40}, no object")
     if rope.get("rope_type", "default") != "default":
         values["rope_scaling"] = rope
-    for key, needed in FIXED.items():
+    values["partial_rotary_factor"] = rope.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1
+    for key, needed in (FIXED | dict(partial_rotary_factor=1)).items():
         if values[key] != needed:
             raise UserError(f"{path}: {key} is {values[key]}, Llama 2 has {needed}")
+    thetas = [each["rope_theta"] for each in (rope, values) if each.get("rope_theta") is not None] or [10000.0]
+    if thetas[0] != thetas[-1]:
+        raise UserError(f"{path}: rope_theta is {thetas[-1]!a:.40}, in rope_parameters {thetas[0]!a:.40}")
+    values["rope_theta"] = thetas[0]
     missing = [key for key in KEYS.values() if values.get(key) is None]
     if missing:
         raise UserError(f"{path}: no {', '.join(missing)}")
     for key in SIZES:
         if type(values[key]) is not int or not 0 < values[key] < 1 << 31:
             raise UserError(f"{path}: {key} is {values[key]!a:.40}, no size")
+    for key, kinds in (("rope_theta", (int, float)), ("rms_norm_eps", (int, float)), ("tie_word_embeddings", (bool,))):
+        if type(values[key]) not in kinds:
+            raise UserError(f"{path}: {key} is {values[key]!a:.40}, no {kinds[-1].__name__}")
     try:
         config = ModelConfig(
             **{ours: values[theirs] for ours, theirs in KEYS.items()} | dict(norm_eps=float(values["rms_norm_eps"])),
-            rope_theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10000),
+            rope_theta=float(values["rope_theta"]),
             scalar_head=values.get("architectures") == ["LlamaForSequenceClassification"],
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: {error}") from None
     if values.get("head_dim") not in (None, config.head_dim):
         raise UserError(f"{path}: head_dim is {values['head_dim']}, Llama 2 has {config.head_dim} (dim / n_heads)")
@@ -247,14 +267,20 @@ def sampling_notes(path):
     """What of a generation_config.json this project does not keep, as its sampling is asked for with every command."""
     theirs = read_json(path) if path.exists() else {}
     usual = SAMPLING | dict(repetition_penalty=1.0)
-    asked = {key: theirs[key] for key in usual if theirs.get(key) not in (None, usual[key])}
+    asked = {key: theirs[key] for key in usual | UNKNOWN if theirs.get(key) not in (None, (usual | UNKNOWN)[key])}
     if theirs.get("do_sample") is False:
-        asked = dict(temperature=0)
-    options = " ".join(f"--{key}={value!a:.20}" for key, value in asked.items() if key in SAMPLING)
+        asked = {key: value for key, value in asked.items() if key not in SAMPLING} | dict(temperature=0)
+    odd = {key for key, value in asked.items() if key in UNKNOWN or not is_allowed(key, value)}
+    options, others = (
+        " ".join(f"--{key}={value!a:.20}" for key, value in asked.items() if (key in odd) == left) for left in (0, 1)
+    )
     notes = [f"{path.name} is not kept: sample as it asks with eval_generate.py {options}"] if options else []
-    if "repetition_penalty" in asked:
-        notes.append(f"{path.name} asks for repetition_penalty={asked['repetition_penalty']!a:.20}, which is not known")
-    return notes
+    return notes + ([f"{path.name} asks for {others}, which eval_generate.py does not have"] if others else [])
+
+
+def is_allowed(key, value):
+    """Whether eval_generate.py takes a value of that key."""
+    return type(value) in (int, float) and fault("eval_generate", key, value) is None
 
 
 def import_hf(folder, tokenizer_path):
@@ -279,6 +305,6 @@ def import_hf(folder, tokenizer_path):
         weights[name] = reorder(name, weight, config, halves_to_pairs) if right else weight
     facts = read_facts(folder, metadata.get(FACTS, "{}"), config.vocab_size)
     ids, notes = read_document_ids(folder, config.vocab_size)
-    ids, notes = (facts["document_ids"], []) if "document_ids" in facts else (ids, notes)
+    ids = facts.get("document_ids", ids)
     notes += sampling_notes(folder / "generation_config.json")
     return imported(folder, config, weights, Tokenizer.load(tokenizer_path or folder), ids, facts), notes

@@ -71,8 +71,18 @@ def test_several_eos_ids_and_generation_config_are_taken_in_or_told(tmp_path, to
             dict(temperature=0.6, top_p=0.9, top_k=0, repetition_penalty=1.1),
             [1, 2],
             [
-                "generation_config.json is not kept: sample as it asks with eval_generate.py --temperature=0.6",
-                "generation_config.json asks for repetition_penalty=1.1, which is not known",
+                "generation_config.json is not kept: sample as it asks with eval_generate.py --temperature=0.6 "
+                "--repetition_penalty=1.1",
+            ],
+        ),
+        (
+            dict(eos_token_id=2),
+            dict(temperature="hot", top_k=-5, top_p=0.5, num_beams=4, min_p=0.1, typical_p=1.0),
+            [1, 2],
+            [
+                "generation_config.json is not kept: sample as it asks with eval_generate.py --top_p=0.5",
+                "generation_config.json asks for --temperature='hot' --top_k=-5 --min_p=0.1 --num_beams=4, which "
+                "eval_generate.py does not have",
             ],
         ),
         (dict(), dict(do_sample=False), [1, 2], ["generation_config.json is not kept: sample as it asks with "
@@ -89,6 +99,54 @@ def test_several_eos_ids_and_generation_config_are_taken_in_or_told(tmp_path, to
         change(folder, "config.json", eos_token_id=bad)
         with pytest.raises(UserError, match="config.json: eos_token_id is .*, its vocabulary has 0 to 351"):
             run(import_hf=folder, out=tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (dict(rope_theta=0), "rope_theta is 0, in rope_parameters 20000.0"),
+        (dict(rope_parameters=None, rope_theta="x"), "rope_theta is 'x', no float"),
+        (dict(rope_parameters=None, rope_theta=0), "rope_theta=0.0: not a value"),
+        (dict(rope_parameters=None, rope_theta=10**400), "int too large"),
+        (dict(rope_parameters=dict(rope_theta=20000.0, partial_rotary_factor=0.5)), "partial_rotary_factor is 0.5"),
+        (dict(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5, Llama 2 has 1"),
+        (dict(rms_norm_eps=[1]), r"rms_norm_eps is \[1\], no float"),
+        (dict(tie_word_embeddings="yes"), "tie_word_embeddings is 'yes', no bool"),
+    ],
+)
+def test_odd_values_of_a_config_are_refused_by_their_key(tmp_path, tok, values, message):
+    folder, _ = foreign(tmp_path / "hf", tok)
+    change(folder, "config.json", rope_theta=20000.0)
+    change(folder, "config.json", **values)
+    with pytest.raises(UserError, match=f"config.json: {message}"):
+        run(import_hf=folder, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_heads_of_keys_and_values_are_as_many_as_of_queries(tmp_path, tok):
+    folder, _ = foreign(tmp_path / "hf", tok)
+    change(folder, "config.json", num_key_value_heads=None)
+    assert checkpoint.load(run(import_hf=folder, out=tmp_path / "run")).model_config["n_kv_heads"] == 6
+
+
+def test_odd_files_of_a_folder_are_refused_by_their_name(tmp_path, tok, capsys):
+    folder, tensors = foreign(tmp_path / "hf", tok)
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    options = [f"--import_hf={folder}", f"--out={tmp_path / 'out'}"]
+    assert "pytorch_model.bin: of torch before 1.6: load it" in failure(capsys, export.main, options)
+    index = folder / "pytorch_model.bin.index.json"
+    for names in (("a.bin", "b.bin"), ("a" * 5000,)):
+        index.write_text(json.dumps(dict(weight_map={str(i): name for i, name in enumerate(names)})))
+        for name in ("a.bin", "b.bin"):
+            torch.save(tensors, folder / name)
+        line = failure(capsys, export.main, options)
+        assert "b.bin: lm_head.weight is in another file of weights too" in line or "File name too long" in line
+    (folder / "generation_config.json").write_text("[" * 100_000)
+    index.unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    assert "generation_config.json: not JSON: maximum recursion" in failure(capsys, export.main, options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_import_refuses_what_is_no_number_or_no_weight(tmp_path, tok, shared_data):
@@ -122,7 +180,7 @@ def test_import_refuses_what_is_no_number_or_no_weight(tmp_path, tok, shared_dat
         (dict(max_position_embeddings=2**31 - 1), "config.json: max_seq_len=2147483647: its rotary tables would take"),
         (dict(rope_parameters=[1]), "config.json: rope_parameters is .1., no object"),
         (dict(rms_norm_eps=0), "config.json: norm_eps=0.0: not a value that it can have"),
-        (dict(rms_norm_eps="a"), "config.json: could not convert"),
+        (dict(rms_norm_eps="a"), "config.json: rms_norm_eps is .a., no float"),
     ],
 )
 def test_import_refuses_a_config_that_is_none(tmp_path, tok, values, message):
