@@ -27,7 +27,7 @@ CHAT_TEMPLATE = r"""
 {{- raise_exception("The content of a message must be text or a list of parts.") -}}
 {%- else -%}
 {%- for part in content -%}
-{%- if part['type'] == 'text' -%}{{- part['text'] -}}
+{%- if part['type'] == 'text' and part['text'] is string -%}{{- part['text'] -}}
 {%- else -%}{{- raise_exception("Part of type " ~ part['type'] ~ ": the model reads text only.") -}}{%- endif -%}
 {%- endfor -%}
 {%- endif -%}

@@ -475,6 +475,7 @@ def test_template_refuses_roles_out_of_order(load, ours, messages):
     [
         (dict(role="tool", content="a"), "Role tool is not known"),
         (dict(role="user", content=[dict(type="image_url", image_url="a")]), "Part of type image_url: .*text only"),
+        (dict(role="user", content=[dict(type="text")]), "Part of type text: .*text only"),
         (dict(role="user", content=None), "must be text or a list of parts"),
         (dict(role="user", content=dict(text="a")), "must be text or a list of parts"),
         (dict(role="user"), "must be text or a list of parts"),
