@@ -142,7 +142,7 @@ def _clear_away(out: Path) -> None:
     """Put back what one that was killed was about to replace, and remove what it had begun to write beside `out`."""
     name = re.compile(rf"\.{re.escape(out.name)}\.[0-9a-f]{{8}}\.(new|old)")
     for left in out.parent.glob(".*"):
-        if (kind := name.fullmatch(left.name)) is None or fcntl is None:
+        if (kind := name.fullmatch(left.name)) is None or left.is_symlink() or not left.is_dir() or fcntl is None:
             continue
         marked = (left / MARK).is_file()
         if not marked and any(not path.name.endswith(OURS) for path in left.iterdir()):
