@@ -128,7 +128,7 @@ def part_table(part, tally):
     characters per token. They have examples instead, of which a long one gives several, and answer tokens, of which
     those that no example has room for are lost.
     """
-    answers = all("examples" in counts["train"] for counts in tally.values())
+    answers = part in ("sft", "rm")
     header = ["source", "read", "written", "train", "val", "characters", "tokens"]
     header += ["examples", "answer tokens"] if answers else ["characters per token"]
     header.append("dropped")
@@ -203,6 +203,8 @@ def verify(out):
     meta = formats.load_meta(out)
     for name, entry in meta["files"].items():
         path = out / name
+        if wrong := formats.misfit(entry, dict(bytes=int, sha256=str), name):
+            raise DataError(f"{out / 'meta.json'}: {wrong}")
         if not path.exists():
             raise DataError(f"{path} not found, though {out / 'meta.json'} describes it")
         if path.stat().st_size != entry["bytes"]:

@@ -82,6 +82,30 @@ def atomic_write(path, mode="wb"):
 
 # meta.json
 
+TEXT = dict(documents=int, tokens=int, characters=int)
+COUNTS = dict(read=int, kept=int, dropped={str: int}, remarks={str: int}, answer_tokens_lost=int, train=TEXT, val=TEXT)
+ANSWERED = dict(train=dict(examples=int, answer_tokens=int), val=dict(examples=int, answer_tokens=int))
+# what is read of it, a type for a value and {str: ...} for any names; one of its keys may be absent, no other's
+META = dict(vocab_size=int, dtype=str, tokenizer_sha256=str, val_share=float, files={str: dict(part=str)})
+META |= dict(sources={str: dict(train=TEXT, val=TEXT)}, tally={str: {str: COUNTS}}, command={str: str})
+META |= dict(lengths={str: {str: {str: int}}})
+FILES = {".bin": dict(tokens=int), ".pkl": dict(train=dict(examples=int), val=dict(examples=int)), ".txt": {}}
+
+
+def misfit(found, wanted, where):
+    """What in `found` is not as `wanted` says, a dict as META or a type; None if all is. No number is negative."""
+    if not isinstance(wanted, dict):
+        types = (int, float) if wanted is float else (wanted,)
+        right = type(found) in types and (wanted is str or 0 <= found < 2**63)
+        return None if right else f"{where} is {json.dumps(found)[:40]}, no {'text' if wanted is str else 'count'}"
+    if not isinstance(found, dict):
+        return f"{where} is no object"
+    if str in wanted:
+        wanted = dict.fromkeys(found, wanted[str])
+    if missing := wanted.keys() - found.keys():
+        return f"{where} has no {min(missing)}"
+    return next(filter(None, (misfit(found[key], kind, f"{where}.{key}") for key, kind in wanted.items())), None)
+
 
 def save_meta(directory, meta):
     with atomic_write(Path(directory) / "meta.json", "w") as file:
@@ -100,12 +124,17 @@ def load_meta(directory):
     if not isinstance(meta, dict) or meta.get("format_version") != FORMAT_VERSION:
         found = meta.get("format_version") if isinstance(meta, dict) else None
         raise DataError(f"{path}: format version {found}, this code reads {FORMAT_VERSION}: run data_process.py again")
-    files = meta.get("files", {})
-    if not isinstance(files, dict):
-        raise DataError(f"{path}: files is no object")
-    for name in files:
-        if not OWN.fullmatch(name):
-            raise DataError(f"{path}: files names {name!a}, which data_process.py does not write: it is from elsewhere")
+    wrong = [misfit(meta[key], META[key], key) for key in META if key in meta]
+    if not any(wrong):
+        tally, files = meta.get("tally", {}), meta.get("files", {})
+        if foreign := next((name for name in files if not OWN.fullmatch(name)), None):
+            what = f"files names {foreign!a}, which data_process.py does not write: it is from elsewhere"
+            raise DataError(f"{path}: {what}")
+        wrong += [misfit(tally[part], {str: ANSWERED}, f"tally.{part}") for part in ("sft", "rm") if part in tally]
+        wrong += [misfit(entry, FILES[Path(name).suffix], name) for name, entry in files.items()]
+    if any(wrong):
+        what = escaped(next(filter(None, wrong)))
+        raise DataError(f"{path}: {what}: it was changed or damaged; run data_process.py again")
     return meta
 
 

@@ -26,7 +26,8 @@ def make_bins(directory, sources, vocab_size=1000, split="train"):
         with BinWriter(directory / f"{split}.{name}.bin", vocab_size) as writer:
             writer.write(ids[:3])
             writer.write(ids[3:])
-        meta["files"][writer.path.name] = dict(tokens=writer.tokens)
-        meta["sources"][name] = {split: dict(tokens=writer.tokens)}
+        meta["files"][writer.path.name] = dict(part="pretrain", tokens=writer.tokens)
+        counts = dict(documents=1, tokens=writer.tokens, characters=writer.tokens)
+        meta["sources"][name] = dict(train=counts, val=counts)
     save_meta(directory, meta)
     return meta

@@ -291,8 +291,9 @@ def save_data(directory, tok, sources, prompts=(), examples=()):
     for name, text in sources.items():
         with BinWriter(directory / f"val.{name}.bin", tok.vocab_size) as file:
             file.write([*tok.encode(text), tok.eos_id])
-        meta["sources"][name] = {"val": dict(tokens=file.tokens, characters=len(text))}
-        meta["files"][file.path.name] = dict(tokens=file.tokens)
+        counts = dict(documents=1, tokens=file.tokens, characters=len(text))
+        meta["sources"][name] = dict(train=counts, val=counts)
+        meta["files"][file.path.name] = dict(part="pretrain", tokens=file.tokens)
     save_meta(directory, meta)
     if prompts:
         ids = [encode_prompt(tok, user(text)) for text, _ in prompts]

@@ -72,12 +72,13 @@ def write_val(directory, ids, characters, tokenizer_sha256=None):
     directory.mkdir(parents=True, exist_ok=True)
     with BinWriter(directory / "val.text.bin", 320) as file:
         file.write(ids)
-    counts = dict(tokens=len(ids), characters=characters)
+    counts = dict(documents=6, tokens=len(ids), characters=characters)
     save_meta(
         directory,
         dict(
-            format_version=2, vocab_size=320, tokenizer_sha256=tokenizer_sha256, sources={"text": {"val": counts}},
-            dtype=token_dtype(320).name, files={"val.text.bin": {"tokens": len(ids)}},
+            format_version=2, vocab_size=320, tokenizer_sha256=tokenizer_sha256 or "none",
+            sources={"text": dict(train=counts, val=counts)}, dtype=token_dtype(320).name,
+            files={"val.text.bin": dict(part="pretrain", tokens=len(ids))},
         ),
     )  # fmt: skip
     return directory
@@ -95,7 +96,7 @@ def data_dir(tmp_path, tokenizer_bytes):
     arrays = dict(tokens=tokens, offsets=offsets, loss_mask=np.packbits(np.ones(len(tokens), np.uint8)))
     save_pkl(data / "sft.pkl", arrays | dict(is_val=np.arange(100) % 5 == 0))
     meta = json.loads((data / "meta.json").read_text())
-    meta["files"]["train.text.bin"] = {"tokens": 3 * len(ids)}
+    meta["files"]["train.text.bin"] = dict(part="pretrain", tokens=3 * len(ids))
     save_meta(data, meta)
     return data
 

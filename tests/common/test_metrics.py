@@ -180,8 +180,9 @@ def val_text(directory, counts, ids):
         with BinWriter(directory / f"val.{name}.bin", 50) as file:
             file.write(ids[start : start + tokens])
         start += tokens
-        files[file.path.name] = dict(tokens=tokens)
-        sources[name] = {"val": dict(tokens=tokens, characters=characters)}
+        files[file.path.name] = dict(part="pretrain", tokens=tokens)
+        counted = dict(documents=1, tokens=tokens, characters=characters)
+        sources[name] = dict(train=counted, val=counted)
     save_meta(directory, dict(format_version=2, vocab_size=50, dtype="uint16", sources=sources, files=files))
     return Corpus(directory, "val")
 

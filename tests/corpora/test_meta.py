@@ -7,13 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 from chains import ROOT
 
 from common.config import UserError
+from corpora.meta import part_table
 from data_process import main
-from dataset.formats import DataError
+from dataset.formats import DataError, load_meta, save_meta
 
 
 @pytest.fixture
@@ -41,6 +43,30 @@ def test_a_meta_from_elsewhere_removes_nothing(tmp_path, run, name):
     with pytest.raises(DataError, match="meta.json: files names .*, which data_process.py does not write"):
         run()
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_every_name_in_meta_is_missed(tmp_path, chain):
+    """With any one of them misspelt the file is refused, or nothing reads it: no traceback."""
+
+    def places(entry, at=()):
+        for key in entry if isinstance(entry, dict) else ():
+            yield at, key
+            yield from places(entry[key], (*at, key))
+
+    text, silent = (chain / "data" / "meta.json").read_text(encoding="utf-8"), set()
+    for at, key in places(json.loads(text)):
+        changed = entry = json.loads(text)
+        for name in at:
+            entry = entry[name]
+        entry[f"{key}_"] = entry.pop(key)
+        save_meta(tmp_path, changed)
+        with suppress(DataError):
+            meta = load_meta(tmp_path)
+            for part, tally in meta.get("tally", {}).items():
+                part_table(part, tally)
+            silent.add(key)
+    assert silent.isdisjoint("format_version part read kept dropped remarks train val examples".split())
+    assert "unknown" in silent  # which has a default
 
 
 @pytest.mark.parametrize("name", ["report.md", "corpus.txt", "train.wiki.bin", "sft.pkl"])

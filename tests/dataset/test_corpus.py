@@ -18,7 +18,7 @@ def test_corpus_refuses_what_meta_contradicts(tmp_path):
             Corpus(tmp_path, split, vocab_size)
 
     refused("meta.json.* 1000.* 64793", {}, 64793)
-    wrong = meta["files"] | {"train.b.bin": dict(tokens=6)}
+    wrong = meta["files"] | {"train.b.bin": dict(part="pretrain", tokens=6)}
     refused(r"train\.b\.bin has 10 bytes.*6 tokens of uint16, 12 bytes", dict(files=wrong))
     refused("dtype uint16.*70000.*uint32", dict(vocab_size=70000))
     refused(r"does not describe train\.b\.bin: run", dict(files={"train.a.bin": meta["files"]["train.a.bin"]}))
@@ -34,6 +34,41 @@ def test_corpus_refuses_what_meta_contradicts(tmp_path):
         load_meta(tmp_path)
     (tmp_path / "meta.json").unlink()
     with pytest.raises(DataError, match="meta.json not found"):
+        load_meta(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "place, key, found, message",
+    [
+        ("sources.a", "val", None, "sources.a has no val"),
+        ("sources.a.train", "characters", None, "sources.a.train has no characters"),
+        ("sources.a.train", "tokens", -1, "sources.a.train.tokens is -1, no count"),
+        ("sources.a.train", "tokens", 1e3, "sources.a.train.tokens is 1000.0, no count"),
+        ("sources.a.train", "tokens", True, "sources.a.train.tokens is true, no count"),
+        ("sources.a.train", "tokens", 2**63, "sources.a.train.tokens is 9223372036854775808, no count"),
+        ("sources", "a", [1], "sources.a is no object"),
+        ("", "sources", "a\n", "sources is no object"),
+        ("", "vocab_size", "x" * 1000, 'vocab_size is "x{39}, no count'),
+        ("", "dtype", 16, "dtype is 16, no text"),
+        ("", "val_share", -0.5, "val_share is -0.5, no count"),
+        ("", "files", [], "files is no object"),
+        ("files.train-a-bin", "tokens", None, "train.a.bin has no tokens"),
+        ("files.train-a-bin", "part", None, "files.train.a.bin has no part"),
+        ("", "tally", dict(sft=dict(a=dict(read=1))), "tally.sft.a has no answer_tokens_lost"),
+        ("", "lengths", dict(sft=dict(a={"3": "many"})), 'lengths.sft.a.3 is "many", no count'),
+        ("", "command", ["python"], "command is no object"),
+    ],
+)
+def test_meta_is_as_it_was_written(tmp_path, place, key, found, message):
+    meta = make_bins(tmp_path, {"a": range(10)})
+    at = meta
+    for name in filter(None, place.split(".")):
+        at = at[name.replace("-", ".")]
+    at[key] = found
+    if found is None:
+        del at[key]
+    save_meta(tmp_path, meta)
+    with pytest.raises(DataError, match=f"meta.json: {message}: it was changed or damaged; run data_process.py again"):
         load_meta(tmp_path)
 
 
