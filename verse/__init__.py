@@ -1,0 +1,112 @@
+"""Regulated verse as rules: what forms there are, how a poem is written down, and what is right in one.
+
+A poem is a list of lines without marks. As a text it has a couplet a row: 线，线。 Rhymes and tones are told by tables
+counted from a corpus (verse/tables.py): nothing here is trained.
+"""
+
+import math
+import re
+from collections import Counter
+
+from verse.tables import LEVEL, OBLIQUE
+
+FORMS = {"五绝": (4, 5), "七绝": (4, 7), "五律": (8, 5), "七律": (8, 7)}  # lines, characters of a line
+HAN = re.compile("[\u3007\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U000323af]+")
+MARKS = re.compile("[，。？！；、：\n]+")
+
+
+def render(lines):
+    """["床前明月光", "疑是地上霜"] -> "床前明月光，疑是地上霜。", a couplet a row."""
+    ends = ("，", "。\n")
+    return "".join(line + ends[i % 2] for i, line in enumerate(lines)).removesuffix("\n")
+
+
+def parse(text):
+    """The lines of a text, without marks; render(parse(text)) == text only if it is written as a poem is."""
+    return [line for line in MARKS.split(text.strip()) if line]
+
+
+def form_of(lines):
+    """The name in FORMS of lines of Chinese characters, or None."""
+    lengths = {len(line) for line in lines}
+    shape = len(lines), lengths.pop() if len(lengths) == 1 else 0
+    form = next((name for name, known in FORMS.items() if known == shape), None)
+    return form if form and all(HAN.fullmatch(line) for line in lines) else None
+
+
+def rhyme_class(lines, tables):
+    """The class that the ends of all even lines are in, or None; of several that which most of its words have first."""
+    counts, words = classes_of(lines, tables), len(lines) // 2
+    return next((name for name, n in counts.most_common() if n == words), None) if words else None
+
+
+def classes_of(lines, tables):
+    """How many of the even lines end in each class: a character may be in several."""
+    return Counter(name for line in lines[1::2] for name in tables.rhymes.get(line[-1:], ()))
+
+
+def rhyme_entropy(classes):
+    """Entropy in nats of a list of rhyme classes; None, of a poem that does not rhyme, is left out."""
+    counts = Counter(name for name in classes if name)
+    return -sum(n / counts.total() * math.log(n / counts.total()) for n in counts.values())
+
+
+def opposed(a, b):
+    """Whether two tones may stand where one level and one oblique are asked: who may be both fits."""
+    return a != b or a not in (LEVEL, OBLIQUE)
+
+
+def tones_of(line, tables):
+    """The tones of the places that count, the 2nd, 4th and 6th character; None where it may be either."""
+    return [tables.tones.get(character) for character in line[1::2]]
+
+
+def right_tones(lines, tables):
+    """Whether each line has right tones: [bool].
+
+    The 2nd, 4th and 6th character alternate (the 1st, 3rd and 5th are free), and in the second line of a couplet the
+    tones are opposite to those of the first.
+    """
+    tones = [tones_of(line, tables) for line in lines]
+    right = [all(map(opposed, line, line[1:])) for line in tones]
+    return [ok and (i % 2 == 0 or all(map(opposed, tones[i - 1], tones[i]))) for i, ok in enumerate(right)]
+
+
+def judge(text, tables, form=None, rhyme=None, heads=None, words=None):
+    """What is right in one reply, as a dict of bools and shares.
+
+    form, rhyme, tones: as asked, or if nothing is asked any form and any class; all_right: these three.
+    lines, rhymes, right_tones: the shares of lines of the right length, of rhyme words beyond the first that rhyme with
+    it, and of lines with right tones, for partial credit.
+    heads, words: the shares of the asked first characters and words that are there; asked: form, rhyme, all heads and
+    words.
+    """
+    lines = parse(text)
+    shape = FORMS[form] if form else max(FORMS.values(), key=lambda shape: _fitting(lines, shape))
+    whole = render(lines) == text.strip() and form_of(lines) is not None and (form or form_of(lines)) == form_of(lines)
+    n = max(len(lines), shape[0])
+    sized = [line if len(line) == shape[1] and HAN.fullmatch(line) else "" for line in lines]
+    toned = [bool(line) and ok for line, ok in zip(sized, right_tones(sized, tables), strict=True)]
+    rhymes = _rhyming(sized, n // 2, tables, rhyme)
+    found = dict(lines=_fitting(lines, shape), rhymes=rhymes, right_tones=sum(toned) / n)
+    found |= dict(form=whole, rhyme=whole and rhymes == 1, tones=whole and all(toned))
+    found["heads"] = sum(map(str.startswith, lines, heads or "")) / len(heads) if heads else 1.0
+    found["words"] = sum(word in text for word in words) / len(words) if words else 1.0
+    found["asked"] = whole and (not rhyme or found["rhyme"]) and found["heads"] == found["words"] == 1
+    found["all_right"] = found["form"] and found["rhyme"] and found["tones"]
+    return found
+
+
+def _fitting(lines, shape):
+    """Share of lines of the right length, of those asked or of those there, whichever are more."""
+    return sum(len(line) == shape[1] and bool(HAN.fullmatch(line)) for line in lines) / max(len(lines), shape[0])
+
+
+def _rhyming(lines, n, tables, asked):
+    """Share of n rhyme words that are different and in one class: the asked one, else that of most, whose first word
+    is not counted."""
+    ends = sorted({line[-1] for line in lines[1::2] if line})
+    counts = classes_of([""] + [part for end in ends for part in (end, "")], tables)
+    if asked:
+        return counts[asked] / n
+    return max(max(counts.values(), default=0) - 1, 0) / (n - 1)
