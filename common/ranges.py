@@ -35,7 +35,7 @@ RANGES = {
         clean.max_repeated_ngrams
     """,
     "[0, 0.5)": "label_smoothing",
-    "(0, 1)": "val_share",
+    "(0, 1)": "val_share held_out",
     "(0, 1]": "top_p compare_top_p",
     "[0, 1e6]": "kl_coef kl_target entropy_coef vf_coef sft_coef margin centring score_clip damping",
     "(0, 1e6]": "cliprange cliprange_value",

@@ -168,6 +168,11 @@ def _opencc():
     return opencc.OpenCC("t2s")
 
 
+def simplify(text):
+    """Traditional to Simplified Chinese."""
+    return _opencc().convert(text)
+
+
 def clean_text(text, options, document=False):
     """The text after the transforms that options switch on; code in fences and backticks stays as it is."""
     transform = functools.partial(_transform, options=options, document=document)
@@ -186,7 +191,7 @@ def _transform(text, options, document):
         if document:  # spaces before a Chinese paragraph; what is indented and no Chinese may be code
             text = re.sub("\n[ \t]+(?=[\u2010-\u2026\u3001-\u9fff\uff00-\uffef])", "\n", f"\n{text}")[1:]
     if options.get("to_simplified"):
-        text = _opencc().convert(text)
+        text = simplify(text)
     if options.get("mask_personal"):
         text = mask_personal(text)
     return drop_junk(text) if document and options.get("web_junk") else text

@@ -1,13 +1,19 @@
-"""The Tang and Song poems of chinese-poetry (MIT): regular ones, simplified, split by title, with tables of verse.
+"""The Tang and Song poems of chinese-poetry (MIT) as data of the poet: regular ones, simplified, split by title.
 
-Reads the npm package chinese-poetry, packed or unpacked, or a clone of its repository, and writes into a folder
+Reads the npm package chinese-poetry, packed or unpacked, or a clone of its repository, and writes into the folder `out`
 
     poems.jsonl    {"text": "title\\nline，line。\\n..."}, a training poem a row
-    heldout.jsonl  {"title", "author", "form", "lines"}: poems whose titles no training poem has
-    verse.json     tones and rhyme classes, counted from the training poems
+    heldout.jsonl  {"title", "author", "form", "lines"} of poems whose title no training poem has
+    verse.json     the tones and rhyme classes of characters, counted from the training poems
+    source.json    what all this was made from
+
+    python -m corpora.poems --poems=chinese-poetry-2.0.1.tgz --out=data/poems
 """
 
-import functools
+import common.early  # noqa: F401 - before what takes seconds to import
+
+import hashlib
+import importlib.util
 import json
 import re
 import tarfile
@@ -16,17 +22,24 @@ from typing import NamedTuple
 
 import numpy as np
 
-from corpora.clean import _opencc, char_ngrams, text_hash
+from common.config import parse_config, run
+from common.files import file_sha256, naming, new_folder, read_json, write_json
+from corpora.clean import char_ngrams, simplify, text_hash
+from corpora.encodings import reading
 from dataset.formats import DataError, escaped
 from verse import form_of, parse, render
+from verse.tables import as_json, count_tables
 
-POEMS = re.compile(r"(?:^|/)(strains/json|quantangshi|全唐诗|json)/(poet\.(?:tang|song)\.\d+)\.json$")
-HELD_OUT = 0.026  # of the titles: more than 5,000 poems
-COPIED = 10  # characters in a row that are in the training text too, for them to count as copied
+MEMBER = re.compile(r"(?:^|/)(strains/json|quantangshi|全唐诗|json)/(poet\.(?:tang|song)\.\d+)\.json$")
+WANTED = "the npm package chinese-poetry, as .tgz or unpacked, or a clone of its repository is needed"
+NOTE = re.compile(r"[（(].*?[)）]|[\[\]]")  # [] are round a character that the editors added
+NUMBER = "[一二三四五六七八九十百千○〇]+"
+PART = re.compile(f" 其?{NUMBER}$|{NUMBER}首$")  # 八首 其一: several poems of one title
+COPIED = 10  # characters in a row that a training poem has too, for them to be copied
 
 
 class Poem(NamedTuple):
-    """lines: without marks; tones: 平, 仄 or ○ (either) of each character, or None."""
+    """lines: without marks; tones: of each line 平, 仄 or ○ (either) a character, or None if they are not known."""
 
     title: str
     author: str
@@ -38,68 +51,161 @@ class Poem(NamedTuple):
         return f"{self.title}\n{render(self.lines)}"
 
 
-def read_poems(path):
-    """Every regular poem of an archive or a folder, simplified, as Poem."""
-    simplify = _opencc().convert
-    for poems, strains in pairs(path):
-        tones = {row["id"]: row["strains"] for row in strains}
-        for row in poems:
-            lines = parse("".join(row["paragraphs"]))
-            if form_of(lines):
-                signs = parse("".join(tones.get(row["id"], ())))
-                aligned = [len(line) for line in signs] == [len(line) for line in lines]
-                title, author, *lines = simplify("\n".join([row["title"], row["author"], *lines])).split("\n")
-                if form_of(lines):
-                    yield Poem(clean_title(title), author, lines, signs if aligned else None)
-
-
 def clean_title(title):
-    return re.sub(r"\s+", " ", re.sub("[（(].*?[)）]", "", title)).strip()
+    """'春興八首（時在成都） 其一' -> '春興': without notes, and the same for all poems of a series."""
+    title = " ".join(NOTE.sub("", title).split())
+    while shorter := PART.sub("", title):
+        if shorter == title:
+            return title
+        title = shorter
+    return title
+
+
+# an archive or a folder -> poems
+
+
+def read_poems(path):
+    """Every regular poem, in simplified characters: four or eight lines of five or seven."""
+    if importlib.util.find_spec("opencc") is None:
+        raise DataError(f"{escaped(path)}: its characters are traditional, so opencc is needed (pip install opencc)")
+    found = False
+    for name, rows, tones in pairs(path):
+        found = True
+        for i, row in enumerate(rows):
+            try:
+                lines = parse("".join(row["paragraphs"]))
+                if form_of(lines):
+                    yield simplified(row["title"], row["author"], lines, tones.get(row.get("id")))
+            except (TypeError, KeyError, AttributeError):
+                what = "needs title, author and paragraphs, all text"
+                raise DataError(f"{escaped(path)}: {escaped(name)}: poem {i + 1} {what}") from None
+    if not found:
+        raise DataError(f"{escaped(path)}: no poet.tang.0.json or the like in it; {WANTED}")
+
+
+def simplified(title, author, lines, signs):
+    """A Poem; its tones are kept where there is a sign for every character."""
+    title, author, *simple = simplify("\n".join([clean_title(title), " ".join(author.split()), *lines])).split("\n")
+    tones = parse("".join(signs or ()))
+    aligned = list(map(len, tones)) == list(map(len, simple)) == list(map(len, lines))
+    return Poem(title, author, simple, tones if aligned else None)
 
 
 def pairs(path):
+    """(name, rows, {id: strains}) of every file of poems and the file of tones that belongs to it, if there is one."""
     waiting = {}
     for name, data in members(path):
-        kind, stem = POEMS.search(name).groups()
-        waiting.setdefault(stem, {})[kind == "strains/json"] = json.loads(data)
+        kind, stem = MEMBER.search(name).groups()
+        try:
+            rows = json.loads(data)
+            if kind == "strains/json":
+                rows = {row["id"]: row["strains"] for row in rows}
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{escaped(path)}: {escaped(name)}: not JSON of poems or tones: {error!r}") from None
+        waiting.setdefault(stem, {})[kind == "strains/json"] = name, rows
         if len(waiting[stem]) == 2:
-            found = waiting.pop(stem)
-            yield found[False], found[True]
-    yield from ((found[False], []) for found in waiting.values() if False in found)
+            both = waiting.pop(stem)
+            yield *both[False], both[True][1]
+    yield from ((*found[False], {}) for found in waiting.values() if False in found)
 
 
 def members(path):
+    """(name, bytes) of every file that is wanted; an archive is read in its order, and never unpacked."""
     path = Path(path)
-    if path.is_dir():
-        for file in sorted(path.rglob("*.json")):
-            if POEMS.search(file.as_posix()):
-                yield file.as_posix(), file.read_bytes()
-        return
-    with tarfile.open(path, "r|*") as archive:
-        for member in archive:
-            if member.isfile() and POEMS.search(member.name):
-                yield member.name, archive.extractfile(member).read()
+    if not path.exists():
+        raise DataError(f"poems={escaped(path)}: not found; {WANTED}")
+    with reading(path):
+        if path.is_dir():
+            for file in sorted(path.resolve().rglob("poet.*.json")):
+                if MEMBER.search(file.as_posix()):
+                    yield file.as_posix(), file.read_bytes()
+            return
+        try:
+            with tarfile.open(path) as archive:
+                for member in archive:
+                    if member.isfile() and MEMBER.search(member.name):
+                        yield member.name, archive.extractfile(member).read()
+                while archive.fileobj.read(1 << 20):  # so that the checksum at its end is compared
+                    pass
+        except tarfile.TarError as error:
+            raise DataError(f"{escaped(path)}: not a whole .tgz: {error}; {WANTED}") from None
 
 
-def is_held_out(title):
-    return text_hash(title, "poems") < HELD_OUT * 2**64
+def unique(poems):
+    """Without those of the same text, in an order that does not depend on that of the files."""
+    kept = {}
+    for poem in sorted(poems, key=lambda poem: (text_hash("".join(poem.lines)), poem.title, poem.author)):
+        kept.setdefault("".join(poem.lines), poem)
+    return list(kept.values())
+
+
+def is_held_out(title, share):
+    return text_hash(title, "poems") < share * 2**64
 
 
 # copies
 
 
 def ngrams_of(texts):
-    """A hash of every COPIED characters in a row of the poems: sorted (N,) uint64."""
-    return np.unique(np.concatenate([char_ngrams("".join(parse(text)[1:]), COPIED) for text in texts]))
+    """A hash of every COPIED characters in a row of poems, each without its title: sorted (N,) uint64."""
+    bodies = ["".join(parse(text.partition("\n")[2])) for text in texts]
+    return np.unique(np.concatenate([char_ngrams(body, COPIED) for body in bodies]))
 
 
 def copied(lines, ngrams):
-    """Share of the lines of a poem of which every character is in COPIED characters that the training text has too."""
-    text = "".join(lines)
-    hashes = char_ngrams(text, COPIED)
-    found = ngrams[np.minimum(np.searchsorted(ngrams, hashes), len(ngrams) - 1)] == hashes
-    covered = np.zeros(len(text), bool)
-    for i in np.flatnonzero(found):
-        covered[i : i + COPIED] = True
+    """Share of lines all of whose characters are in COPIED characters in a row, of one line or several, that `ngrams`
+    has too."""
+    hashes = char_ngrams("".join(lines), COPIED)
+    found = ngrams[np.searchsorted(ngrams[:-1], hashes)] == hashes
+    covered = np.zeros(sum(map(len, lines)), bool)
+    for start in np.flatnonzero(found):
+        covered[start : start + COPIED] = True
     ends = np.cumsum([len(line) for line in lines])
-    return sum(covered[end - len(line) : end].all() for line, end in zip(lines, ends)) / len(lines) if lines else 0.0
+    return sum(covered[end - len(line) : end].all() for line, end in zip(lines, ends, strict=True)) / max(len(lines), 1)
+
+
+# the entry
+
+
+def identity(config):
+    """What decides every byte that is written: the content of the source and the settings."""
+    path, digest = Path(config["poems"]), hashlib.sha256()
+    if path.is_file():
+        sha256 = file_sha256(path)
+    else:
+        for name, data in members(path):
+            digest.update(f"{'/'.join(MEMBER.search(name).groups())} {hashlib.sha256(data).hexdigest()}\n".encode())
+        sha256 = digest.hexdigest()
+    return dict(sha256=sha256, held_out=config["held_out"], seed=config["seed"])
+
+
+def write_rows(path, rows):
+    with naming(path), open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def main(argv=None):
+    config = parse_config("poem_data", argv, __doc__)
+    out, source = Path(config["out"]), identity(config)
+    if (out / "source.json").is_file() and read_json(out / "source.json") == source:
+        print(f"{out}: made from the same poems before")
+        return
+    with new_folder(out, config["overwrite"]) as folder:
+        poems = unique(read_poems(config["poems"]))
+        heldout = [poem for poem in poems if is_held_out(poem.title, config["held_out"])]
+        training = [poem for poem in poems if not is_held_out(poem.title, config["held_out"])]
+        tables = count_tables((poem.lines, poem.tones) for poem in training)
+        if not tables.tones:
+            raise DataError(f"{escaped(config['poems'])}: no tones: strains/json is missing; {WANTED}")
+        write_json(folder / "verse.json", as_json(tables))
+        write_rows(folder / "poems.jsonl", (dict(text=poem.text) for poem in training))
+        rows = (dict(title=p.title, author=p.author, form=form_of(p.lines), lines=p.lines) for p in heldout)
+        write_rows(folder / "heldout.jsonl", rows)
+        write_json(folder / "source.json", source)
+    classes = len({classes[0] for classes in tables.rhymes.values()})
+    print(f"{out}: {len(training):,} poems to train on, {len(heldout):,} held out")
+    print(f"tones of {len(tables.tones):,} characters, {classes} rhyme classes")
+
+
+if __name__ == "__main__":
+    run(main)

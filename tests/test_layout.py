@@ -21,7 +21,8 @@ ALLOWED = {name: {name} for name in BASE} | {"model": {"generate"}, "generate": 
 ALLOWED |= {"common": {"common"} | BASE - {"configs"}}
 ALLOWED |= {wing: {wing, "common"} | BASE for wing in WINGS}
 ALLOWED |= {stage: WINGS | {"common"} | BASE for stage in STAGES}
-SCRIPTS_IN_PACKAGES = {"tokenizer/train.py": {"common"}}  # a stage that lives with what it makes
+# stages that live with what they make or read
+SCRIPTS_IN_PACKAGES = {"tokenizer/train.py": {"common"}, "corpora/poems.py": set()}
 FIRST = {"tokenizer/__init__.py": "common/early.py"}  # as python -m imports it before the script
 FILES = [*ROOT.glob("*.py"), *(path for name in OURS for path in (ROOT / name).rglob("*.py"))]
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in FILES)
@@ -148,7 +149,7 @@ def test_config_is_literals_with_a_comment_a_key(path):
 def stage_of(path):
     """The script that a file of defaults in configs/ is for."""
     name = path.split("/")[-1]
-    return "tokenizer/train.py" if name == "tokenizer.py" else name
+    return {"tokenizer.py": "tokenizer/train.py", "poem_data.py": "corpora/poems.py"}.get(name, name)
 
 
 def keys_read(path):

@@ -35,14 +35,20 @@ def form_of(lines):
 
 
 def rhyme_class(lines, tables):
-    """The class that the ends of all even lines are in, or None; of several that which most of its words have first."""
-    counts, words = classes_of(lines, tables), len(lines) // 2
-    return next((name for name, n in counts.most_common() if n == words), None) if words else None
+    """The class that the ends of all even lines are in, or None; of several that which most of them are foremost in."""
+    ends = ends_of(lines)
+    common = [name for name, n in classes_of(ends, tables).items() if n == len(ends)]
+    return max(common, key=lambda name: sum(tables.rhymes[end][0] == name for end in ends), default=None)
 
 
-def classes_of(lines, tables):
-    """How many of the even lines end in each class: a character may be in several."""
-    return Counter(name for line in lines[1::2] for name in tables.rhymes.get(line[-1:], ()))
+def ends_of(lines):
+    """The rhyme words: the last character of each even line that has one."""
+    return [line[-1] for line in lines[1::2] if line]
+
+
+def classes_of(ends, tables):
+    """How many of some rhyme words are in each class: a character may be in several."""
+    return Counter(name for end in ends for name in tables.rhymes.get(end, ()))
 
 
 def rhyme_entropy(classes):
@@ -76,8 +82,8 @@ def judge(text, tables, form=None, rhyme=None, heads=None, words=None):
     """What is right in one reply, as a dict of bools and shares.
 
     form, rhyme, tones: as asked, or if nothing is asked any form and any class; all_right: these three.
-    lines, rhymes, right_tones: the shares of lines of the right length, of rhyme words beyond the first that rhyme with
-    it, and of lines with right tones, for partial credit.
+    lines, rhymes, right_tones: shares of lines of the right length, of rhyme words that rhyme (of the asked class, else
+    with the first of them) and of lines with right tones, for partial credit.
     heads, words: the shares of the asked first characters and words that are there; asked: form, rhyme, all heads and
     words.
     """
@@ -103,10 +109,9 @@ def _fitting(lines, shape):
 
 
 def _rhyming(lines, n, tables, asked):
-    """Share of n rhyme words that are different and in one class: the asked one, else that of most, whose first word
-    is not counted."""
-    ends = sorted({line[-1] for line in lines[1::2] if line})
-    counts = classes_of([""] + [part for end in ends for part in (end, "")], tables)
+    """Share of n rhyme words that are different and in one class, the asked one; else in that of most, where the first
+    word counts for nothing: any rhymes with itself."""
+    counts = classes_of(sorted(set(ends_of(lines))), tables)
     if asked:
         return counts[asked] / n
     return max(max(counts.values(), default=0) - 1, 0) / (n - 1)

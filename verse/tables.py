@@ -79,8 +79,9 @@ def rhyme_classes(ends):
     classes = {}
     for word in order:
         counts = votes(word)
-        others = [l for l, n in counts.most_common() if l != label[word] and n >= SHARE * counts.total()]
-        classes[word] = tuple(name[l] for l in [label[word], *others])
+        least = SHARE * counts.total()
+        others = [other for other, n in counts.most_common() if other != label[word] and n >= least]
+        classes[word] = tuple(name[found] for found in [label[word], *others])
     return classes
 
 
