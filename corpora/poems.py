@@ -3,11 +3,11 @@
 Reads the npm package chinese-poetry, packed or unpacked, or a clone of its repository, and writes into the folder `out`
 
     poems.jsonl    {"text": "title\\nline，line。\\n..."}, a training poem a row
-    heldout.jsonl  {"title", "author", "form", "lines"} of poems whose title no training poem has
+    heldout.jsonl  {"title", "author", "lines", "tones", "form"} of poems whose title no training poem has
     verse.json     the tones and rhyme classes of characters, counted from the training poems
     source.json    what all this was made from
 
-    python -m corpora.poems --poems=chinese-poetry-2.0.1.tgz --out=data/poems
+    python -m corpora.poems --poems=chinese-poetry-2.0.1.tgz --out=data/poems/rows
 """
 
 import common.early  # noqa: F401 - before what takes seconds to import
@@ -22,10 +22,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.config import parse_config, run
+from common.config import ConfigError, parse_config, run
 from common.files import file_sha256, naming, new_folder, read_json, write_json
 from corpora.clean import char_ngrams, simplify, text_hash
-from corpora.encodings import reading
+from corpora.encodings import BLOCK, open_bytes, reading
 from dataset.formats import DataError, escaped
 from verse import form_of, parse, render
 from verse.tables import as_json, count_tables
@@ -97,7 +97,7 @@ def pairs(path):
     for name, data in members(path):
         kind, stem = MEMBER.search(name).groups()
         try:
-            rows = json.loads(data)
+            rows = list(json.loads(data))
             if kind == "strains/json":
                 rows = {row["id"]: row["strains"] for row in rows}
         except (ValueError, TypeError, KeyError) as error:
@@ -113,7 +113,7 @@ def members(path):
     """(name, bytes) of every file that is wanted; an archive is read in its order, and never unpacked."""
     path = Path(path)
     if not path.exists():
-        raise DataError(f"poems={escaped(path)}: not found; {WANTED}")
+        raise DataError(f"{escaped(path)}: not found; {WANTED}")
     with reading(path):
         if path.is_dir():
             for file in sorted(path.resolve().rglob("poet.*.json")):
@@ -121,11 +121,11 @@ def members(path):
                     yield file.as_posix(), file.read_bytes()
             return
         try:
-            with tarfile.open(path) as archive:
+            with open_bytes(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
                 for member in archive:
                     if member.isfile() and MEMBER.search(member.name):
                         yield member.name, archive.extractfile(member).read()
-                while archive.fileobj.read(1 << 20):  # so that the checksum at its end is compared
+                while file.read(BLOCK):  # to the checksum at its end
                     pass
         except tarfile.TarError as error:
             raise DataError(f"{escaped(path)}: not a whole .tgz: {error}; {WANTED}") from None
@@ -186,6 +186,8 @@ def write_rows(path, rows):
 
 def main(argv=None):
     config = parse_config("poem_data", argv, __doc__)
+    if not config["poems"]:
+        raise ConfigError(f"poems=: {WANTED}")
     out, source = Path(config["out"]), identity(config)
     if (out / "source.json").is_file() and read_json(out / "source.json") == source:
         print(f"{out}: made from the same poems before")
@@ -196,11 +198,10 @@ def main(argv=None):
         training = [poem for poem in poems if not is_held_out(poem.title, config["held_out"])]
         tables = count_tables((poem.lines, poem.tones) for poem in training)
         if not tables.tones:
-            raise DataError(f"{escaped(config['poems'])}: no tones: strains/json is missing; {WANTED}")
+            raise DataError(f"{escaped(config['poems'])}: no regular poems with tones (of strains/json) in it; {WANTED}")
         write_json(folder / "verse.json", as_json(tables))
         write_rows(folder / "poems.jsonl", (dict(text=poem.text) for poem in training))
-        rows = (dict(title=p.title, author=p.author, form=form_of(p.lines), lines=p.lines) for p in heldout)
-        write_rows(folder / "heldout.jsonl", rows)
+        write_rows(folder / "heldout.jsonl", (dict(p._asdict(), form=form_of(p.lines)) for p in heldout))
         write_json(folder / "source.json", source)
     classes = len({classes[0] for classes in tables.rhymes.values()})
     print(f"{out}: {len(training):,} poems to train on, {len(heldout):,} held out")

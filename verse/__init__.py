@@ -58,24 +58,23 @@ def rhyme_entropy(classes):
 
 
 def opposed(a, b):
-    """Whether two tones may stand where one level and one oblique are asked: who may be both fits."""
+    """Whether two tones may be one level and one oblique; what is neither may be either."""
     return a != b or a not in (LEVEL, OBLIQUE)
 
 
-def tones_of(line, tables):
-    """The tones of the places that count, the 2nd, 4th and 6th character; None where it may be either."""
-    return [tables.tones.get(character) for character in line[1::2]]
+def right_patterns(tones):
+    """Whether each line has right tones: [bool], from the tones of each line's characters.
+
+    The 2nd, 4th and 6th alternate (the 1st, 3rd and 5th are free), and in the second line of a couplet they are
+    opposite to those of the first.
+    """
+    tones = [line[1:6:2] for line in tones]
+    right = [all(map(opposed, line, line[1:])) for line in tones]
+    return [ok and (i % 2 == 0 or all(map(opposed, tones[i - 1], tones[i]))) for i, ok in enumerate(right)]
 
 
 def right_tones(lines, tables):
-    """Whether each line has right tones: [bool].
-
-    The 2nd, 4th and 6th character alternate (the 1st, 3rd and 5th are free), and in the second line of a couplet the
-    tones are opposite to those of the first.
-    """
-    tones = [tones_of(line, tables) for line in lines]
-    right = [all(map(opposed, line, line[1:])) for line in tones]
-    return [ok and (i % 2 == 0 or all(map(opposed, tones[i - 1], tones[i]))) for i, ok in enumerate(right)]
+    return right_patterns([[tables.tones.get(character) for character in line] for line in lines])
 
 
 def judge(text, tables, form=None, rhyme=None, heads=None, words=None):
@@ -88,10 +87,11 @@ def judge(text, tables, form=None, rhyme=None, heads=None, words=None):
     words.
     """
     lines = parse(text)
+    name = form_of(lines)
     shape = FORMS[form] if form else max(FORMS.values(), key=lambda shape: _fitting(lines, shape))
-    whole = render(lines) == text.strip() and form_of(lines) is not None and (form or form_of(lines)) == form_of(lines)
+    whole = name is not None and form in (None, "", name) and render(lines) == text.strip()
     n = max(len(lines), shape[0])
-    sized = [line if len(line) == shape[1] and HAN.fullmatch(line) else "" for line in lines]
+    sized = [line if _fits(line, shape) else "" for line in lines[: shape[0]]]
     toned = [bool(line) and ok for line, ok in zip(sized, right_tones(sized, tables), strict=True)]
     rhymes = _rhyming(sized, n // 2, tables, rhyme)
     found = dict(lines=_fitting(lines, shape), rhymes=rhymes, right_tones=sum(toned) / n)
@@ -103,9 +103,13 @@ def judge(text, tables, form=None, rhyme=None, heads=None, words=None):
     return found
 
 
+def _fits(line, shape):
+    return len(line) == shape[1] and HAN.fullmatch(line) is not None
+
+
 def _fitting(lines, shape):
-    """Share of lines of the right length, of those asked or of those there, whichever are more."""
-    return sum(len(line) == shape[1] and bool(HAN.fullmatch(line)) for line in lines) / max(len(lines), shape[0])
+    """Share of the lines that are of the right length, among those asked or, if they are more, those there."""
+    return sum(_fits(line, shape) for line in lines[: shape[0]]) / max(len(lines), shape[0])
 
 
 def _rhyming(lines, n, tables, asked):
