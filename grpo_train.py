@@ -188,7 +188,7 @@ def main(argv=None):
                 stage.report(step, *evaluate_policy(policy, reference, reward, held_out, config))
                 plot_score_kl(stage.metric_log, "grpo")
             if stage.due(step, "save_interval"):
-                stage.extra = dict(norm=reward.norm, reward_model=reward.identity, watch=watch.state)
+                stage.extra = dict(watch=watch.state) | reward.state
                 stage.save(step)
             if stage.ends(step):
                 break

@@ -198,8 +198,7 @@ def main(argv=None):
                 stage.report(step, *evaluate_policy(policy, reference, reward, held_out, config))
                 plot_score_kl(stage.metric_log, "ppo")
             if stage.due(step, "save_interval"):
-                stage.extra = dict(value=value.state_dict(), kl_coef=kl_coef, norm=reward.norm)
-                stage.extra |= dict(reward_model=reward.identity, watch=watch.state)
+                stage.extra = dict(value=value.state_dict(), kl_coef=kl_coef, watch=watch.state) | reward.state
                 stage.save(step)
             if stage.ends(step):
                 break

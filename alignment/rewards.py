@@ -49,6 +49,13 @@ def load_reward_model(path, policy):
     return ckpt
 
 
+def split_reward(name):
+    """(whether a reward model is asked, the function's name or "") of "model", "MODULE:FUNCTION" or model+ and that."""
+    if name == "model":
+        return True, ""
+    return name.startswith("model+"), name.removeprefix("model+")
+
+
 def score_rows(reward_model, rows):
     return sequence_scores(reward_model, rows.ids, rows.lengths)
 
@@ -65,36 +72,47 @@ def final_scores(raw_scores, ended, norm, no_eos_score, score_clip=0.0):
 
 
 class Reward:
-    """What the key `reward` says: the model of `reward_model`, or a function of texts, which needs none.
+    """What the key `reward` says: the model of `reward_model`, a function of texts, which needs none, or their sum.
 
-    `ckpt` is the reward model's checkpoint, and `identity` what a resumed run compares of it or of the function's file.
-    `context` is how many tokens of prompt and reply both it and the policy can read.
+    `ckpt` is the reward model's checkpoint, `identity` what a resumed run compares of it, and `function_identity` of
+    the function's file. `context` is how many tokens of prompt and reply both it and the policy can read.
     """
 
     def __init__(self, config, policy, tokenizer, env):
         self.config, self.tokenizer, self.env = config, tokenizer, env
-        self.ckpt = self.identity = self.norm = None
+        self.ckpt = self.identity = self.function = self.function_identity = self.norm = None
         self.context, self.fields = policy.model_config["max_seq_len"], []
-        self.name = f"reward={config['reward']}"
-        if config["reward"] != "model":
-            self.function, module = reward_function(config)
-            self.identity = file_identity(self.function, module)
+        model, function = split_reward(config["reward"])
+        self.name = f"reward={function}"
+        if function:
+            self.function, module = reward_function(config | dict(reward=function))
+            self.function_identity = file_identity(self.function, module)
+        if not model:
             return
         self.ckpt = load_reward_model(config["reward_model"], policy)
-        self.name, self.identity = f"reward_model={self.ckpt.path}", checkpoint.parent_of(self.ckpt)
+        self.model_name, self.identity = f"reward_model={self.ckpt.path}", checkpoint.parent_of(self.ckpt)
         context = self.ckpt.model_config["max_seq_len"]
         if context < self.context and env.is_main:
-            print(f"{self.name} reads {context} tokens of {self.context}: prompts and replies must be as short")
+            print(f"{self.model_name} reads {context} tokens of {self.context}: prompts and replies must be as short")
         self.context = min(self.context, context)
         self.model = checkpoint.build_model(self.ckpt).to(env.device).eval().requires_grad_(False)
         distributed.compiled(self.model, env, config)
 
     def raw(self, batch):
         """In the reward's own unit: (B,)."""
-        if self.ckpt:
-            scores = in_batches(self._score, batch, self.config["micro_batch_size"])
-            checked(self.name, scores.tolist(), len(scores))
+        scores = self.of_model(batch) if self.ckpt else 0
+        if not self.function:
             return scores
+        return scores + (self.config["rule_weight"] if self.ckpt else 1) * self.of_function(batch)
+
+    def of_model(self, batch):
+        """The reward model's scores: (B,)."""
+        scores = in_batches(self._score, batch, self.config["micro_batch_size"])
+        checked(self.model_name, scores.tolist(), len(scores))
+        return scores
+
+    def of_function(self, batch):
+        """What the function gives the texts: (B,)."""
         rows = zip(batch.ids.tolist(), batch.lengths.tolist(), batch.replies, strict=True)
         prompts = [self.tokenizer.decode(ids[: length - len(reply)]) for ids, length, reply in rows]
         replies = [self.tokenizer.decode(reply) for reply in batch.replies]
@@ -110,19 +128,32 @@ class Reward:
         """Take the unit of scores from the run that is resumed, else from the reference's replies to some prompts."""
         if self.ckpt:
             self.ckpt.drop()
-        else:
-            self.fields = fields_taken(self.config["reward"], self.function, prompts[0].fields)
+        if self.function:
+            self.fields = fields_taken(self.name.removeprefix("reward="), self.function, prompts[0].fields)
         if stage.resumed:
-            self.norm, before = stage.extra["norm"], stage.extra["reward_model"]
-            if self.ckpt:
-                resume.same_file(stage.resumed, before, self.identity)
-            elif before and self.identity and before["sha256"] != self.identity["sha256"] and self.env.is_main:
-                print(f"{self.identity['path']} has changed since this run began: it goes on with the reward of now")
+            self.resume(stage)
             return
         config, eos_id, env = self.config, self.tokenizer.eos_id, self.env
         mine = prompts[env.rank :: env.world_size]
         sampling = config["max_new_tokens"], config["temperature"], eos_id, config["seed"] + env.rank
         self.normalise_on(rollout(reference, mine, *sampling, dtype=env.generation_dtype) if mine else None)
+
+    def resume(self, stage):
+        """Take over what `state` gave, and compare the files."""
+        self.norm, before = stage.extra["norm"], stage.extra["reward_model"]
+        if self.ckpt:
+            resume.same_file(stage.resumed, before, self.identity)
+            before = stage.extra.get("reward_function")
+        now = self.function_identity
+        if before and now and before["sha256"] != now["sha256"] and self.env.is_main:
+            print(f"{now['path']} has changed since this run began: it goes on with the reward of now")
+
+    @property
+    def state(self):
+        """What a checkpoint keeps: the unit of scores, and the files that they come from."""
+        if self.ckpt and self.function:
+            return dict(norm=self.norm, reward_model=self.identity, reward_function=self.function_identity)
+        return dict(norm=self.norm, reward_model=self.identity or self.function_identity)
 
     def normalise_on(self, batch):
         """Take mean and standard deviation from replies of the reference, those of all ranks."""

@@ -37,7 +37,7 @@ RANGES = {
     "[0, 0.5)": "label_smoothing",
     "(0, 1)": "val_share held_out",
     "(0, 1]": "top_p compare_top_p",
-    "[0, 1e6]": "kl_coef kl_target entropy_coef vf_coef sft_coef margin centring score_clip damping",
+    "[0, 1e6]": "rule_weight kl_coef kl_target entropy_coef vf_coef sft_coef margin centring score_clip damping",
     "(0, 1e6]": "cliprange cliprange_value",
     "[1e-4, 1e6]": "beta",  # rewards are divided by it
     "(2, 1e6]": "kl_horizon",  # a step multiplies kl_coef by 1 - 2 / kl_horizon at least

@@ -38,7 +38,7 @@ SAFE_ON_RESUME = """
 UNWRITTEN = dict(schedule="cosine", mask_documents=False)
 UNWRITTEN |= dict(loss="sigmoid", label_smoothing=0.1, margin=0.0, centring=0.0)  # dpo and rm
 UNWRITTEN |= dict(packing=False, pack_len=0)  # sft
-UNWRITTEN |= dict(reward="model", reward_length=[20, 60], score_clip=0.0, entropy_coef=0.0)  # ppo
+UNWRITTEN |= dict(reward="model", reward_length=[20, 60], rule_weight=1.0, score_clip=0.0, entropy_coef=0.0)  # ppo
 
 
 def begin(config: dict, stage: str) -> Checkpoint | None:
@@ -188,7 +188,7 @@ def still_finished(ckpt: Checkpoint, config: dict) -> None:
     """Refuse to call a run finished whose parent, reward model or data was made anew since, where they are there."""
     training = ckpt.training or {}
     models = {"init_from": ckpt.parent}
-    if config.get("reward") == "model":
+    if config.get("reward", "").partition("+")[0] == "model":
         models["reward_model"] = (training.get("extra") or {}).get("reward_model")
     for key, before in models.items():
         path = Path(config.get(key) or "")

@@ -2,9 +2,10 @@ config = dict(
     data="data/zh",  # folder with prompts.pkl and meta.json from data_process.py
     verify_data=True,  # compare the sha256 of these files with meta.json first: seconds a gigabyte; False: trust them
     init_from="out/zh/sft",  # run directory or checkpoint: the first policy, and the frozen reference
-    reward="model",  # model: reward_model's; length: reward_length's; module:function: f(prompts, replies, **fields)
+    reward="model",  # model; length: reward_length's; module:function: f(prompts, replies, **fields); model+...: both
     reward_model="out/zh/rm",  # run directory or checkpoint of rm_train.py: scores
     reward_length=[20, 60],  # characters of a reply that reward=length gives 1; down to 0 at none and twice the longest
+    rule_weight=1.0,  # reward=model+module:function: the function's reward counts so much beside the model's score
     out="out/zh/grpo",  # run directory: config.json, metrics.jsonl, loss.png, score_kl.png, samples.txt, ckpt.pt
     loss="grpo",  # grpo; dr_grpo: without standard deviation and division by length; rloo: leave-one-out, ratio a reply
     rollout_size=128,  # replies of a step, to rollout_size / group_size prompts, by all processes

@@ -1,6 +1,7 @@
 """PPO: hand-computed numbers, what must not change the losses, the optimum of a bandit, and small runs."""
 
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -245,6 +246,28 @@ def test_ppo_needs_no_reward_model_with_a_function(small, tmp_path, own_rewards,
     options |= dict(reward="own_rewards:starts", resume=True, max_steps=3)
     line = failure(capsys, ppo_train.main, argv(**options))
     assert "cannot resume: reward is length in" in line and "own_rewards:starts in this run's config" in line
+
+
+def test_a_run_on_model_and_function_remembers_both(small, tmp_path, own_rewards, capsys):
+    shutil.copytree(small / "rm", tmp_path / "rm")
+    options = rl_options(small, tmp_path / "out", reward="model+own_rewards:odd", rule_weight=3.0)
+    options["reward_model"] = tmp_path / "rm"
+    ppo_train.main(argv(**options))
+    extra = checkpoint.load(tmp_path / "out").training["extra"]
+    assert extra["reward_model"]["path"] == str(tmp_path / "rm" / "ckpt.pt")
+    assert extra["reward_function"]["path"] == str(tmp_path / "own_rewards.py")
+    with open(tmp_path / "own_rewards.py", "a") as file:
+        file.write("# changed\n")
+    capsys.readouterr()
+    ppo_train.main(argv(**options | dict(resume=True, max_steps=3)))
+    assert "own_rewards.py has changed since this run began" in capsys.readouterr().out
+    line = failure(capsys, ppo_train.main, argv(**options | dict(resume=True, max_steps=4, rule_weight=1.0)))
+    assert "rule_weight is 3.0 in" in line
+    ckpt = checkpoint.load(tmp_path / "rm")
+    facts = dict(stage="rm", step=2, tokens_seen=0, config={}, tokenizer=ckpt.tokenizer)
+    checkpoint.save(tmp_path / "rm", model=checkpoint.build_model(ckpt), **facts)
+    line = failure(capsys, ppo_train.main, argv(**options | dict(resume=True)))
+    assert "it started from" in line and "rm/ckpt.pt" in line
 
 
 def test_a_run_from_before_rewards_goes_on_with_its_reward_model_only(small, tmp_path):

@@ -227,6 +227,19 @@ def test_a_function_reads_the_texts_and_a_constant_one_is_not_scaled(small, caps
     assert "the reward is 0.700 for every reply of the reference: scores are not scaled" in capsys.readouterr().out
 
 
+def test_a_model_and_a_function_add_up_by_their_weight(small, own_rewards):
+    ckpt = checkpoint.load(small / "sft")
+    words, scores = Tokenizer(ckpt.tokenizer), {}
+    base = dict(reward_model=small / "rm", rule_weight=2.5, micro_batch_size=2, compile=False)
+    batch = rollout(checkpoint.build_model(ckpt), [words.encode("你好"), words.encode("书")], 5, seed=1)
+    for name in ("model", "own_rewards:odd", "model+own_rewards:odd"):
+        scores[name] = Reward(base | dict(reward=name), ckpt, words, ENV).raw(batch)
+    expected = scores["model"] + 2.5 * scores["own_rewards:odd"]
+    torch.testing.assert_close(scores["model+own_rewards:odd"], expected, rtol=0, atol=1e-6)  # one addition
+    with pytest.raises(ConfigError, match="reward=model:odd: cannot import|reward=model:odd: .*has no function odd"):
+        Reward(base | dict(reward="model+model:odd"), ckpt, words, ENV)
+
+
 def reward_of(small, folder, change=lambda model: None, **shape):
     """A Reward whose model is like small's but for its shape, and what `change` does to it."""
     ckpt = checkpoint.load(small / "rm")
