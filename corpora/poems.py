@@ -198,7 +198,7 @@ def main(argv=None):
         training = [poem for poem in poems if not is_held_out(poem.title, config["held_out"])]
         tables = count_tables((poem.lines, poem.tones) for poem in training)
         if not tables.tones:
-            raise DataError(f"{escaped(config['poems'])}: no regular poems with tones (of strains/json) in it; {WANTED}")
+            raise DataError(f"{escaped(config['poems'])}: no regular poems with tones (strains/json) in it; {WANTED}")
         write_json(folder / "verse.json", as_json(tables))
         write_rows(folder / "poems.jsonl", (dict(text=poem.text) for poem in training))
         write_rows(folder / "heldout.jsonl", (dict(p._asdict(), form=form_of(p.lines)) for p in heldout))

@@ -25,23 +25,21 @@ class Tables(NamedTuple):
 
 def count_tables(poems):
     """Tables of poems, each (lines, tones): tones of the same lengths as lines, a sign a character, or None."""
-    marks, ends = defaultdict(Counter), []
+    marks, ends = Counter(), []
     for lines, tones in poems:
         ends.append([line[-1] for line in lines[1::2]])
-        for line, signs in zip(lines, tones or (), strict=False):
-            for character, sign in zip(line, signs, strict=True):
-                marks[character][sign] += 1
+        if tones:
+            marks.update(zip("".join(lines), "".join(tones), strict=True))
     return Tables(count_tones(marks), rhyme_classes(ends))
 
 
 def count_tones(marks):
-    """{character: tone} from {character: Counter of signs}, where one tone has at least SURE of the marks."""
-    tones = {}
-    for character, counts in marks.items():
-        tone = max((LEVEL, OBLIQUE), key=lambda tone: counts[tone])
-        if counts[tone] >= SURE * counts.total() > 0:
-            tones[character] = tone
-    return tones
+    """{character: tone} where at least SURE of its marks are of one tone; marks: Counter of (character, sign)."""
+    total = Counter()
+    for (character, _), n in marks.items():
+        total[character] += n
+    sure = {pair for pair, n in marks.items() if n >= SURE * total[pair[0]]}
+    return {character: tone for character, tone in sorted(sure) if tone in (LEVEL, OBLIQUE)}
 
 
 def rhyme_classes(ends):
