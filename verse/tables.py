@@ -78,30 +78,31 @@ def rhyme_classes(ends):
     for word in order:
         counts = votes(word)
         least = SHARE * counts.total()
-        others = [other for other, n in counts.most_common() if other != label[word] and n >= least]
-        classes[word] = tuple(name[found] for found in [label[word], *others])
+        others = sorted(name[other] for other, n in counts.items() if other != label[word] and n >= least)
+        classes[word] = (name[label[word]], *others)
     return classes
 
 
 def as_json(tables):
-    """{"tones": {tone: its characters}, "rhymes": {class: its characters, the commonest first}} of Tables."""
-    found = dict(tones=defaultdict(str), rhymes=defaultdict(str))
+    """Tables with their characters in a text for each tone, each class, and each class that is not their own."""
+    found = dict(tones=defaultdict(str), rhymes=defaultdict(str), also=defaultdict(str))
     for character, tone in tables.tones.items():
         found["tones"][tone] += character
-    for character, classes in tables.rhymes.items():
-        for name in classes:
-            found["rhymes"][name] += character
+    for character, (own, *others) in tables.rhymes.items():
+        found["rhymes"][own] += character
+        for name in others:
+            found["also"][name] += character
     return found
 
 
 def from_json(found):
     """The Tables of what `as_json` gave."""
     tones = {character: tone for tone, characters in found["tones"].items() for character in characters}
-    rhymes = defaultdict(tuple)
-    for name, characters in found["rhymes"].items():
+    rhymes = {character: (name,) for name, characters in found["rhymes"].items() for character in characters}
+    for name, characters in sorted(found["also"].items()):
         for character in characters:
             rhymes[character] += (name,)
-    return Tables(tones, dict(rhymes))
+    return Tables(tones, rhymes)
 
 
 @functools.lru_cache(maxsize=4)

@@ -43,14 +43,16 @@ def test_tables_of_poems_and_their_file(tmp_path):
     tables = count_tables(poems)
     assert tables.tones == dict.fromkeys("依山黄河流", "平") | dict.fromkeys("白日尽入海", "仄")
     assert tables.rhymes == {"流": ("流",), "楼": ("楼",)}
-    tables = tables._replace(rhymes={"春": ("春",), "看": ("春", "秋"), "秋": ("秋",)})
+    tables = tables._replace(rhymes={"春": ("春",), "看": ("秋", "春", "流"), "秋": ("秋",), "流": ("流",)})
     path = tmp_path / "verse.json"
     path.write_text(json.dumps(as_json(tables)), encoding="utf-8")
     assert load_tables(path) == tables
     assert from_json(as_json(tables)) == tables
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"tones": {}, "rhymes": []}', '{"tones": 1, "rhymes": {}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"tones": {}, "rhymes": [], "also": {}}', '{"tones": 1, "rhymes": {}, "also": {}}']
+)
 def test_what_is_no_file_of_tables(tmp_path, text):
     path = tmp_path / "verse.json"
     path.write_text(text, encoding="utf-8")
