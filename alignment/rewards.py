@@ -129,7 +129,7 @@ class Reward:
         if self.ckpt:
             self.ckpt.drop()
         if self.function:
-            self.fields = fields_taken(self.name.removeprefix("reward="), self.function, prompts[0].fields)
+            self.fields = fields_taken(self.name, self.function, prompts[0].fields)
         if stage.resumed:
             self.resume(stage)
             return

@@ -60,7 +60,7 @@ def draw(checkpoints, yardstick, title, judge="positive"):
     least, high = min(kl for kl, _ in points), axes.get_xlim()[1]
     axes.set_xticks(ticks := [tick for tick in TICKS if least <= tick <= high], [f"{tick:g}" for tick in ticks])
     axes.set_xlabel("KL to the first checkpoint (nats per reply, square-root scale)")
-    axes.set_ylabel(f"{LABELS[judge]}, 95 % interval")
+    axes.set_ylabel(f"{LABELS.get(judge, judge)}, 95 % interval")
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.25)
     figure.draw_without_rendering()  # now it is known where the points are

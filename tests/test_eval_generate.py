@@ -514,6 +514,47 @@ def test_best_of_n_is_what_the_reward_model_scores_highest(tmp_path, tok, capsys
     assert alone | dict(distinct_2=0) == first | dict(distinct_2=0)
 
 
+def test_a_function_of_ones_own_judges(tmp_path, tok, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_judge.py").write_text(
+        "def figures(prompts, replies):\n"
+        "    return [dict(size=len(r), odd=bool(len(r) % 2)) for p, r in zip(prompts, replies, strict=True)]\n"
+        "def few(prompts, replies):\n    return [dict(size=1)]\n"
+        "def words(prompts, replies):\n    return [dict(size='x') for _ in replies]\n"
+        "def numbers(prompts, replies):\n    return [1 for _ in replies]\n"
+        "def uneven(prompts, replies):\n    return [{str(i): i} for i, _ in enumerate(replies)]\n"
+    )
+    data = save_data(tmp_path / "data", tok, {}, PROMPTS, EXAMPLES)
+    three, two = (save(tmp_path / name, tok, says(tok, text)) for name, text in (("a", "很好看"), ("b", "差评")))
+    options, judge = ["--max_new_tokens=12", "--compare_samples=0"], "--judge=own_judge:figures"
+    picture = tmp_path / "a.png"
+    wishes = [judge, "--picture_column=odd", f"--picture={picture}"]
+    markdown, figures = compare(capsys, [three, two], data, *options, *wishes)
+    first, second = figures["replies"]
+    assert (first["size"], first["odd"], second["size"], second["odd"]) == (3, 1, 2, 0)
+    assert (first["size_low"], first["size_high"]) == (3, 3)  # all alike
+    assert first["odd_low"] == pytest.approx(5 / (5 + 1.96**2), rel=1e-4)  # Wilson's, of 5 of 5
+    assert figures["judge"] == "odd" and figures["judged_by"] == "own_judge:figures" and picture.exists()
+    assert "judged by own_judge:figures; " in markdown and "tasks" not in figures  # nor by SnowNLP
+    assert f"| {three} | sft | 3.000 | 1.000 | 0.566 to 1.000 | " in markdown
+
+    loose = save(tmp_path / "loose", tok, random_model(tok.vocab_size))
+    rm = save(tmp_path / "rm", tok, random_model(tok.vocab_size, seed=1, scalar_head=True), "rm")
+    wishes = [judge, "--best_of=2,4", f"--reward_model={rm}"]
+    _, figures = compare(capsys, [loose], data, *options, *wishes)
+    one, two, four = figures["replies"]
+    assert one["size"] <= two["size"] <= four["size"] and one["size"] < four["size"]
+    assert all(math.isfinite(row["score"]) for row in (one, two, four))
+    for name, words in dict(
+        few="few, size: returned 1 rewards for 5 replies", words="words, size: must return a list of numbers",
+        numbers="numbers must return a list of dicts", uneven="uneven must return the same names", none="no function",
+    ).items():  # fmt: skip
+        with pytest.raises(ConfigError, match=words):
+            compare(capsys, [loose], data, *options, f"--judge=own_judge:{name}")
+    with pytest.raises(ConfigError, match="picture_column=even: the judge gives size, odd"):
+        compare(capsys, [loose], data, *options, judge, "--picture_column=even")
+
+
 def test_best_of_n_needs_a_reward_model_that_reads_the_same_tokens(tmp_path, tok, capsys):
     data = save_data(tmp_path / "data", tok, {}, PROMPTS)
     policy = save(tmp_path / "sft", tok, random_model(tok.vocab_size))
@@ -572,7 +613,7 @@ def test_rollout_within_a_small_nucleus_is_greedy(tok):
         (["--top_p=0"], "top_p=0.0"),
         (["--compare_top_p=1.5"], "compare_top_p=1.5: more than 0 and at most 1 is needed"),
         (["--repetition_penalty=0"], "repetition_penalty=0.0"),
-        (["--compare=a", "--best_of=2"], "--best_of needs the --reward_model that picks"),
+        (["--compare=a", "--best_of=2"], "--best_of needs the --reward_model or the --judge that picks"),
         (["--compare=a", "--best_of=1,2", "--reward_model=b"], "best_of=1,2: whole numbers from 2 on"),
         (["--compare=a", "--best_of=few", "--reward_model=b"], "best_of=few: whole numbers"),
         (["--compare=a", "--best_of=2", "--reward_model=b", "--compare_temperature=0"], "above 0: greedy"),
