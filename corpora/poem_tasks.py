@@ -1,0 +1,148 @@
+"""What the poet is asked and answers: rows for fine-tuning, the reward model, RL and the comparison, from real poems.
+
+A request is drawn as the poems have it: title, form and rhyme are those of one. Rows of write_tasks, as
+corpora/layouts.py and corpora/preferences.py read them:
+
+    sft.jsonl               {"instruction", "output"}: six tasks, each with several wordings
+    rm.jsonl                {"prompt", "chosen", "rejected"}: a real poem, and the same spoilt where no rule sees it
+    prompts.jsonl           {"prompt", "title", "form", "rhyme", "heads", "words"}: requests for RL, on training titles
+    heldout_prompts.jsonl   the same of held-out poems, for the comparison alone
+"""
+
+import json
+import random
+from collections import defaultdict
+from pathlib import Path
+
+from common.files import naming
+from verse import HAN, form_of, render, rhyme_class
+
+LONGEST_TITLE = 12  # characters; nine in ten are shorter
+SFT_ROWS = dict(write=16_000, given_words=3_000, acrostic=3_000, continued=3_000, next_line=2_000, told=1_000)
+RM_ROWS, PROMPTS, HELDOUT_PROMPTS = 9_000, 8_000, 1_000
+NAMED_RHYME = 0.8  # share of the requests for fine-tuning that name a rhyme, as all of RL do
+SHARES = dict(write=0.7, given_words=0.15, acrostic=0.15)  # of the requests for RL
+
+WORDINGS = dict(
+    write=(
+        "以《{title}》为题写一首{form}{rhyme}。",
+        "写一首{form}，题为《{title}》{rhyme}。",
+        "作{form}《{title}》{rhyme}。",
+    ),
+    given_words=(
+        "以《{title}》为题写一首{form}{rhyme}，用上“{words}”。",
+        "写{form}《{title}》{rhyme}，诗中要有“{words}”。",
+    ),
+    acrostic=("写一首{form}{rhyme}，各句首字是“{heads}”。", "以“{heads}”藏头写一首{form}{rhyme}。"),
+    continued=("以“{first}”开头写一首{form}{rhyme}。", "“{first}”，续成一首{form}{rhyme}。"),
+    next_line=("“{first}”的下一句是什么？", "对下句：{first}"),
+    told=("这首诗是什么体，押什么韵？\n{text}", "说出诗体和韵：\n{text}"),
+)
+
+
+def fields_of(poem, tables):
+    """What may be asked of a poem: its title, form and rhyme; None if no short request can ask for it."""
+    plain = 0 < len(poem.title) <= LONGEST_TITLE and HAN.fullmatch(poem.title)
+    rhyme = rhyme_class(poem.lines, tables)
+    return dict(title=poem.title, form=form_of(poem.lines), rhyme=rhyme) if plain and rhyme else None
+
+
+def request(task, poem, fields, rng, named=True):
+    """(text, fields for rewards) of a request that this poem answers; with the rhyme's name if `named`."""
+    asked = dict(fields, rhyme=fields["rhyme"] if named else None, heads="", words=[])
+    if task == "acrostic":
+        asked |= dict(title="", heads="".join(line[0] for line in poem.lines))
+    if task == "given_words":  # the first two characters of a line are a word, as a rule
+        asked["words"] = [line[:2] for line in rng.sample(poem.lines, rng.choice([1, 2]))]
+    rhyme = f"，押{fields['rhyme']}韵" if named else ""
+    said = dict(asked, rhyme=rhyme, words="”“".join(asked["words"]), first=poem.lines[0], text=render(poem.lines))
+    return rng.choice(WORDINGS[task]).format(**said), asked
+
+
+def sft_row(task, poem, fields, rng):
+    """One row of fine-tuning: what is asked, and the poem or what is to be said of it."""
+    text, _ = request(task, poem, fields, rng, rng.random() < NAMED_RHYME)
+    answer = render(poem.lines)
+    if task == "next_line":
+        answer = poem.lines[1]
+    if task == "told":
+        answer = f"{fields['form']}，押{fields['rhyme']}韵。"
+    return dict(instruction=text, output=answer)
+
+
+def swapped(poem, others, tables, rng):
+    """The first lines of two couplets in each other's place: lengths, rhymes and nearly all tones stay."""
+    lines = list(poem.lines)
+    i, j = rng.sample(range(0, len(lines), 2), 2)
+    lines[i], lines[j] = lines[j], lines[i]
+    return lines
+
+
+def replaced(poem, others, tables, rng):
+    """In half of the lines the first two characters are of a line of some other poem, with the same tones."""
+    lines = list(poem.lines)
+    for i in rng.sample(range(len(lines)), len(lines) // 2):
+        tones = [tables.tones.get(character) for character in lines[i][:2]]
+        words = (line[:2] for other in rng.choices(others, k=8) for line in other.lines)
+        fitting = [word for word in words if list(map(tables.tones.get, word)) == tones]
+        if fitting:
+            lines[i] = rng.choice(fitting) + lines[i][2:]
+    return lines
+
+
+def elsewhere(poem, others, tables, rng):
+    """The poem of another title."""
+    return rng.choice(others).lines
+
+
+FAULTS = (swapped, replaced, elsewhere)  # a third of the pairs each
+
+
+def rm_rows(poems, tables, n, rng):
+    """A real poem against one of equal form and rhyme that does not hang together, or is on something else."""
+    alike = defaultdict(list)
+    for poem, fields in poems:
+        alike[fields["form"], fields["rhyme"]].append(poem)
+    rows = []
+    for i, (poem, fields) in enumerate(poems):
+        others = alike[fields["form"], fields["rhyme"]]
+        rejected = FAULTS[i % len(FAULTS)](poem, others, tables, rng)
+        if rejected != poem.lines:
+            text, _ = request("write", poem, fields, rng)
+            rows.append(dict(prompt=text, chosen=render(poem.lines), rejected=render(rejected)))
+        if len(rows) == n:
+            break
+    return rows
+
+
+def prompt_rows(poems, n, rng):
+    """Requests that name form and rhyme, in the shares of SHARES."""
+    rows = []
+    for poem, fields in poems[:n]:
+        task = rng.choices(list(SHARES), SHARES.values())[0]
+        text, asked = request(task, poem, fields, rng)
+        rows.append(dict(prompt=text) | asked)
+    return rows
+
+
+def write_tasks(training, heldout, tables, folder, seed):
+    """Write the rows of all tasks into `folder`; the Poems are those to train on and those held out.
+
+    No poem is in two of the files, as far as there are enough; the rows of fewer poems are as many as they can be.
+    """
+    rng = random.Random(seed)
+    known, kept = ([(p, f) for p in poems if (f := fields_of(p, tables))] for poems in (training, heldout))
+    for poems in (known, kept):
+        rng.shuffle(poems)
+    tasks = [task for task, n in SFT_ROWS.items() for _ in range(n)]
+    tasks = rng.sample(tasks, len(tasks))
+    rows = dict(heldout_prompts=prompt_rows(kept, HELDOUT_PROMPTS, rng))
+    rows["prompts"] = prompt_rows(known, min(PROMPTS, len(known) // 4), rng)
+    rest = known[len(rows["prompts"]) :]
+    rows["rm"] = rm_rows(rest[: len(rest) // 4], tables, RM_ROWS, rng)
+    rest = rest[len(rest) // 4 :]
+    rows["sft"] = [sft_row(task, *pair, rng) for task, pair in zip(tasks, rest, strict=False)]
+    for name, found in rows.items():
+        path = Path(folder) / f"{name}.jsonl"
+        with naming(path), open(path, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
