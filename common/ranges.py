@@ -15,7 +15,7 @@ RANGES = {
     "[1, inf)": """
         eval_interval save_interval log_interval keep_last eval_tokens eval_pairs eval_prompts eval_examples
         calibration_tokens compare_prompts compare_examples unit_bytes min_characters write_max_characters
-        rm_max_characters rm_length_bin prompts_train
+        rm_max_characters rm_length_bin prompts_train prompts pairs
     """,
     # what is in memory at once
     "[1, 1e6]": """
@@ -23,7 +23,7 @@ RANGES = {
         ppo_epochs epochs seq_len max_seq_len model.max_seq_len prompts_max_len max_new_tokens eval_new_tokens
         sample_tokens
     """,
-    "[2, 1e6]": "grpo_train:group_size",  # replies to one prompt are compared
+    "[2, 1e6]": "grpo_train:group_size samples",  # replies to one prompt are compared
     "[1, 65536]": "model.dim model.n_heads model.n_kv_heads",
     "[1, 1000]": "model.n_layers",
     "(0, 10]": "learning_rate",

@@ -22,12 +22,12 @@ ALLOWED |= {"common": {"common"} | BASE - {"configs"}}
 ALLOWED |= {wing: {wing, "common"} | BASE for wing in WINGS}
 ALLOWED |= {stage: WINGS | {"common"} | BASE for stage in STAGES}
 # stages that live with what they make or read
-SCRIPTS_IN_PACKAGES = {"tokenizer/train.py": {"common"}, "corpora/poems.py": set()}
+SCRIPTS_IN_PACKAGES = {"tokenizer/train.py": {"common"}, "corpora/poems.py": set(), "alignment/ranked.py": set()}
 FIRST = {"tokenizer/__init__.py": "common/early.py"}  # as python -m imports it before the script
 FILES = [*ROOT.glob("*.py"), *(path for name in OURS for path in (ROOT / name).rglob("*.py"))]
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in FILES)
 STAGE_CONFIGS = sorted(path for path in FILES if re.fullmatch(r"configs/(?!__init__|sizes)\w+\.py", path))
-DEMO_CONFIGS = sorted(path for path in FILES if re.fullmatch(r"configs/demo/(?!__init__)\w+\.py", path))
+DEMO_CONFIGS = sorted(path for path in FILES if re.fullmatch(r"configs/(?:demo|poems)/(?!__init__)\w+\.py", path))
 
 
 DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef
@@ -149,7 +149,12 @@ def test_config_is_literals_with_a_comment_a_key(path):
 def stage_of(path):
     """The script that a file of defaults in configs/ is for."""
     name = path.split("/")[-1]
-    return {"tokenizer.py": "tokenizer/train.py", "poem_data.py": "corpora/poems.py"}.get(name, name)
+    scripts = {
+        "tokenizer.py": "tokenizer/train.py",
+        "poem_data.py": "corpora/poems.py",
+        "ranked.py": "alignment/ranked.py",
+    }
+    return scripts.get(name, name)
 
 
 def keys_read(path):
@@ -176,7 +181,7 @@ NAMED = re.compile(r"(?<![\w./*<>$-])(?:[\w-]+/)*[\w-]+\.(?:py|sh|md)\b", re.ASC
 MODULE = re.compile(r"python3? -m ([\w.]+)")
 FOREIGN = {"tokenizer.py", "grpo_trainer.py", "rloo_trainer.py", "gguf.md", "docs/gguf.md"}  # llama2.c's, TRL's, ggml's
 # made by the scripts or by the reader
-MADE = ("out/", "data/", "README.md", "report.md", "compare.md", "quantize.md", "config.py")
+MADE = ("out/", "data/", "README.md", "report.md", "compare.md", "quantize.md", "samples.md", "config.py")
 TRACKED = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.*") if ".venv" not in path.parts]
 TEXTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("runs/*"), *ROOT.glob("requirements*.txt")]
 TEXTS += [ROOT / path for path in FILES] + [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("tests/**/*.py")]
