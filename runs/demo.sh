@@ -4,25 +4,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . runs/setup.sh requirements.txt
+. runs/stages.sh
 began=$SECONDS
-
-stage() { # stage NAME COMMAND...: run it, and say how long it took
-    local name=$1 start=$SECONDS
-    shift
-    printf '\n== %s: %s\n' "$name" "$*"
-    "$@"
-    printf -- '-- %s took %d s\n' "$name" $((SECONDS - start))
-}
-
-once() { # once FILE NAME COMMAND...: the same, unless FILE is there
-    local file=$1
-    shift
-    if [ -e "$file" ]; then
-        printf '\n== %s: %s is there, skipped\n' "$1" "$file"
-    else
-        stage "$@"
-    fi
-}
 
 once data/demo/corpus.txt corpus python data_process.py configs/demo/data.py --parts=text
 once out/demo/tokenizer/tokenizer.model tokenizer python -m tokenizer.train configs/demo/tokenizer.py

@@ -1,0 +1,21 @@
+from configs.dpo_train import config as base
+
+config = base | dict(
+    data="data/poems/ranked",  # pairs of the fine-tuned model's own replies
+    init_from="out/poems/sft",
+    out="out/poems/dpo",
+    beta=0.1,
+    batch_size=16,
+    grad_accumulation_steps=1,
+    max_steps=120,
+    learning_rate=1e-4,
+    min_learning_rate=1e-5,
+    warmup_steps=10,
+    eval_interval=60,
+    eval_pairs=48,
+    eval_prompts=64,
+    eval_new_tokens=80,
+    save_interval=60,
+    keep_last=1,  # minutes to train again
+    log_interval=5,
+)

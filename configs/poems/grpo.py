@@ -1,0 +1,24 @@
+from configs.grpo_train import config as base
+
+config = base | dict(
+    data="data/poems",
+    init_from="out/poems/sft",
+    reward="verse.rewards:rules",
+    out="out/poems/grpo",
+    loss="dr_grpo",  # grpo makes as much of a group's small differences in score as of large ones
+    rollout_size=128,
+    group_size=8,
+    minibatch_size=64,
+    micro_batch_size=64,
+    max_steps=100,
+    max_new_tokens=80,
+    kl_coef=0.01,
+    entropy_coef=0.004,
+    learning_rate=2e-4,
+    min_learning_rate=4e-5,
+    warmup_steps=2,
+    eval_interval=25,
+    eval_prompts=64,
+    save_interval=25,
+    keep_last=1,  # minutes to train again
+)

