@@ -5,6 +5,7 @@ Reads the npm package chinese-poetry, packed or unpacked, or a clone of its repo
     poems.jsonl    {"text": "title\\nline，line。\\n..."}, a training poem a row
     heldout.jsonl  {"title", "author", "lines", "tones", "form"} of poems whose title no training poem has
     verse.json     the tones and rhyme classes of characters, counted from the training poems
+    sft.jsonl and the like: the rows of corpora/poem_tasks.py
     source.json    what all this was made from
 
     python -m corpora.poems --poems=chinese-poetry-2.0.1.tgz --out=data/poems/rows
@@ -26,6 +27,7 @@ from common.config import ConfigError, parse_config, run
 from common.files import file_sha256, naming, new_folder, read_json, write_json
 from corpora.clean import char_ngrams, simplify, text_hash
 from corpora.encodings import BLOCK, open_bytes, reading
+from corpora.poem_tasks import write_tasks
 from dataset.formats import DataError, escaped
 from verse import form_of, parse, render
 from verse.tables import as_json, count_tables
@@ -202,6 +204,7 @@ def main(argv=None):
         write_json(folder / "verse.json", as_json(tables))
         write_rows(folder / "poems.jsonl", (dict(text=poem.text) for poem in training))
         write_rows(folder / "heldout.jsonl", (dict(p._asdict(), form=form_of(p.lines)) for p in heldout))
+        write_tasks(training, heldout, tables, folder, config["seed"])
         write_json(folder / "source.json", source)
     classes = len({classes[0] for classes in tables.rhymes.values()})
     print(f"{out}: {len(training):,} poems to train on, {len(heldout):,} held out")

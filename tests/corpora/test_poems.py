@@ -173,6 +173,7 @@ def test_what_is_written(tmp_path, capsys):
     assert not titles & {row["title"] for row in heldout}
     assert heldout[0].keys() == {"title", "author", "lines", "tones", "form"}
     written = {file.name: file.read_bytes() for file in out.iterdir()}
+    assert {"verse.json", "sft.jsonl", "rm.jsonl", "prompts.jsonl", "heldout_prompts.jsonl"} < written.keys()
     main([f"--poems={path}", f"--out={out}", "--held_out=0.4"])
     assert "made from the same poems before" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="--overwrite"):
