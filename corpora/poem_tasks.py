@@ -3,7 +3,7 @@
 A request is drawn as the poems have it: title, form and rhyme are those of one. Rows of write_tasks, as
 corpora/layouts.py and corpora/preferences.py read them:
 
-    sft.jsonl               {"instruction", "output"}: six tasks, each with several wordings
+    sft.jsonl               {"instruction", "output"}: eight tasks, each with several wordings
     rm.jsonl                {"prompt", "chosen", "rejected"}: a real poem, and the same spoilt where no rule sees it
     prompts.jsonl           {"prompt", "title", "form", "rhyme", "heads", "words"}: requests for RL, on training titles
     heldout_prompts.jsonl   the same of held-out poems, for the comparison alone
@@ -15,28 +15,28 @@ from collections import defaultdict
 from pathlib import Path
 
 from common.files import naming
-from verse import HAN, form_of, render, rhyme_class
+from verse import HAN, ends_of, form_of, render, rhyme_class
 
 LONGEST_TITLE = 12  # characters; nine in ten are shorter
-SFT_ROWS = dict(write=16_000, given_words=3_000, acrostic=3_000, continued=3_000, next_line=2_000, told=1_000)
+SFT_ROWS = dict(write=16_000, given_words=2_000, acrostic=3_000, continued=2_000, next_line=1_000, told=1_000)
+SFT_ROWS |= dict(rhyme_words=4_000, rhyme_of=3_000)  # short ones: what rhymes is told apart, so that poems can use it
 RM_ROWS, PROMPTS, HELDOUT_PROMPTS = 9_000, 8_000, 1_000
-NAMED_RHYME = 0.8  # share of the requests for fine-tuning that name a rhyme, as all of RL do
+NAMED_RHYME = 0.9  # share of the requests for fine-tuning that name a rhyme, as all of RL do
 SHARES = dict(write=0.7, given_words=0.15, acrostic=0.15)  # of the requests for RL
 
 WORDINGS = dict(
     write=(
         "以《{title}》为题写一首{form}{rhyme}。",
-        "写一首{form}，题为《{title}》{rhyme}。",
+        "写{form}，题为《{title}》{rhyme}。",
         "作{form}《{title}》{rhyme}。",
     ),
-    given_words=(
-        "以《{title}》为题写一首{form}{rhyme}，用上“{words}”。",
-        "写{form}《{title}》{rhyme}，诗中要有“{words}”。",
-    ),
-    acrostic=("写一首{form}{rhyme}，各句首字是“{heads}”。", "以“{heads}”藏头写一首{form}{rhyme}。"),
-    continued=("以“{first}”开头写一首{form}{rhyme}。", "“{first}”，续成一首{form}{rhyme}。"),
+    given_words=("以《{title}》为题，用“{words}”写一首{form}{rhyme}。", "用“{words}”作{form}《{title}》{rhyme}。"),
+    acrostic=("以“{heads}”为各句首字写一首{form}{rhyme}。", "以“{heads}”藏头作{form}{rhyme}。"),
+    continued=("以“{first}”开头写一首{form}{rhyme}。", "把“{first}”续成{form}{rhyme}。"),
     next_line=("“{first}”的下一句是什么？", "对下句：{first}"),
     told=("这首诗是什么体，押什么韵？\n{text}", "说出诗体和韵：\n{text}"),
+    rhyme_words=("押{name}韵的字。", "哪些字押{name}韵？"),
+    rhyme_of=("“{end}”押什么韵？", "{end}字是什么韵？"),
 )
 
 
@@ -56,18 +56,20 @@ def request(task, poem, fields, rng, named=True):
         asked["words"] = [line[:2] for line in rng.sample(poem.lines, rng.choice([1, 2]))]
     rhyme = f"，押{fields['rhyme']}韵" if named else ""
     said = dict(asked, rhyme=rhyme, words="”“".join(asked["words"]), first=poem.lines[0], text=render(poem.lines))
+    said |= dict(name=fields["rhyme"], end=rng.choice(ends_of(poem.lines)))
     return rng.choice(WORDINGS[task]).format(**said), asked
 
 
 def sft_row(task, poem, fields, rng):
     """One row of fine-tuning: what is asked, and the poem or what is to be said of it."""
     text, _ = request(task, poem, fields, rng, rng.random() < NAMED_RHYME)
-    answer = render(poem.lines)
-    if task == "next_line":
-        answer = poem.lines[1]
-    if task == "told":
-        answer = f"{fields['form']}，押{fields['rhyme']}韵。"
-    return dict(instruction=text, output=answer)
+    others = dict(
+        next_line=poem.lines[1],
+        told=f"{fields['form']}，押{fields['rhyme']}韵。",
+        rhyme_words="、".join(ends_of(poem.lines)),
+        rhyme_of=f"{fields['rhyme']}韵。",
+    )
+    return dict(instruction=text, output=others.get(task) or render(poem.lines))
 
 
 def swapped(poem, others, tables, rng):

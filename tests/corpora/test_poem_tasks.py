@@ -86,7 +86,7 @@ def test_no_poem_is_in_two_files_and_held_out_titles_in_one_alone(rows):
     assert {row["title"][:1] for row in rows["heldout_prompts"]} <= {"留", ""} and len(rows["heldout_prompts"]) == 20
     for name in ("sft", "rm", "prompts"):
         assert rows[name] and "留" not in json.dumps(rows[name], ensure_ascii=False)
-    texts = [row["chosen"] for row in rows["rm"]] + [row["output"] for row in rows["sft"]]
+    texts = [row["chosen"] for row in rows["rm"]] + [row["output"] for row in rows["sft"] if "\n" in row["output"]]
     assert len(set(texts)) == len(texts) and len(rows["prompts"]) == 25 and len(rows["sft"]) == 57
 
 
@@ -120,6 +120,6 @@ def test_all_tasks_are_there_when_there_are_poems_enough(tmp_path, monkeypatch):
         monkeypatch.setitem(SFT_ROWS, task, 5)
     write_tasks(poems(100, 1, "训"), [], TABLES, tmp_path, 0)
     texts = [json.loads(line)["instruction"] for line in (tmp_path / "sft.jsonl").read_text("utf-8").splitlines()]
-    assert len(texts) == 30
-    for mark in ("题", "“", "藏头", "下", "体"):
+    assert len(texts) == 40
+    for mark in ("题", "“", "藏头", "下", "体", "字"):
         assert any(mark in text for text in texts)
