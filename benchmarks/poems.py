@@ -73,7 +73,7 @@ def ranked(seed, options):
         run_python(*command, log=folder / "ranked.log", VERSE_TABLES=str(options.data / "rows/verse.json"))
     if not (data / "prompts.pkl").exists():
         sources = [f"ranked:pairs={rows}", f"requests:prompts={options.data}/rows/prompts.jsonl"]
-        keys = dict(out=data, sources=sources, tokenizer=options.pretrain)
+        keys = dict(out=data, sources=sources)
         run_python(ROOT / "data_process.py", ROOT / "configs/poems/ranked_data.py", *flags(**keys))
     return data
 
