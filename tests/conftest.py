@@ -1,5 +1,7 @@
 """What every test shares: few threads, float64 on demand, sample files, and a chain of small runs."""
 
+import signal
+
 import pytest
 import torch
 from chains import MAINS, ROOT, make_data, make_model, train
@@ -10,6 +12,8 @@ from configs.tokenizer import config as tokenizer_defaults
 from tokenizer.train import Corpus as TrainingText
 from tokenizer.train import train_bpe
 
+# where the tests run in the background Ctrl-C is ignored, which scripts that they start would inherit
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(min(2, torch.get_num_threads()))  # the models here are too small for more
 
 
