@@ -32,11 +32,11 @@ from common import checkpoint, resume
 from common.checkpoint import Checkpoint, CheckpointError
 from common.config import ConfigError, UserError, parse_config, run
 from common.distributed import setup
-from common.files import refuse_foreign, write_file
+from common.files import REPORT_MARK, refuse_foreign, write_file
 from common.metrics import plain, source_losses
 from common.report import format_table
 from dataset.corpus import Corpus
-from dataset.formats import OURS, load_meta
+from dataset.formats import load_meta
 from model import Llama
 from tokenizer import StreamDecoder, Tokenizer, encode_example, encode_opening, encode_prompt
 
@@ -165,7 +165,7 @@ def publish(markdown, figures, report):
     """The tables to standard output and to the file `report`, then the figures as one line of JSON."""
     print(f"{markdown}\n\n{json.dumps(plain(figures), ensure_ascii=False)}")
     if report:
-        write_file(report, f"{markdown}\n\n<!-- written by {OURS} -->\n".encode())
+        write_file(report, f"{markdown}\n\n{REPORT_MARK}\n".encode())
 
 
 def sizes_of(best_of):

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import secrets
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -182,13 +183,29 @@ def _known_by(path: Path) -> int | str:
     return file_sha256(path) if size < _SMALL else size
 
 
+REPORT_MARK = f"<!-- written by {OURS} -->"  # the last line of a report
+
+
 def refuse_foreign(path: str | Path, suffix: str) -> None:
-    """ConfigError unless a command may write a picture or report there: nothing is, or what one wrote."""
+    """ConfigError unless a command may write a picture (.png) or report (.md) there: nothing is, or what one wrote."""
     path = Path(path)
     if path.suffix != suffix:
         raise ConfigError(f"{path}: the name of a {suffix} file is needed")
-    if path.exists() and (path.is_dir() or OURS.encode() not in path.read_bytes()):
+    if path.exists() and (path.is_dir() or not _marked(path.read_bytes(), suffix)):
         raise ConfigError(f"{path} was not written by such a command: choose another name, or remove it yourself")
+
+
+def _marked(data: bytes, suffix: str) -> bool:
+    """Whether a report ends in the line of ours, or a picture has the Software chunk of ours (PNG, 11.3.3.2)."""
+    if suffix == ".md":
+        return data.splitlines()[-1:] == [REPORT_MARK.encode()]
+    at = 8 if data.startswith(b"\x89PNG\r\n\x1a\n") else len(data)
+    while at + 8 <= len(data):  # a chunk: its length, type, data and CRC
+        size, kind = struct.unpack_from(">I4s", data, at)
+        if kind == b"tEXt" and data[at + 8 : at + 8 + size] == b"Software\0" + OURS.encode():
+            return True
+        at += size + 12
+    return False
 
 
 def read_json(path: Path) -> dict:

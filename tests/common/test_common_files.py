@@ -7,7 +7,9 @@ import pytest
 from saving import killed_before
 
 from common.config import ConfigError, ending
-from common.files import make_folder, new_folder
+from common.files import REPORT_MARK, make_folder, new_folder, refuse_foreign
+from common.plots import new_figure, png
+from dataset.formats import OURS
 
 
 def fill(out, text, overwrite=True):
@@ -46,3 +48,27 @@ def test_folders_in_which_nothing_came_to_stand_are_removed_at_the_end(tmp_path)
         (tmp_path / "full" / "file").touch()
         make_folder(tmp_path / "there")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "full", "there"]
+
+
+def test_only_a_mark_in_its_place_makes_a_report_or_picture_ours(tmp_path):
+    ours = png(new_figure(1, 1))
+    for text in ("# report\n\n" + REPORT_MARK + "\n", "a\r\n" + REPORT_MARK + "\r\n"):
+        (tmp_path / "a.md").write_bytes(text.encode())
+        refuse_foreign(tmp_path / "a.md", ".md")
+    (tmp_path / "a.png").write_bytes(ours)
+    refuse_foreign(tmp_path / "a.png", ".png")
+    foreign = ours.replace(OURS.encode(), b"X" * len(OURS))
+    for name, data in (
+        ("b.md", b""),
+        ("b.md", f"# {OURS}\n".encode()),
+        ("b.md", f"{REPORT_MARK}\n\nmine\n".encode()),
+        ("b.md", f"A report ends in `{REPORT_MARK}`\n".encode()),
+        ("b.png", b""),
+        ("b.png", foreign + b"Software\0" + OURS.encode()),
+        ("b.png", ours[8:]),
+        ("b.png", foreign[:-4]),
+        ("b.png", REPORT_MARK.encode()),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ConfigError, match="was not written by such a command"):
+            refuse_foreign(tmp_path / name, "." + name[2:])
