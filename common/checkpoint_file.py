@@ -245,6 +245,20 @@ def own_steps(path: Path) -> list[int]:
     return before + ([step] if not second.exists() or second.samefile(path) else [])
 
 
+def stage_of(path: Path) -> str | None:
+    """The stage whose run wrote a checkpoint, in whatever version; None if none did, "" if it is damaged or gone."""
+    try:
+        with open(path, "rb") as file:
+            content = Archive(file).content
+    except OSError:
+        return ""
+    except ArchiveError as error:
+        return "" if error.damaged else None
+    if not isinstance(content, dict) or "format_version" not in content:
+        return None
+    return str(content.get("stage", ""))
+
+
 def _link(path: Path, name: Path) -> None:
     """Give a file a second name, in place of what has it, which stays when another takes the first."""
     try:

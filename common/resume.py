@@ -18,14 +18,19 @@ from common.checkpoint_file import (
     older,
     own_steps,
     second_name,
+    stage_of,
 )
-from common.config import ConfigError, ending, flatten
-from common.files import file_sha256, lock, make_folder
+from common.config import ConfigError, UserError, ending, flatten
+from common.files import file_sha256, lock, make_folder, read_json
 from dataset.formats import OURS, DataError, load_meta
 from tokenizer import MODEL_FILE
 
 # what a run writes beside its checkpoints: of an older run it must not stay
-RUN_FILES = (BEST_NAME, "metrics.jsonl", "samples.txt", "loss.png", "score_kl.png", "calibration.png")
+LOGS = ("metrics.jsonl", "samples.txt")
+TRAINED = (*LOGS, BEST_NAME, "loss.png")
+RUN_FILES = dict(quantize=LOGS, rm=(*TRAINED, "calibration.png"))
+RUN_FILES |= dict.fromkeys(("ppo", "grpo"), (*TRAINED, "score_kl.png"))
+ANY_RUN = (FILE_NAME, "config.json", "tensorboard", "logger_id.txt")  # and what is written over or added to
 NEW, SAVED = ".new", ".saved"  # folders in `out`: a run from step 0 before its first save, and while that moves
 MARK = f".{OURS}"  # a file in them: a run made them
 READ = "init_from reward_model tokenizer data".split()  # config keys of what a stage reads
@@ -51,9 +56,11 @@ def begin(config: dict, stage: str) -> Checkpoint | None:
     out = Path(config["out"])
     keep_apart(config)
     if _is_main():
-        _open(out, config["overwrite"])
+        _open(out)
     _barrier()
     ckpt = _look(out, config, stage)
+    if config["overwrite"] and dist.is_initialized() and _is_main():
+        make_new(out)
     _barrier()  # rank 0 must not save before every rank has looked
     if ckpt is not None and ckpt.path != out / FILE_NAME:
         if _is_main():
@@ -62,26 +69,22 @@ def begin(config: dict, stage: str) -> Checkpoint | None:
     return ckpt
 
 
-def _open(out: Path, overwrite: bool) -> None:
+def _open(out: Path) -> None:
     try:
         make_folder(out)
     except OSError as error:
         raise CheckpointError(f"cannot make the run directory {out}: {error.strerror}") from None
     lock(out)
     recover(out)
-    if overwrite and dist.is_initialized():
-        make_new(out)
 
 
 def _look(out: Path, config: dict, stage: str) -> Checkpoint | None:
     there = [each for each in (out / FILE_NAME, *older(out / FILE_NAME)) if each.is_file()]
     if config["overwrite"] or not there:
-        names = (*RUN_FILES, "config.json", "tensorboard", "logger_id.txt")
-        others = [] if config["overwrite"] else [name for name in names if (out / name).exists()]
-        if others:  # a run's stand beside a checkpoint from its first save on
+        if other := _foreign(out, stage, config["overwrite"]):
             raise CheckpointError(
-                f"{out / others[0]} would be replaced, and no checkpoint beside it says that a run here wrote it: "
-                "choose another --out, or give --overwrite to replace it"
+                f"{other} would be replaced, and no checkpoint beside it says that a run here wrote it: "
+                "choose another --out, or remove it yourself"
             )
         if config["resume"] and _is_main():
             print(f"nothing to resume in {out}, starting at step 0")
@@ -95,6 +98,31 @@ def _look(out: Path, config: dict, stage: str) -> Checkpoint | None:
     if _is_main():
         print(f"resuming {out} at step {ckpt.step}")
     return ckpt
+
+
+def _foreign(out: Path, stage: str, overwrite: bool) -> Path | None:
+    """The first file that a run of `stage` would replace though it is no run's, without `overwrite` whosever it is."""
+    was = _run_in(out) if overwrite else None
+    own = () if was is None else (*ANY_RUN, *RUN_FILES.get(was, TRAINED))
+    for name in dict.fromkeys((*ANY_RUN, *RUN_FILES.get(stage, TRAINED), *own)):
+        others = name not in own or (name.endswith(".pt") and stage_of(out / name) is None)
+        if others and os.path.lexists(out / name):
+            return out / name
+    return None
+
+
+def _run_in(out: Path) -> str | None:
+    """The stage of the run in `out`, as the newest checkpoint tells that can be read; None if there is no run.
+
+    A run whose checkpoints are all damaged is known by its config.json, and taken for one of pretraining.
+    """
+    for path in (out / FILE_NAME, *older(out / FILE_NAME)):
+        if stage := stage_of(path):
+            return stage
+    with suppress(OSError, UserError):
+        if {"out", "resume", "overwrite"} <= read_json(out / "config.json").keys():
+            return ""
+    return None
 
 
 def _barrier() -> None:
@@ -157,7 +185,9 @@ def replace(out: Path) -> None:
     """Move a new run into `out`; a kill in between is made good by calling it again."""
     new, old = out / SAVED / FILE_NAME, out / FILE_NAME
     if new.exists():  # nothing was moved yet
-        for path in [*(second_name(old, step) for step in own_steps(old)), *(out / name for name in RUN_FILES)]:
+        was = _run_in(out)
+        files = () if was is None else RUN_FILES.get(was, TRAINED)
+        for path in [*(second_name(old, step) for step in own_steps(old)), *(out / name for name in files)]:
             path.unlink(missing_ok=True)
         os.replace(new, old)
     for path in (out / SAVED).iterdir():

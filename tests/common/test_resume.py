@@ -1,6 +1,7 @@
 """The run directory: what begins, what goes on and from where, and that nothing is lost before something is there."""
 
 import functools
+import json
 import os
 import re
 import shutil
@@ -10,7 +11,7 @@ import sys
 import pytest
 import torch
 from chains import ROOT
-from saving import cut_short, flip_a_bit, killed_before, run_config, save_steps, steps, write
+from saving import CONFIG, cut_short, flip_a_bit, killed_before, run_config, save_steps, steps, write
 
 from common.checkpoint import CheckpointError, load
 from common.config import ConfigError, UserError
@@ -40,13 +41,59 @@ def test_begin_does_not_touch_a_checkpoint_unasked(tmp_path):
     assert path.read_bytes() == before
 
 
-def test_files_that_no_run_here_wrote_are_not_replaced_unasked(tmp_path):
-    (tmp_path / "samples.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match=r"samples\.txt would be replaced, .* --overwrite"):
-        begin(run_config(tmp_path), "sft")
-    unlock(tmp_path)
-    assert (tmp_path / "samples.txt").read_text() == "mine"
+FOREIGN = ["ckpt.pt", "best.pt", "config.json", "metrics.jsonl", "loss.png", "samples.txt", "logger_id.txt"]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_files_that_no_run_here_wrote_are_not_replaced(tmp_path, name):
+    for data in (b"mine", b'{"out": "x", "overwrite": true}'):  # the second is a config.json of tokenizer.train
+        (tmp_path / name).write_bytes(data)
+        for changes in (dict(overwrite=True), dict(resume=True), {})[: 1 if name == "ckpt.pt" else 3]:
+            with pytest.raises(CheckpointError, match=rf"{name} would be replaced, .* another --out, or remove it"):
+                begin(run_config(tmp_path, **changes), "sft")
+        assert snapshot(tmp_path) == {name: data}
+        unlock(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["ckpt.pt", "best.pt"])
+def test_a_checkpoint_of_something_else_is_not_replaced_even_beside_a_run(tmp_path, name):
+    save_steps(tmp_path, 1, 2)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    for content in (dict(a=torch.zeros(3)), [1], CONFIG, torch.nn.Linear(1, 1)):
+        torch.save(content, tmp_path / name)
+        before = snapshot(tmp_path)
+        with pytest.raises(CheckpointError, match=f"{name} would be replaced"):
+            begin(run_config(tmp_path, overwrite=True), "sft")
+        assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("known_by", ["ckpt.pt", "ckpt-1.pt", "config.json"])
+def test_a_run_is_replaced_though_its_newest_checkpoint_is_damaged(tmp_path, known_by):
+    save_steps(tmp_path, 1, 2)
+    if known_by != "ckpt.pt":
+        cut_short(tmp_path / "ckpt.pt")
+    if known_by == "config.json":
+        cut_short(tmp_path / "ckpt-1.pt")
+        (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    for name in ("metrics.jsonl", "loss.png"):
+        (tmp_path / name).write_text("old")
     assert begin(run_config(tmp_path, overwrite=True), "sft") is None
+    new_run(tmp_path)
+    commit(tmp_path)
+    assert load(tmp_path).step == 0 and not (tmp_path / "loss.png").exists()
+
+
+def test_what_a_stage_does_not_write_is_neither_removed_nor_replaced(tmp_path):
+    write(tmp_path, stage="quantize")
+    mine = ("best.pt", "loss.png", "calibration.png")
+    for name in (*mine, "samples.txt"):
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(CheckpointError, match="best.pt would be replaced"):
+        begin(run_config(tmp_path, overwrite=True), "sft")
+    assert begin(run_config(tmp_path, overwrite=True), "quantize") is None
+    new_run(tmp_path)
+    commit(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"ckpt.pt", "metrics.jsonl", *mine}
 
 
 def old_run(out):
