@@ -33,6 +33,10 @@ from interop.llama2c import export_llama2c, import_llama2c
 from tokenizer import TokenizerError
 
 DTYPES = dict(hf=("float32", "bfloat16", "float16"), gguf=tuple(GGUF_TYPES), llama2c=("float32", "int8"))
+# what each writes, so that what a kill leaves of it can be told from a file of the user
+FILES = dict(gguf=("model.gguf", "Modelfile"), llama2c=("model.bin", "tokenizer.bin"), run=("ckpt.pt", "config.json"))
+FILES["hf"] = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json")
+FILES["hf"] += ("tokenizer_config.json", "tokenizer.model", "README.md")
 ALIASES = dict(fp32="float32", f32="float32", bf16="bfloat16", fp16="float16", f16="float16")
 
 
@@ -70,7 +74,7 @@ def write_format(config, out):
         raise UserError(f"{ckpt.path} is a reward model, which {config['format']} cannot hold: --format=hf can")
     check_weights(ckpt, config["dtype"])
     write = dict(hf=export_hf, gguf=export_gguf, llama2c=export_llama2c)[config["format"]]
-    with new_folder(out, config["overwrite"]) as folder:
+    with new_folder(out, config["overwrite"], FILES[config["format"]]) as folder:
         try:
             return write(ckpt, checkpoint.tokenizer_of(ckpt), folder, config["dtype"], **options)
         except TokenizerError as error:
@@ -88,7 +92,7 @@ def write_run(config, out):
     history = {
         key: getattr(ckpt, key) for key in ("stage", "step", "tokens_seen", "tokenizer", "document_ids", "parent")
     }
-    with new_folder(out, config["overwrite"]) as folder:
+    with new_folder(out, config["overwrite"], FILES["run"]) as folder:
         checkpoint.save(folder, model=model, config=ckpt.config or config, **history)
         save_config(config, folder)
     what = "continues documents" if checkpoint.continues(ckpt) else "answers questions"

@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -98,8 +98,8 @@ _SMALL = 1 << 20  # bytes: a smaller file is known by its content, a larger one 
 
 
 @contextmanager
-def new_folder(out: str | Path, overwrite: bool) -> Iterator[Path]:
-    """A folder to fill, which becomes `out` when the block ends well and vanishes when it does not.
+def new_folder(out: str | Path, overwrite: bool, names: Iterable[str]) -> Iterator[Path]:
+    """A folder to fill with files of these names, which becomes `out` when the block ends well, else vanishes.
 
     With `overwrite` it replaces one that was made here and holds nothing but what was written then.
     """
@@ -117,9 +117,9 @@ def new_folder(out: str | Path, overwrite: bool) -> Iterator[Path]:
     try:
         make_folder(new)
         lock(new)
-        write_json(new / MARK, {"files": {}})
+        write_json(new / MARK, {"files": dict.fromkeys(names)})
         yield new
-        written = {path.name: _known_by(path) for path in sorted(new.iterdir()) if path.name != MARK}
+        written = {path.name: _known_by(path) for path in sorted(map(new.joinpath, names)) if path.exists()}
         write_json(new / MARK, {"files": written})
         for path in new.iterdir():
             with open(path, "rb") as file:
@@ -146,22 +146,27 @@ def _clear_away(out: Path) -> None:
         if (kind := name.fullmatch(left.name)) is None or left.is_symlink() or not left.is_dir() or fcntl is None:
             continue
         marked = (left / MARK).is_file()
-        if not marked and any(not path.name.endswith(OURS) for path in left.iterdir()):
+        if not marked and (kind[1] == "old" or any(not path.name.endswith(OURS) for path in left.iterdir())):
             continue  # it is somebody else's
         with suppress(UserError):  # it is still being written
             lock(left)
             if kind[1] == "old" and marked and not out.exists():
                 os.rename(left, out)
-            elif kind[1] == "new" or not marked or not_ours(left) is None:
+            elif kind[1] == "new" or not_ours(left) is None:
                 _remove(left)
             unlock(left)
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder of files, its mark last, by which it is known when a kill leaves a part of it."""
-    with suppress(OSError):
-        for path in sorted(folder.iterdir(), key=lambda path: path.name == MARK):
-            path.unlink()
+    """Remove the files that the mark of a folder lists, then the mark, and the folder if nothing else is in it."""
+    with suppress(OSError, UserError):
+        if folder.suffix == ".old":  # a kill may leave it empty, and only an empty .new is known to be ours
+            folder = folder.rename(folder.with_suffix(".new"))
+        listed = read_json(folder / MARK).get("files") if (folder / MARK).is_file() else {}
+        for path in folder.iterdir():
+            if path.name.endswith(OURS) or (isinstance(listed, dict) and path.name in listed):
+                path.unlink()
+        (folder / MARK).unlink(missing_ok=True)
         folder.rmdir()
 
 

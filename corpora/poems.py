@@ -38,6 +38,8 @@ NOTE = re.compile(r"[（(].*?[)）]|[\[\]]")  # [] are round a character that th
 NUMBER = "[一二三四五六七八九十百千○〇]+"
 PART = re.compile(f" 其?{NUMBER}$|{NUMBER}首$")  # 八首 其一: several poems of one title
 COPIED = 10  # characters in a row that a training poem has too, for them to be copied
+FILES = [f"{name}.jsonl" for name in ("poems", "heldout", "heldout_prompts", "prompts", "rm", "sft")]
+FILES += ["verse.json", "source.json"]
 
 
 class Poem(NamedTuple):
@@ -194,7 +196,7 @@ def main(argv=None):
     if (out / "source.json").is_file() and read_json(out / "source.json") == source:
         print(f"{out}: made from the same poems before")
         return
-    with new_folder(out, config["overwrite"]) as folder:
+    with new_folder(out, config["overwrite"], FILES) as folder:
         poems = unique(read_poems(config["poems"]))
         heldout = [poem for poem in poems if is_held_out(poem.title, config["held_out"])]
         training = [poem for poem in poems if not is_held_out(poem.title, config["held_out"])]

@@ -1,5 +1,6 @@
 """common/files.py: a folder appears whole or not at all, and nobody else's goes with what a kill left of one."""
 
+import json
 import os
 import shutil
 
@@ -7,13 +8,13 @@ import pytest
 from saving import killed_before
 
 from common.config import ConfigError, ending
-from common.files import REPORT_MARK, make_folder, new_folder, refuse_foreign
+from common.files import MARK, REPORT_MARK, make_folder, new_folder, refuse_foreign
 from common.plots import new_figure, png
 from dataset.formats import OURS
 
 
 def fill(out, text, overwrite=True):
-    with new_folder(out, overwrite) as folder:
+    with new_folder(out, overwrite, ["file"]) as folder:
         (folder / "file").write_text(text)
 
 
@@ -38,6 +39,29 @@ def test_what_a_kill_leaves_of_a_new_folder_is_put_right_by_the_next(tmp_path):
         assert (parent / "out" / "file").read_text() == "third" and len(os.listdir(parent / "out")) == 2
         shutil.rmtree(parent)
     assert sorted(set(found)) == ["new", "old"] and found == sorted(found, reverse=True)
+
+
+@pytest.mark.parametrize("listed", [{}, {"file": None}, {"file": None, "gone": 3}, 3])
+def test_what_a_mark_does_not_list_stays(tmp_path, listed):
+    for kind in ("new", "old"):
+        left = tmp_path / f".out.aaaaaaaa.{kind}"
+        left.mkdir()
+        for name in ("mine.txt", "file", f"file.1.{OURS}"):
+            (left / name).write_text("x")
+        (left / MARK).write_text(json.dumps({"files": listed}))
+        (tmp_path / f".out.bbbbbbbb.{kind}").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / MARK).write_text('{"files": {}}')
+    fill(tmp_path / "out", "new")
+    stays = {"mine.txt"} if isinstance(listed, dict) and listed else {"mine.txt", "file"}
+    assert {path.name for path in (tmp_path / ".out.aaaaaaaa.new").iterdir()} == stays
+    assert {path.name for path in (tmp_path / ".out.aaaaaaaa.old").iterdir()} >= {"mine.txt", "file", MARK}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "out",
+        ".out.aaaaaaaa.new",
+        ".out.aaaaaaaa.old",
+        ".out.bbbbbbbb.old",
+    }
 
 
 def test_folders_in_which_nothing_came_to_stand_are_removed_at_the_end(tmp_path):
