@@ -10,6 +10,7 @@ into bytes, so that decode(encode(x)) == x for any x. The space and printable AS
 import common.early  # noqa: F401 - before what takes seconds to import
 
 import io
+import os
 import random
 import re
 from collections import Counter
@@ -22,6 +23,7 @@ from common.config import parse_config, run
 from common.files import lock, make_folder, read_json, save_config, unlock, write_file
 from tokenizer import MODEL_FILE, SPACE_MARK, Tokenizer, TokenizerError
 
+WRITTEN = (MODEL_FILE, "tokenizer.vocab", "config.json")
 SAMPLE_LINES = 10_000  # kept aside to measure characters per token
 SHOWN_PER_REASON = 5  # skipped lines named one by one, the rest only counted
 RESERVED = re.compile("[\0\u2585]")  # SentencePiece's trainer drops lines holding these
@@ -144,11 +146,16 @@ def characters_per_token(tokenizer: Tokenizer, lines: list[str]) -> float:
     return sum(map(len, lines)) / sum(map(len, tokenizer.encode_batch(lines)))
 
 
-def refuse_others(out: Path, overwrite: bool) -> None:
-    """TokenizerError for files that would be replaced, unasked or of another stage."""
+def refuse_others(out: Path, overwrite: bool, inputs: list[str]) -> None:
+    """TokenizerError for files that would be replaced, unasked, of another stage or while they are read."""
+    if os.path.lexists(out) and not out.is_dir():
+        raise TokenizerError(f"out={out}: a file, not a folder: choose another --out")
     if (out / "ckpt.pt").exists():
         raise TokenizerError(f"{out / 'ckpt.pt'}: a run of another stage is there: choose another --out")
-    there = [name for name in (MODEL_FILE, "tokenizer.vocab", "config.json") if (out / name).exists()]
+    for path in inputs:
+        if Path(path).resolve() in [out.resolve() / name for name in WRITTEN]:
+            raise TokenizerError(f"input {path}: training would replace it: choose another --out")
+    there = [name for name in WRITTEN if (out / name).exists()]
     if there and not overwrite:
         raise TokenizerError(f"{out / there[0]} exists; give --overwrite to replace it, or another --out")
     if "config.json" in there and "character_coverage" not in read_json(out / "config.json"):
@@ -160,7 +167,7 @@ def refuse_others(out: Path, overwrite: bool) -> None:
 def main(argv: list[str] | None = None) -> None:
     config = parse_config("tokenizer", argv, __doc__)
     out = Path(config["out"])
-    refuse_others(out, config["overwrite"])
+    refuse_others(out, config["overwrite"], config["input"])
     corpus = Corpus(config["input"], config["max_line_bytes"])
     make_folder(out)
     lock(out)

@@ -671,6 +671,22 @@ def test_a_run_with_a_checkpoint_is_no_place_for_a_tokenizer(tmp_path):
         train(("input", tmp_path / "ckpt.pt"), ("out", tmp_path), ("overwrite", "true"))
 
 
+def test_the_input_and_a_file_in_place_of_the_folder_are_not_replaced(tmp_path):
+    text = "\n".join(LINES * 20)
+    for name in ("tokenizer.vocab", "tokenizer.model", "config.json"):
+        (tmp_path / name).write_text(text if name != "config.json" else '{"character_coverage": 1}')
+    (tmp_path / "link.txt").symlink_to("tokenizer.vocab")
+    (tmp_path / "broken").symlink_to("nowhere")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    for name in before:
+        with pytest.raises(TokenizerError, match=f"input .*{name}: training would replace it: choose another --out"):
+            train(("input", tmp_path / name), ("out", f"{tmp_path}/../{tmp_path.name}"), ("overwrite", "true"))
+    for name in (*before, "broken"):
+        with pytest.raises(TokenizerError, match=f"{name}: a file, not a folder: choose another --out"):
+            train(("input", tmp_path / "link.txt"), ("out", tmp_path / name), ("overwrite", "true"))
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+
 def test_no_input_named():
     with pytest.raises(TokenizerError, match="--input"):
         train(("input", ""))
