@@ -28,7 +28,8 @@ def start_meta(out, parts, val_share, tokenizer):
     """The meta.json to add `parts` to, without what it said of them before, and the names of their old files.
 
     Parts that stay must have been made with the same split and tokenizer: else validation text could stand in
-    another part's training data, or the parts' ids could mean different things.
+    another part's training data, or the parts' ids could mean different things. DataError also for an old file that is
+    no longer what meta.json says: somebody's work may be in it.
     """
     path = Path(out) / "meta.json"
     if not path.exists():
@@ -53,6 +54,10 @@ def start_meta(out, parts, val_share, tokenizer):
     if tokenizer:
         facts["dtype"] = formats.token_dtype(tokenizer.vocab_size).name
     replaced = meta.get("files", {}).keys() - files.keys()
+    for name in sorted(replaced):
+        other = Path(out) / name
+        if other.exists() and file_sha256(other) != meta["files"][name].get("sha256"):
+            raise DataError(f"{other}: changed since it was written: move it away, or choose another --out")
     facts = {key: meta[key] for key in FACTS if key in meta} | facts
     meta = dict(format_version=formats.FORMAT_VERSION, files=files) | facts | {key: v for key, v in said.items() if v}
     return meta, replaced  # its keys in an order that does not depend on where an earlier run was killed

@@ -79,6 +79,20 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path, run, name):
     assert (tmp_path / "out" / name).read_text() == "mine"
 
 
+def test_a_file_changed_by_hand_is_not_replaced(tmp_path, run):
+    run()
+    path = tmp_path / "out" / "corpus.txt"
+    before = path.read_bytes()
+    for changed in (before + b"mine\n", before.replace("很长".encode(), "很短".encode()), b""):
+        path.write_bytes(changed)
+        with pytest.raises(DataError, match="corpus.txt: changed since it was written: move it away, or"):
+            run()
+        assert path.read_bytes() == changed
+    path.rename(tmp_path / "mine.txt")
+    run()
+    assert path.read_bytes() == before
+
+
 def test_no_source_is_overwritten(tmp_path, run):
     (tmp_path / "zh").mkdir()
     shutil.copy(tmp_path / "raw.txt", tmp_path / "zh" / "raw.txt")
