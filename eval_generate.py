@@ -77,6 +77,8 @@ def load(path, env, data=None, scores=False):
 def prompt_ids(loaded, messages, max_new_tokens):
     """Ids to continue, cut so that max_new_tokens, or half of the context, stay free for the reply."""
     context = loaded.model.config.max_seq_len
+    if context < 2:
+        raise CheckpointError(f"{loaded.ckpt.path}: max_seq_len={context}: no room for a prompt and a reply")
     room = context - min(max_new_tokens, context // 2)
     if loaded.continues:
         whole = encode_opening(loaded.tokenizer, messages[-1]["content"])

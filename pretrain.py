@@ -18,13 +18,13 @@ from tqdm import tqdm
 
 from common import distributed, plan
 from common.checkpoint import check_data
-from common.config import parse_config, run
+from common.config import ConfigError, parse_config, run
 from common.metrics import source_losses
 from common.optim import build_optimizer, learning_rate, set_learning_rate
 from common.stage import Stage
 from dataset.batches import move
 from dataset.corpus import Corpus, document_numbers
-from dataset.formats import load_meta
+from dataset.formats import load_meta, shortened
 from model import Llama, document_starts
 from tokenizer import Tokenizer, encode_opening
 
@@ -62,9 +62,19 @@ def warn_unless_uniform(loss, vocab_size):
         tqdm.write(f"warning: first loss {loss:.3f} is not ln(vocab) = {expected:.3f}")
 
 
-def continue_prompts(model, tokenizer, config, env):
+def openings(tokenizer, config):
+    """The ids of the configured prompts; ConfigError for one that leaves the context no room to go on."""
+    context, found = config["model"]["max_seq_len"], []
+    for text in config["sample_prompts"]:
+        found.append(encode_opening(tokenizer, text))
+        if (n := len(found[-1])) >= context:
+            limit = f"less than model.max_seq_len={context} is needed"
+            raise ConfigError(f"sample_prompts: {shortened(text, 60)!r} has {n} tokens: {limit}")
+    return found
+
+
+def continue_prompts(model, tokenizer, prompts, config, env):
     """[(prompt, continuation)] of the configured prompts, the same seed every time."""
-    prompts = [encode_opening(tokenizer, text) for text in config["sample_prompts"]]
     sampling = dict(temperature=0.8, top_p=0.9, seed=config["seed"], dtype=env.generation_dtype)
     replies = model.generate(prompts, config["sample_tokens"], **sampling)
     return [(text, tokenizer.decode(ids)) for text, ids in zip(config["sample_prompts"], replies.tokens, strict=True)]
@@ -84,7 +94,7 @@ def main(argv=None):
     train, val = Corpus(data, "train", mixture=config["mixture"]), Corpus(data, "val")
     stage.check_data(*(split.file(source).name for source in train.sources for split in (train, val)))
 
-    shape = plan.shape_of(config, tokenizer.vocab_size)
+    shape, prompts = plan.shape_of(config, tokenizer.vocab_size), openings(tokenizer, config)
     plan.check_fits(shape, config, env)
     model = Llama(shape).to(env.device)
     model.recompute = config["recompute"]
@@ -110,7 +120,7 @@ def main(argv=None):
             if stage.due(step, "eval_interval"):
                 full = config["eval_all"] and step == config["max_steps"]
                 metrics = evaluate(stage.whole, val, env, None if full else config["eval_tokens"])
-                stage.report(step, metrics, continue_prompts(stage.whole, tokenizer, config, env))
+                stage.report(step, metrics, continue_prompts(stage.whole, tokenizer, prompts, config, env))
                 if step == 0:
                     warn_unless_uniform(metrics["val/loss"], tokenizer.vocab_size)
             if stage.due(step, "save_interval"):

@@ -317,6 +317,7 @@ def test_a_script_ends_with_one_line_and_exit_code_2():
         ("pretrain", {"optimizer": "adam"}, ["optimizer=adam", "adamw", "muon"]),
         ("pretrain", {"seq_len": 128}, ["seq_len=128", "max_seq_len=64"]),
         ("pretrain", {"model.n_heads": 5}, ["dim=32", "n_heads=5"]),
+        ("pretrain", {"sample_prompts": "酒店" * 64}, ["sample_prompts: '酒店", "model.max_seq_len=64 is needed"]),
         ("sft", {"example_weight": "tokens"}, ["example_weight=tokens", "token", "example"]),
         ("sft", {"batch_size": 4000}, ["examples do not fill one batch of 4000"]),
         ("rm", {"eval_interval": 0}, ["eval_interval=0", "at least 1"]),

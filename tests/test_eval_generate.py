@@ -173,6 +173,12 @@ def test_long_prompt_is_cut_on_the_left_and_says_so(tmp_path, tok, capsys, env, 
         assert whole == ([2, *tok.encode("差评")] if stage == "pretrain" else [*tok.encode("差评"), 1])
 
 
+def test_a_context_of_one_token_has_no_room(tmp_path, tok, capsys):
+    ckpt = save(tmp_path / "base", tok, random_model(tok.vocab_size, max_seq_len=1), "pretrain")
+    with pytest.raises(CheckpointError, match="ckpt.pt: max_seq_len=1: no room for a prompt and a reply"):
+        run(capsys, f"--ckpt={ckpt}", "--prompt=好")
+
+
 def test_no_half_character_is_written(tmp_path, tok, capsys):
     ids = tok.encode("龘")  # not in the vocabulary: three bytes
     assert len(ids) == 3
