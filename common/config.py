@@ -41,7 +41,7 @@ def parse_config(
     """configs/<stage>.py <- [config.py] <- [--key=value ...]; prints what differs from the defaults to `file`."""
     argv = sys.argv[1:] if argv is None else argv
     defaults_path = configs_dir / f"{stage}.py"
-    defaults = flatten(_load(defaults_path, configs_dir))
+    defaults = _load(defaults_path, configs_dir)
     if "--help" in argv or "-h" in argv:
         print(_help(doc, defaults, _describe(defaults_path, configs_dir)))
         raise SystemExit(0)
@@ -108,11 +108,12 @@ def _read_file(path: Path, defaults: dict, configs_dir: Path) -> dict:
     """Flat values of a config file, each key known and of its default's type."""
     if path.suffix != ".py":
         raise ConfigError(f"{path}: a config file ends in .py, and options are written --key=value")
-    values = flatten(_load(path, configs_dir))
+    values = _load(path, configs_dir)
     for key, value in values.items():
         try:
             values[key] = _checked(key, value, defaults)
-        except ConfigError as error:
+        except Exception as error:  # of an object's own comparison or text too
+            error = error if isinstance(error, ConfigError) else f"{key}: {said(error)}"
             file, line, _ = _describe(path, configs_dir).get(key, (path, None, ""))
             raise ConfigError(f"{file}:{line}: {error}" if line else f"{file}: {error}") from None
     return values
@@ -161,7 +162,7 @@ def _parse(text: str, default: Any) -> Any:
         return {"true": True, "false": False}.get(text.lower(), text)
     try:
         if isinstance(default, int | float):
-            return type(default)(text)
+            return type(default)(text.encode("ascii"))  # of text, int and float take the digits of every script
         if isinstance(default, list | tuple):
             if text.startswith(("[", "(")):
                 return ast.literal_eval(text)
@@ -198,6 +199,8 @@ def _typed(value: Any, default: Any) -> Any:
                 value = [_typed(element, default[0]) for element in value]
             except TypeError as error:
                 raise TypeError(f"a list, each element {error}") from None
+        elif not default and not all(isinstance(element, str | int | float) for element in value):
+            raise TypeError("a list of text or numbers")
         return type(default)(value)
     elif not isinstance(value, type(default)):
         raise TypeError("text" if isinstance(default, str) else f"a {type(default).__name__}")
@@ -238,23 +241,36 @@ def _unflatten(flat: dict) -> dict:
 
 
 def _load(path: Path, configs_dir: Path) -> dict:
-    """Run a config file and return its `config` dict."""
+    """Run a config file and return its `config` dict, flat."""
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file")
     root = str(configs_dir.parent)  # `from configs.sft import config as base` works from any directory
     sys.path.insert(0, root)
     try:
         config = runpy.run_path(str(path)).get("config")
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit too: a script must not end in silence, as if all were done
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else "?"
-        message = error.msg if isinstance(error, SyntaxError) else error
-        raise ConfigError(f"{path}:{line}: {type(error).__name__}: {message}") from error
+        raise ConfigError(f"{path}:{line}: {said(error)}") from error
     finally:
         sys.path.remove(root)
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: defines no dict named config")
-    return config
+    try:
+        return flatten(config)
+    except RecursionError:
+        raise ConfigError(f"{path}: config holds itself, or is nested without end") from None
+
+
+def said(error: BaseException) -> str:
+    """`KeyError: 'x'`: what a user's code raised, also where its own text cannot be made."""
+    try:
+        message = error.msg if isinstance(error, SyntaxError) else str(error)
+    except BaseException as another:
+        message = f"its text cannot be made, {type(another).__name__}"
+    return f"{type(error).__name__}: {message}"
 
 
 def _describe(path: Path, configs_dir: Path, name: str = "config") -> dict[str, tuple[Path, int, str]]:

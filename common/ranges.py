@@ -1,5 +1,6 @@
 """What the value of a config key may be: one table for all stages, since a key means the same in each of them."""
 
+import os
 from typing import Any
 
 LARGEST = 10**12  # where "inf" ends: beyond every use, and a product with a million still fits 64 bits
@@ -94,6 +95,8 @@ def fault(stage: str, key: str, value: Any) -> str | None:
     """What is needed instead of this value of a flat key; None where it is right."""
     if key == "out" and value == "":
         return "the name of a folder is needed"
+    if not all(map(_sayable, value if isinstance(value, list | tuple) else [value])):
+        return "text without NUL and halves of surrogate pairs is needed"
     allowed = range_of(stage, key)
     if allowed is None:
         return None
@@ -108,6 +111,14 @@ def contradiction(config: dict) -> str | None:
         if low in config and config[low] > config[high]:
             return f"{low}={config[low]}: at most {high}={config[high]} is needed"
     return None
+
+
+def _sayable(value):
+    """Whether it could be an argument of a command, or a file's name, if it is text."""
+    try:
+        return not isinstance(value, str) or b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
 
 
 def _chosen(choices, value):
