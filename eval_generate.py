@@ -19,6 +19,7 @@ import common.early  # noqa: F401 - before what takes seconds to import
 
 import json
 import math
+import re
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -172,7 +173,7 @@ def publish(markdown, figures, report):
 
 def sizes_of(best_of):
     """The values of best_of as whole numbers, in order."""
-    if not all(str(n).isdecimal() and int(n) >= 2 for n in best_of):
+    if not all(re.fullmatch("[0-9]+", str(n)) and int(n) >= 2 for n in best_of):
         raise ConfigError(f"best_of={','.join(map(str, best_of))}: whole numbers from 2 on are needed, such as 2,4,8")
     return sorted({int(n) for n in best_of})
 

@@ -43,7 +43,7 @@ def mix(mixture, segments):
         if source in weights:
             raise DataError(f"mixture: {item}: {source} is named twice")
         try:
-            weights[source] = float(text)
+            weights[source] = float(text.encode("ascii"))
         except ValueError:
             weights[source] = math.nan
         if not 0 < weights[source] < math.inf:

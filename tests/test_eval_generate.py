@@ -621,6 +621,7 @@ def test_rollout_within_a_small_nucleus_is_greedy(tok):
         (["--repetition_penalty=0"], "repetition_penalty=0.0"),
         (["--compare=a", "--best_of=2"], "--best_of needs the --reward_model or the --judge that picks"),
         (["--compare=a", "--best_of=1,2", "--reward_model=b"], "best_of=1,2: whole numbers from 2 on"),
+        (["--compare=a", "--best_of=٢", "--reward_model=b"], "best_of=٢: whole numbers from 2 on"),
         (["--compare=a", "--best_of=few", "--reward_model=b"], "best_of=few: whole numbers"),
         (["--compare=a", "--best_of=2", "--reward_model=b", "--compare_temperature=0"], "above 0: greedy"),
         (["--best_of=2", "--reward_model=b"], "--best_of needs --compare"),

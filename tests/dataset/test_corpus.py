@@ -211,6 +211,7 @@ def test_epochs_of_a_mixture(tmp_path):
         (["a=1", "b=-2"], "mixture: b=-2: the weight must be"),
         (["a=much"], "mixture: a=much: the weight must be"),
         (["a"], "mixture: a: the weight must be"),
+        (["a=２"], "mixture: a=２: the weight must be"),
         (["a=nan"], "mixture: a=nan: the weight must be"),
         (["a=inf"], "mixture: a=inf: the weight must be"),
         (["a=1", "wiki=2"], "mixture: wiki=2: no such source, known are a, b"),
