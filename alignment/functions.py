@@ -1,14 +1,18 @@
 """Rewards that are Python functions: the built-in one, those of a user's module or file, and how they are called."""
 
+import copy
 import importlib
 import importlib.util
 import inspect
 import os
 import sys
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
-from common.config import ConfigError
+import torch
+
+from common.config import ConfigError, said
 from common.files import file_sha256
 
 
@@ -36,13 +40,18 @@ def find_function(label, name, others=""):
     place, _, function_name = name.rpartition(":")
     if not (place and function_name):
         raise ConfigError(f"{label}: {others}module:function or path/to/file.py:function is needed")
+    if not (place.endswith(".py") or all(part.isidentifier() for part in place.split("."))):
+        raise ConfigError(f"{label}: {place} is no name of a module; a file is written path/to/file.py:function")
     try:
-        module = load_file(Path(place)) if place.endswith(".py") else load_module(place)
-    except (ImportError, FileNotFoundError) as error:
+        with torch_as_before():
+            module = load_file(Path(place)) if place.endswith(".py") else load_module(place)
+            function = getattr(module, function_name, None)
+    except KeyboardInterrupt:
+        raise
+    except (ModuleNotFoundError, FileNotFoundError) as error:
         raise ConfigError(f"{label}: cannot import {place}: {error}") from None
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise ConfigError(f"{label}: cannot import {place}: {told(error)}") from error
-    function = getattr(module, function_name, None)
     if not callable(function):
         raise ConfigError(f"{label}: {getattr(module, '__file__', None) or place} has no function {function_name}")
     return function, module
@@ -69,16 +78,27 @@ def load_file(path):
 def told(error):
     """`KeyError: 'x' (FILE:3)`: an error and the line that raised it."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    syntax = isinstance(error, SyntaxError)
+    syntax = isinstance(error, SyntaxError) and error.filename
     file, line = (error.filename, error.lineno) if syntax else (frame.filename, frame.lineno)
-    return f"{type(error).__name__}: {error.msg if syntax else error} ({file}:{line})"
+    return f"{said(error)} ({file}:{line})"
+
+
+@contextmanager
+def torch_as_before():
+    """Takes back what a user's code sets for all of torch: without gradients, say, nothing would be learnt."""
+    gradients, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(gradients)
+        torch.set_default_dtype(dtype)
 
 
 def file_identity(function, module):
     """What a resumed run compares of a function: path and sha256 of the file it stands in; None if there is none."""
     try:
         path = inspect.getsourcefile(inspect.unwrap(function)) if module else None
-    except TypeError:  # an object that can be called
+    except (TypeError, ValueError):  # an object that can be called, or one that wraps itself
         path = None
     path = path or getattr(module, "__file__", None)
     return dict(path=path, sha256=file_sha256(Path(path))) if path and Path(path).is_file() else None
@@ -92,7 +112,7 @@ def fields_taken(label, function, fields):
     """
     try:
         parameters = list(inspect.signature(function).parameters.values())
-    except ValueError:  # some that are written in C
+    except (TypeError, ValueError):  # some that are written in C, or have none
         return []
     rest = {p.name: p for p in parameters[2:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     for p in rest.values():
@@ -107,8 +127,11 @@ def fields_taken(label, function, fields):
 
 
 def call(name, function, prompts, replies, fields):
-    """What a reward function returns; what it raises as one line."""
+    """What a reward function makes of copies, which it may change; what it raises as one line."""
     try:
-        return function(prompts, replies, **fields)
-    except (Exception, SystemExit) as error:
+        with torch_as_before():
+            return function(list(prompts), list(replies), **copy.deepcopy(fields))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise ConfigError(f"{name} raised {told(error)}") from error

@@ -4,28 +4,32 @@ A policy is validated by it too.
 """
 
 import hashlib
-import math
 
 import torch
 
 from alignment.functions import call, fields_taken, file_identity, reward_function
 from alignment.rollout import in_batches, rollout, sequence_kl, sequence_scores
 from common import checkpoint, distributed, resume
-from common.config import ConfigError, UserError
+from common.config import ConfigError, UserError, said
 from common.metrics import distinct_2
+
+LARGEST = 1e30  # reward: weighted by a million and less a mean it still fits float32
 
 
 def checked(name, rewards, n):
     """The rewards as floats, if they are n finite numbers; `name` is what they come from."""
     try:
         rewards = [float(reward) for reward in rewards]
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(f"{name} must return a list of numbers: {error}") from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # an element's own code
+        raise ConfigError(f"{name} must return a list of numbers: {said(error)}") from None
     if len(rewards) != n:
         raise ConfigError(f"{name} returned {len(rewards)} rewards for {n} replies")
     for i, reward in enumerate(rewards):
-        if not math.isfinite(reward):
-            raise ConfigError(f"{name} returned {reward} for reply {i} of {n}: finite numbers are needed")
+        if not abs(reward) <= LARGEST:  # nor is nan
+            found = f"{name} returned {reward} for reply {i} of {n}"
+            raise ConfigError(f"{found}: it must return finite numbers, of at most {LARGEST:g}")
     return rewards
 
 

@@ -270,7 +270,7 @@ def said(error: BaseException) -> str:
         message = error.msg if isinstance(error, SyntaxError) else str(error)
     except BaseException as another:
         message = f"its text cannot be made, {type(another).__name__}"
-    return f"{type(error).__name__}: {message}"
+    return f"{type(error).__name__}{': ' * bool(message)}{message}"
 
 
 def _describe(path: Path, configs_dir: Path, name: str = "config") -> dict[str, tuple[Path, int, str]]:

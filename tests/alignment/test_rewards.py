@@ -145,12 +145,16 @@ def test_what_a_users_code_raises_is_one_line(tmp_path):
         raises="\n1 / 0\n",
         exits="import sys\nsys.exit(0)\n",
         imports="import no_such_package\n",
+        base="class Odd(BaseException):\n    __str__ = None\nraise Odd\n",
+        lazy="def __getattr__(name):\n    raise ValueError(name)\n",
     )
     words = dict(
         syntax=r"SyntaxError: invalid syntax \(.*syntax.py:1\)",
         exits=r"SystemExit: 0 \(.*exits.py:2\)",
         raises=r"ZeroDivisionError: division by zero \(.*raises.py:2\)",
         imports="cannot import .*imports.py: No module named 'no_such_package'",
+        base=r"Odd: its text cannot be made, TypeError \(.*base.py:3\)",
+        lazy=r"ValueError: .* \(.*lazy.py:2\)",
     )
     for name, text in cases.items():
         (tmp_path / f"{name}.py").write_text(text)
@@ -160,6 +164,24 @@ def test_what_a_users_code_raises_is_one_line(tmp_path):
     function, _ = reward_function(dict(reward=f"{tmp_path / 'called.py'}:score"))
     with pytest.raises(ConfigError, match=r"reward=mine raised KeyError: 'x' \(.*called.py:2\)"):
         call("reward=mine", function, [""], [""], dict(answer=["x"]))
+    with pytest.raises(ConfigError, match=r"reward=mine raised GeneratorExit \(.*test_rewards.py"):
+        call("reward=mine", lambda *_: (_ for _ in ()).throw(GeneratorExit), [""], [""], {})
+
+
+def test_a_users_code_leaves_our_texts_and_torch_alone(tmp_path):
+    (tmp_path / "greedy.py").write_text(
+        "import torch\ntorch.set_grad_enabled(False)\n"
+        "def score(prompts, replies, answer):\n"
+        "    prompts[0] = None\n    replies.clear()\n    answer[0].clear()\n"
+        "    torch.set_grad_enabled(False)\n    torch.set_default_dtype(torch.bfloat16)\n    return [1]\n"
+        "score.__wrapped__ = score\n"
+    )
+    function, module = reward_function(dict(reward=f"{tmp_path / 'greedy.py'}:score"))
+    assert torch.is_grad_enabled() and file_identity(function, module)["path"] == str(tmp_path / "greedy.py")
+    prompts, replies, fields = ["p"], ["r"], dict(answer=[["x"]])
+    assert call("reward=mine", function, prompts, replies, fields) == [1]
+    assert (prompts, replies, fields) == (["p"], ["r"], dict(answer=[["x"]]))
+    assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -169,6 +191,7 @@ def test_what_a_users_code_raises_is_one_line(tmp_path):
         ("sys:f", "reward=sys:f: sys has no function f"),
         ("modle", "reward=modle: model, length, module:function or path/to/file.py:function is needed"),
         ("own_rewards:", "reward=own_rewards:: model, length"),
+        ("./own_rewards:f", "./own_rewards is no name of a module; a file is written path/to/file.py:function"),
         ("no_such_module:f", "reward=no_such_module:f: cannot import no_such_module: No module named"),
         ("own_rewards:ends", "own_rewards.py has no function ends"),
     ],
@@ -184,6 +207,11 @@ def test_bounds_that_no_reply_meets_are_refused(bounds):
         reward_function(dict(reward="length", reward_length=bounds))
 
 
+class Unnumbered:
+    def __float__(self):
+        return {}["number"]
+
+
 @pytest.mark.parametrize(
     "rewards, words",
     [
@@ -192,6 +220,8 @@ def test_bounds_that_no_reply_meets_are_refused(bounds):
         ([-math.inf, 0], "reward=f returned -inf for reply 0 of 2"),
         (None, "reward=f must return a list of numbers"),
         (["good", 1], "reward=f must return a list of numbers"),
+        ([1e308, 0], "reward=f returned 1e.308 for reply 0 of 2: it must return finite numbers"),
+        ([1, Unnumbered()], "reward=f must return a list of numbers: KeyError"),
     ],
 )
 def test_rewards_that_are_no_finite_numbers_are_refused(rewards, words):

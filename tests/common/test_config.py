@@ -175,7 +175,7 @@ def test_bad_options_name_key_and_value(configs, option, parts):
         ("x = 1\nconfig = dict(out=y)", 2, ["NameError"]),
         ("x = 1\nconfig = dict(", 2, ["SyntaxError"]),
         ("config = 3", None, ["defines no dict named config"]),
-        ("config = dict()\nraise SystemExit", 2, ["SystemExit: "]),
+        ("config = dict()\nraise SystemExit", 2, [":2: SystemExit"]),
         ("class Odd(BaseException):\n    __str__ = 3\nraise Odd", 3, ["Odd: its text cannot be made, TypeError"]),
         ("config = {}\nconfig['model'] = config", None, ["config holds itself"]),
         ("class Odd:\n    __repr__ = 3\nconfig = dict(out=Odd())", 3, ["out: TypeError: 'int' object is not callable"]),
