@@ -48,6 +48,16 @@ def keep_decay(config, step, before):
     return f"learning rate: as before, {rates}; {anew}; runs to be prolonged are best trained with schedule=wsd"
 
 
+def never_low(config):
+    """A line on a schedule that a run ends in the midst of, "" on any other."""
+    warmup, end, steps = (config[key] for key in ("warmup_steps", "decay_steps", "max_steps"))
+    if warmup > steps > 0:
+        return f"warmup_steps={warmup}, but max_steps={steps}: the learning rate rises to the end"
+    if end > steps > 0:
+        return f"decay_steps={end}, but max_steps={steps}: the learning rate ends at {learning_rate(steps, config):.3g}"
+    return ""
+
+
 def set_learning_rate(optimizer, lr):
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -16,7 +16,7 @@ from common.config import UserError
 from common.files import save_config, unlock
 from common.loggers import logger_module, open_logger
 from common.metrics import FiniteGuard, MetricLog, NonFiniteError
-from common.optim import keep_decay
+from common.optim import keep_decay, never_low
 from common.report import Progress, peak_memory_gb
 from dataset.formats import load_meta
 
@@ -148,9 +148,8 @@ class Stage:
             ckpt.drop()
         logger_module(self.config)
         if self.env.is_main:
-            warmup, steps = self.config["warmup_steps"], self.config["max_steps"]
-            if warmup > steps > 0:
-                print(f"warmup_steps={warmup}, but max_steps={steps}: the learning rate rises to the end")
+            if line := never_low(self.config):
+                print(line)
             self.progress = Progress(self.config["max_steps"], self.first, self.name)
         self.tick = time.perf_counter()
 

@@ -11,7 +11,7 @@ from tiny import assert_same, float64
 
 from common.checkpoint import CheckpointError, save
 from common.config import ConfigError
-from common.optim import Muon, build_optimizer, keep_decay, learning_rate, orthogonalize, set_learning_rate
+from common.optim import Muon, build_optimizer, keep_decay, learning_rate, never_low, orthogonalize, set_learning_rate
 from common.resume import begin
 from configs.pretrain import config as pretraining
 from model import Llama, ModelConfig
@@ -128,6 +128,17 @@ def test_learning_rate_without_warmup_or_without_decay(warmup_steps, max_steps, 
     rates = [learning_rate(step, config) for step in range(max_steps + 1)]
     assert max(rates) <= 1 and min(rates) > 0
     assert rates[0] == pytest.approx(1 / max(1, warmup_steps))
+
+
+def test_a_run_that_ends_in_the_midst_of_its_schedule_is_told():
+    config = dict(learning_rate=1.0, min_learning_rate=0.0, schedule="cosine", decay_share=0.2, max_steps=100)
+    for warmup, end, line in (
+        (0, 0, ""),
+        (100, 100, ""),
+        (10**9, 0, "warmup_steps=1000000000, but max_steps=100: the learning rate rises to the end"),
+        (0, 200, "decay_steps=200, but max_steps=100: the learning rate ends at 0.5"),  # half of half a cosine
+    ):
+        assert never_low(config | dict(warmup_steps=warmup, decay_steps=end)) == line
 
 
 def test_set_learning_rate_reaches_every_group():
