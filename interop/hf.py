@@ -278,6 +278,17 @@ def sampling_notes(path):
     return notes + ([f"{path.name} asks for {others}, which eval_generate.py does not have"] if others else [])
 
 
+def template_notes(folder):
+    """That a chat template of others is not kept, where a folder has one: a key or, in transformers 5, a file."""
+    path = folder / "tokenizer_config.json"
+    theirs = (read_json(path) if path.exists() else {}).get("chat_template")
+    for path in folder.glob("chat_template.*"):
+        theirs = path.read_text(encoding="utf-8", errors="replace")
+    if theirs in (None, vocabulary.CHAT_TEMPLATE):
+        return []
+    return ["its chat template is not kept: here a conversation is `question <bos> answer <eos>`, whatever it learnt"]
+
+
 def is_allowed(key, value):
     """Whether eval_generate.py takes a value of that key."""
     return type(value) in (int, float) and fault("eval_generate", key, value) is None
@@ -306,5 +317,5 @@ def import_hf(folder, tokenizer_path):
     facts = read_facts(folder, metadata.get(FACTS, "{}"), config.vocab_size)
     ids, notes = read_document_ids(folder, config.vocab_size)
     ids = facts.get("document_ids", ids)
-    notes += sampling_notes(folder / "generation_config.json")
+    notes += sampling_notes(folder / "generation_config.json") + template_notes(folder)
     return imported(folder, config, weights, Tokenizer.load(tokenizer_path or folder), ids, facts), notes

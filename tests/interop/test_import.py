@@ -16,7 +16,7 @@ from test_hf import make, run, train
 import export
 from common import checkpoint
 from common.config import UserError
-from interop import exchange
+from interop import exchange, hf, vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,22 @@ def foreign(folder, tok, dtype=torch.float32, **changes):
     hf.save_pretrained(folder)
     (folder / "tokenizer.model").write_bytes(tok.model_bytes)
     return folder, load_file(folder / "model.safetensors")
+
+
+def test_a_chat_template_of_others_is_told(tmp_path):
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    assert hf.template_notes(folder) == []
+    change(folder, "tokenizer_config.json", chat_template=vocabulary.CHAT_TEMPLATE)
+    assert hf.template_notes(folder) == []
+    change(folder, "tokenizer_config.json", chat_template="{{ messages[0]['content'] }}")
+    (line,) = hf.template_notes(folder)
+    assert line.startswith("its chat template is not kept: here a conversation is `question <bos> answer <eos>`")
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "chat_template.jinja").write_text(vocabulary.CHAT_TEMPLATE)
+    assert hf.template_notes(folder) == []
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert hf.template_notes(folder) == [line]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
