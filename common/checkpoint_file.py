@@ -159,10 +159,15 @@ def _check(ckpt: Checkpoint) -> None:
             raise ArchiveError(f"not a checkpoint of this project: {what}", damaged=False)
 
     if isinstance(ckpt.tokenizer, torch.Tensor):
+        need(ckpt.tokenizer.dtype == torch.uint8, f"its tokenizer is {ckpt.tokenizer.dtype}, no bytes")
         ckpt.tokenizer = ckpt.tokenizer.numpy().tobytes()
     for each in fields(Checkpoint):
         kind = getattr(each.type, "__name__", each.type)
-        need(isinstance(getattr(ckpt, each.name), each.type), f"its {each.name} is no {kind}")
+        value = getattr(ckpt, each.name)
+        need(isinstance(value, each.type) and not isinstance(value, bool), f"its {each.name} is no {kind}")
+    need(ckpt.tokenizer, "its tokenizer is empty")
+    need(_is_plain(ckpt.config), "config holds what no config file says")
+    need(ckpt.quant is None or isinstance(ckpt.quant.get("method"), str), "quant names no method")
     for key, largest in (("step", LARGEST), ("tokens_seen", 10**18)):
         need(0 <= (n := getattr(ckpt, key)) <= largest, f"{key}={n} is out of range")
     ids = ckpt.document_ids
@@ -174,13 +179,26 @@ def _check(ckpt: Checkpoint) -> None:
         ckpt.model_config = asdict(ModelConfig(**ckpt.model_config))
     except (TypeError, ValueError, ArithmeticError) as error:
         need(False, f"model_config: {first_line(error)}")
+    vocab_size = ckpt.model_config["vocab_size"]
+    need(max(ids) < vocab_size, f"document_ids={ids}: the vocabulary has 0 to {vocab_size - 1}")
     kinds = dict(optimizer=list, rng=dict, extra=dict | None, data=dict | None)
     for key, value in (ckpt.training or {}).items():
         need(key in kinds and isinstance(value, kinds[key]), f"training has an unknown {key}")
+    hashes = (ckpt.training or {}).get("data") or {}
+    need(all(isinstance(each, str) for pair in hashes.items() for each in pair), "training.data names no files")
     for name, tensor in ckpt.weights.items():
         need(isinstance(name, str) and isinstance(tensor, torch.Tensor), f"weights has an unknown {name}")
     if odd := not_finite(ckpt.weights):
         raise ArchiveError(f"{odd} holds values that are not finite")
+
+
+def _is_plain(value) -> bool:
+    """Whether it is what a config may hold: text, numbers, truths, None, lists of such and dicts by name."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) for key in value) and all(map(_is_plain, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int | float)
 
 
 def not_finite(weights: dict) -> str | None:

@@ -91,6 +91,26 @@ def test_counts_that_no_run_reaches_are_refused(tmp_path, key, value):
         load(path)
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(step=True), "its step is no int"),
+        (dict(document_ids=[2, 48]), r"document_ids=\[2, 48\]: the vocabulary has 0 to 47"),
+        (dict(quant={}), "quant names no method"),
+        (dict(tokenizer=torch.zeros(0, dtype=torch.uint8)), "its tokenizer is empty"),
+        (dict(tokenizer=torch.zeros(9)), "its tokenizer is torch.float32, no bytes"),
+        (dict(training=dict(data={1: 2})), "training.data names no files"),
+        (dict(config={1: 2}), "config holds what no config file says"),
+        (dict(config=dict(model=[torch.zeros(1)])), "config holds what no config file says"),
+    ],
+)
+def test_fields_that_no_run_writes_are_refused_by_name(tmp_path, change, message):
+    path = write(tmp_path / "ckpt.pt")
+    torch.save(torch.load(path, weights_only=True) | change, path)
+    with pytest.raises(CheckpointError, match=f"ckpt.pt: not a checkpoint of this project: {message}"):
+        load(path)
+
+
 def test_other_torch_files_and_other_versions_are_refused(tmp_path):
     path = tmp_path / "ckpt.pt"
     for foreign in ({"tok_embeddings.weight": torch.zeros(2)}, [1, 2]):
