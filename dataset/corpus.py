@@ -95,6 +95,11 @@ class Corpus:
         if size != wanted:
             claim = f"{entry['tokens']} tokens of {dtype.name}, {wanted} bytes"
             raise DataError(f"{path} has {size} bytes, but {meta_path} says {claim}")
+        counts, key = self.meta["sources"][source][self.split], f"sources.{source}.{self.split}"
+        if counts["tokens"] != entry["tokens"]:
+            raise DataError(f"{meta_path}: {key}.tokens is {counts['tokens']}, {path.name} has {entry['tokens']}")
+        if counts["tokens"] and not counts["characters"]:
+            raise DataError(f"{meta_path}: {key}.characters is 0, of {counts['tokens']} tokens")
         return np.asarray(np.memmap(path, dtype, mode="r")) if size else np.empty(0, dtype)
 
     def file(self, source):

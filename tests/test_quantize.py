@@ -97,6 +97,7 @@ def data_dir(tmp_path, tokenizer_bytes):
     save_pkl(data / "sft.pkl", arrays | dict(is_val=np.arange(100) % 5 == 0))
     meta = json.loads((data / "meta.json").read_text())
     meta["files"]["train.text.bin"] = dict(part="pretrain", tokens=3 * len(ids))
+    meta["sources"]["text"]["train"] |= dict(tokens=3 * len(ids))
     save_meta(data, meta)
     return data
 

@@ -20,6 +20,12 @@ def test_corpus_refuses_what_meta_contradicts(tmp_path):
     refused("meta.json.* 1000.* 64793", {}, 64793)
     wrong = meta["files"] | {"train.b.bin": dict(part="pretrain", tokens=6)}
     refused(r"train\.b\.bin has 10 bytes.*6 tokens of uint16, 12 bytes", dict(files=wrong))
+    for counts, words in (
+        (dict(tokens=4, characters=5), r"train\.tokens is 4, train\.b\.bin has 5"),
+        (dict(tokens=5, characters=0), r"train\.characters is 0, of 5 tokens"),
+    ):
+        changed = meta["sources"]["b"] | dict(train=dict(documents=1, **counts))
+        refused(rf"meta\.json: sources\.b\.{words}", dict(sources=meta["sources"] | dict(b=changed)))
     refused("dtype uint16.*70000.*uint32", dict(vocab_size=70000))
     refused(r"does not describe train\.b\.bin: run", dict(files={"train.a.bin": meta["files"]["train.a.bin"]}))
     refused(r"does not describe val\.a\.bin", {}, split="val")

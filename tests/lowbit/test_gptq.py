@@ -363,8 +363,10 @@ def write_data(folder, train, examples=(), is_val=()):
     folder.mkdir()
     with BinWriter(folder / "train.text.bin", 320) as file:
         file.write(train)
-    meta = dict(format_version=2, vocab_size=320, dtype=token_dtype(320).name, sources={"text": {}})
-    save_meta(folder, meta | dict(files={"train.text.bin": {"tokens": len(train)}}))
+    counts = dict(documents=1, tokens=len(train), characters=len(train))
+    sources = {"text": dict(train=counts, val=counts)}
+    meta = dict(format_version=2, vocab_size=320, dtype=token_dtype(320).name, sources=sources)
+    save_meta(folder, meta | dict(files={"train.text.bin": dict(part="pretrain", tokens=len(train))}))
     tokens, offsets = pack(list(examples), token_dtype(320))
     mask = np.packbits(np.ones_like(tokens, dtype=np.uint8))
     save_pkl(folder / "sft.pkl", dict(tokens=tokens, offsets=offsets, loss_mask=mask, is_val=np.array(is_val, bool)))
