@@ -259,7 +259,8 @@ def check_state(state: dict, optimizer) -> None:
             raise ValueError(f"parameter {i} has {', '.join(map(str, values))}, not {', '.join(sorted(needed))}")
         for name, value in values.items():
             number, shape = torch.as_tensor(value), () if name == "step" else param.shape
-            if number.shape != shape or not (number.is_floating_point() or name == "step"):
+            kind = number.dtype == param.dtype or name == "step"
+            if number.shape != shape or not kind:
                 raise ValueError(
                     f"{name} of parameter {i} is {tuple(number.shape)} of {number.dtype}, not {tuple(shape)}"
                 )

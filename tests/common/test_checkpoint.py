@@ -141,6 +141,18 @@ def test_restore_refuses_another_architecture_and_missing_training_state(tmp_pat
         restore(load(tmp_path), model, optimizer)
 
 
+def test_moments_of_another_precision_are_refused(tmp_path):
+    model = tiny()
+    optimizer = torch.optim.AdamW(model.parameters())
+    train(model, optimizer, 1)
+    write(tmp_path, model, optimizer=optimizer)
+    ckpt = load(tmp_path)
+    state = ckpt.training["optimizer"][0]["state"]
+    state[0]["exp_avg"] = state[0]["exp_avg"].half()
+    with pytest.raises(CheckpointError, match=r"ckpt.pt: .* exp_avg of parameter 0 is \(48, 16\) of torch.float16"):
+        restore(ckpt, model, optimizer)
+
+
 @pytest.fixture(scope="module")
 def tokenizer_bytes(tmp_path_factory) -> bytes:
     prefix = tmp_path_factory.mktemp("tokenizer") / "small"
