@@ -227,6 +227,9 @@ def restore(ckpt: Checkpoint, model: torch.nn.Module, optimizer) -> None:
     try:
         for each, state in zip(_as_list(optimizer), ckpt.training["optimizer"], strict=True):
             check_state(state, each)
+            done = max((int(values.get("step", 0)) for values in state["state"].values()), default=0)
+            if done > ckpt.step and ckpt.stage not in ("ppo", "grpo"):  # which update several times a step
+                raise ValueError(f"it has done {done} steps, the run {ckpt.step}")
             groups = zip(each.state_dict()["param_groups"], state["param_groups"], strict=True)
             groups = [own | dict(lr=saved["lr"]) for own, saved in groups]
             each.load_state_dict(distributed.shard_state(dict(state=state["state"], param_groups=groups), each))

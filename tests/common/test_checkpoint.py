@@ -141,6 +141,17 @@ def test_restore_refuses_another_architecture_and_missing_training_state(tmp_pat
         restore(load(tmp_path), model, optimizer)
 
 
+def test_an_optimizer_that_is_ahead_of_its_run_is_refused(tmp_path):
+    model = tiny()
+    optimizer = torch.optim.AdamW(model.parameters())
+    train(model, optimizer, 3)
+    write(tmp_path, model, optimizer=optimizer, step=2)
+    with pytest.raises(CheckpointError, match="it has done 3 steps, the run 2"):
+        restore(load(tmp_path), model, optimizer)
+    write(tmp_path, model, optimizer=optimizer, step=2, stage="ppo")
+    restore(load(tmp_path), model, optimizer)
+
+
 def test_moments_of_another_precision_are_refused(tmp_path):
     model = tiny()
     optimizer = torch.optim.AdamW(model.parameters())
