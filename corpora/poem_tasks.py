@@ -18,11 +18,12 @@ from common.files import naming
 from verse import HAN, ends_of, form_of, render, rhyme_class
 
 LONGEST_TITLE = 12  # characters; nine in ten are shorter
-SFT_ROWS = dict(write=16_000, given_words=2_000, acrostic=3_000, continued=2_000, next_line=1_000, told=1_000)
-SFT_ROWS |= dict(rhyme_words=4_000, rhyme_of=3_000)  # short ones: what rhymes is told apart, so that poems can use it
+SFT_ROWS = dict(write=20_000, given_words=2_500, acrostic=3_500, continued=2_000, next_line=1_000, told=1_000)
+SFT_ROWS |= dict(rhyme_words=4_000, rhyme_of=4_000)  # short ones: what rhymes is told apart, so that poems can use it
 RM_ROWS, PROMPTS, HELDOUT_PROMPTS = 9_000, 8_000, 1_000
 NAMED_RHYME = 0.9  # share of the requests for fine-tuning that name a rhyme, as all of RL do
-SHARES = dict(write=0.7, given_words=0.15, acrostic=0.15)  # of the requests for RL
+SHARES = dict(write=0.8, given_words=0.1, acrostic=0.1)  # of the requests for RL
+SHORT = ("五绝", "七绝")  # what RL asks for: a reward for two rhyme words tells more of each than one for four
 
 WORDINGS = dict(
     write=(
@@ -72,7 +73,7 @@ def sft_row(task, poem, fields, rng):
     return dict(instruction=text, output=others.get(task) or render(poem.lines))
 
 
-def swapped(poem, others, tables, rng):
+def swapped(poem, others, alike, rng):
     """The first lines of two couplets in each other's place: lengths, rhymes and nearly all tones stay."""
     lines = list(poem.lines)
     i, j = rng.sample(range(0, len(lines), 2), 2)
@@ -80,19 +81,17 @@ def swapped(poem, others, tables, rng):
     return lines
 
 
-def replaced(poem, others, tables, rng):
-    """In half of the lines the first two characters are of a line of some other poem, with the same tones."""
+def replaced(poem, others, alike, rng):
+    """Every word of two characters before the last three is another of the same tones, however rare."""
     lines = list(poem.lines)
-    for i in rng.sample(range(len(lines)), len(lines) // 2):
-        tones = [tables.tones.get(character) for character in lines[i][:2]]
-        words = (line[:2] for other in rng.choices(others, k=8) for line in other.lines)
-        fitting = [word for word in words if list(map(tables.tones.get, word)) == tones]
-        if fitting:
-            lines[i] = rng.choice(fitting) + lines[i][2:]
+    for i, line in enumerate(lines):
+        for at in range(0, len(line) - 3, 2):
+            line = line[:at] + rng.choice(alike(line[at : at + 2])) + line[at + 2 :]
+        lines[i] = line
     return lines
 
 
-def elsewhere(poem, others, tables, rng):
+def elsewhere(poem, others, alike, rng):
     """The poem of another title."""
     return rng.choice(others).lines
 
@@ -100,15 +99,21 @@ def elsewhere(poem, others, tables, rng):
 FAULTS = (swapped, replaced, elsewhere)  # a third of the pairs each
 
 
+def words_alike(poems, tables):
+    """word -> all words of two characters that begin a line of the poems and have its tones, each once."""
+    known = defaultdict(list)
+    for word in sorted({line[:2] for poem, _ in poems for line in poem.lines}):
+        known[tuple(map(tables.tones.get, word))].append(word)
+    return lambda word: known[tuple(map(tables.tones.get, word))] or [word]
+
+
 def rm_rows(poems, tables, n, rng):
     """A real poem against one of equal form and rhyme that does not hang together, or is on something else."""
-    alike = defaultdict(list)
+    same, alike, rows = defaultdict(list), words_alike(poems, tables), []
     for poem, fields in poems:
-        alike[fields["form"], fields["rhyme"]].append(poem)
-    rows = []
+        same[fields["form"], fields["rhyme"]].append(poem)
     for i, (poem, fields) in enumerate(poems):
-        others = alike[fields["form"], fields["rhyme"]]
-        rejected = FAULTS[i % len(FAULTS)](poem, others, tables, rng)
+        rejected = FAULTS[i % len(FAULTS)](poem, same[fields["form"], fields["rhyme"]], alike, rng)
         if rejected != poem.lines:
             text, _ = request("write", poem, fields, rng)
             rows.append(dict(prompt=text, chosen=render(poem.lines), rejected=render(rejected)))
@@ -118,9 +123,9 @@ def rm_rows(poems, tables, n, rng):
 
 
 def prompt_rows(poems, n, rng):
-    """Requests that name form and rhyme, in the shares of SHARES."""
+    """Requests for short poems that name form and rhyme, in the shares of SHARES."""
     rows = []
-    for poem, fields in poems[:n]:
+    for poem, fields in [pair for pair in poems if pair[1]["form"] in SHORT][:n]:
         task = rng.choices(list(SHARES), SHARES.values())[0]
         text, asked = request(task, poem, fields, rng)
         rows.append(dict(prompt=text) | asked)
@@ -138,11 +143,10 @@ def write_tasks(training, heldout, tables, folder, seed):
         rng.shuffle(poems)
     tasks = [task for task, n in SFT_ROWS.items() for _ in range(n)]
     tasks = rng.sample(tasks, len(tasks))
-    rows = dict(heldout_prompts=prompt_rows(kept, HELDOUT_PROMPTS, rng))
-    rows["prompts"] = prompt_rows(known, min(PROMPTS, len(known) // 4), rng)
-    rest = known[len(rows["prompts"]) :]
-    rows["rm"] = rm_rows(rest[: len(rest) // 4], tables, RM_ROWS, rng)
-    rest = rest[len(rest) // 4 :]
+    rows, parts = dict(heldout_prompts=prompt_rows(kept, HELDOUT_PROMPTS, rng)), len(known) // 4
+    rows["prompts"] = prompt_rows(known[:parts], PROMPTS, rng)
+    rows["rm"] = rm_rows(known[parts : 2 * parts], tables, RM_ROWS, rng)
+    rest = known[2 * parts :]
     rows["sft"] = [sft_row(task, *pair, rng) for task, pair in zip(tasks, rest, strict=False)]
     for name, found in rows.items():
         path = Path(folder) / f"{name}.jsonl"

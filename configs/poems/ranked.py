@@ -8,5 +8,6 @@ config = base | dict(
     prompts=500,
     samples=8,
     pairs=2,
-    max_new_tokens=80,
+    max_new_tokens=40,
+    temperature=0.8,
 )
