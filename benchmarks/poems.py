@@ -39,7 +39,7 @@ STAGES = {
 COMPARED = ["sft", "dpo", "ppo", "grpo"]
 SHARES = dict(form="form", rhyme="rhyme", tones="right_tones", all_right="all_right", asked="asked")
 IN_USE = dict(temperature=0.8, top_p=0.9)  # what eval_generate.py answers a prompt with
-AS_TRAINED = dict(temperature=1.0, top_p=1.0)  # what a KL is defined for
+AS_TRAINED = dict(temperature=0.8, top_p=1.0)  # what a KL is defined for
 
 
 def train(name, seed, options):
@@ -130,14 +130,17 @@ def replies(name, folder, base, data, n, seed):
     judge_model = load_models(dict(rm=Path(folder) / "rm"), scores=True)["rm"]
     own, sft, tokenizer = loaded["own"], loaded["sft"], loaded["own"].tokenizer
     prompts = requests(data, tokenizer.vocab_size, int(n))
-    config = dict(batch_size=50, seed=int(seed), max_new_tokens=80)
+    config = dict(batch_size=50, seed=int(seed), max_new_tokens=40)
     batches, texts, ended = answer(own, prompts, config, *IN_USE.values())
     titled = [(p.fields["title"], text) for p, text in zip(prompts, texts, strict=True) if p.fields["title"] and text]
     found = dict(texts=texts, eos_rate=sum(ended) / len(ended), score=reply_scores(judge_model, batches).mean().item())
     found["bits"] = bits(loaded["base"], titled)
     batches, found["texts_as_trained"], _ = answer(own, prompts, config, *AS_TRAINED.values())
-    nats = [sum(reply_nats(model, batch, 1.0).sum().item() for batch in batches) for model in (sft, own)]
-    return found | dict(kl=(nats[0] - nats[1]) / len(prompts))
+
+    def nats(model):
+        return sum(reply_nats(model, batch, AS_TRAINED["temperature"]).sum().item() for batch in batches)
+
+    return found | dict(kl=(nats(sft) - nats(own)) / len(prompts))
 
 
 def requests(data, vocab_size, n):
