@@ -18,8 +18,8 @@ from common.files import naming
 from verse import HAN, ends_of, form_of, render, rhyme_class
 
 LONGEST_TITLE = 12  # characters; nine in ten are shorter
-SFT_ROWS = dict(write=20_000, given_words=2_500, acrostic=3_500, continued=2_000, next_line=1_000, told=1_000)
-SFT_ROWS |= dict(rhyme_words=4_000, rhyme_of=4_000)  # short ones: what rhymes is told apart, so that poems can use it
+SFT_ROWS = dict(write=18_000, given_words=2_000, acrostic=3_000, continued=2_000, next_line=6_000, told=1_000)
+SFT_ROWS |= dict(rhyme_words=4_000, rhyme_of=3_000)  # short ones: what rhymes is told apart, so that poems can use it
 RM_ROWS, PROMPTS, HELDOUT_PROMPTS = 9_000, 8_000, 1_000
 NAMED_RHYME = 0.9  # share of the requests for fine-tuning that name a rhyme, as all of RL do
 SHARES = dict(write=0.8, given_words=0.1, acrostic=0.1)  # of the requests for RL
@@ -34,7 +34,7 @@ WORDINGS = dict(
     given_words=("以《{title}》为题，用“{words}”写一首{form}{rhyme}。", "用“{words}”作{form}《{title}》{rhyme}。"),
     acrostic=("以“{heads}”为各句首字写一首{form}{rhyme}。", "以“{heads}”藏头作{form}{rhyme}。"),
     continued=("以“{first}”开头写一首{form}{rhyme}。", "把“{first}”续成{form}{rhyme}。"),
-    next_line=("“{first}”的下一句是什么？", "对下句：{first}"),
+    next_line=("“{first}”的下一句{rhyme}。", "对下句：{first}{rhyme}。"),
     told=("这首诗是什么体，押什么韵？\n{text}", "说出诗体和韵：\n{text}"),
     rhyme_words=("押{name}韵的字。", "哪些字押{name}韵？"),
     rhyme_of=("“{end}”押什么韵？", "{end}字是什么韵？"),
