@@ -66,7 +66,7 @@ def ranked(seed, options):
     rows, data = folder / "ranked.jsonl", folder / "ranked"
     keys = dict(ckpt=folder / "sft", data=options.data, out=rows, seed=seed, device="cpu")
     if options.steps_scale != 1:
-        keys["prompts"] = max(64, round(500 * options.steps_scale))
+        keys["prompts"] = max(64, round(600 * options.steps_scale))
     if not rows.exists():
         print(f"seed {seed}: ranked replies", flush=True)
         command = ["-m", "alignment.ranked", ROOT / "configs/poems/ranked.py", *flags(**keys)]

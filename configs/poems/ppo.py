@@ -10,14 +10,14 @@ config = base | dict(
     rollout_size=128,
     minibatch_size=32,
     micro_batch_size=32,
-    max_steps=70,
+    max_steps=100,
     max_new_tokens=40,
     temperature=0.8,  # as in grpo.py
-    kl_coef=0.005,
+    kl_coef=0.01,
     entropy_coef=0.005,
     lam=1.0,  # the score comes last; with 0.95 the first of 60 tokens gets 0.95^60 = 5 % of it directly
     learning_rate=2e-4,
-    min_learning_rate=4e-5,
+    min_learning_rate=1e-4,
     warmup_steps=2,
     eval_interval=25,
     eval_prompts=64,
