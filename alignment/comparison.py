@@ -201,6 +201,14 @@ def follows(reviews, examples, polarity):
     )
 
 
+def samples_table(models, prompts, config):
+    """Markdown of each checkpoint's replies to some prompts, sampled as in use."""
+    decode = next(iter(models.values())).tokenizer.decode
+    columns = [list(map(decode, prompts))]
+    columns += [answer(m, prompts, config, config["temperature"], config["top_p"])[1] for m in models.values()]
+    return markdown_table(["prompt", *models], list(zip(*columns, strict=True)))
+
+
 def reviews_asked(models, tasks, context, config, polarity):
     """([Markdown], figures) of how each checkpoint does the demo's tasks, as far as they fit, beside people."""
     n = config["compare_examples"]
@@ -274,10 +282,7 @@ def compare(models, data, config, reward_model=None):
         )
     in_use = f"temperature {config['temperature']}, top_p {config['top_p']}"
     if shown := prompts[: config["compare_samples"]]:
-        columns = [list(map(tokenizer.decode, shown))]
-        columns += [answer(m, shown, config, config["temperature"], config["top_p"])[1] for m in models.values()]
-        parts.append(f"Sampled as in use, at {in_use}:")
-        parts.append(markdown_table(["prompt", *models], list(zip(*columns, strict=True))))
+        parts += [f"Sampled as in use, at {in_use}:", samples_table(models, shown, config)]
     figures = {key: config[key] for key in ("compare_temperature", "compare_top_p", "max_new_tokens", "seed")}
     figures |= {key: config[key] for key in ("best_of", "reward_model") if reward_model or own}
     figures |= dict(prompts=len(prompts), distinct_2_characters=n_chars, judge=judge, replies=rows)
