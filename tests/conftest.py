@@ -1,6 +1,7 @@
 """What every test shares: few threads, float64 on demand, sample files, and a chain of small runs."""
 
 import signal
+import sys
 
 import pytest
 import torch
@@ -72,6 +73,7 @@ def own_rewards(tmp_path, monkeypatch):
         "def takes_label(prompts, replies, label):\n    return odd(prompts, replies)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_rewards", raising=False)  # that of a test before
 
 
 @pytest.fixture(scope="session")
