@@ -440,4 +440,5 @@ def test_checkpoints_are_compared(chain, tmp_path, capsys):
     kl = {Path(row["checkpoint"]).name: row["kl"] for row in figures["replies"]}
     assert kl["sft"] == pytest.approx(0, abs=1e-4) and kl["dpo"] != 0
     assert [row["stage"] for row in figures["tasks"]] == ["sft", "dpo", "ppo", "quantize"]
-    assert out.startswith((tmp_path / "compare.md").read_text(encoding="utf-8"))
+    report, _, mark = (tmp_path / "compare.md").read_text(encoding="utf-8").rpartition("\n\n")
+    assert out.startswith(report) and OURS in mark
