@@ -94,10 +94,7 @@ def averages(rows):
     found = {}
     for name in rows[0]:
         values = torch.tensor([row[name] for row in rows]).double()
-        mean, half = (
-            values.mean().item(),
-            1.96 * (values.std().item() if len(rows) > 1 else math.nan) / len(rows) ** 0.5,
-        )
+        mean, half = values.mean().item(), 1.96 * values.std().item() / len(rows) ** 0.5 if len(rows) > 1 else math.nan
         interval = mean - half, mean + half
         if all(isinstance(row[name], bool) for row in rows):
             interval = wilson_interval(int(values.sum()), len(rows))
@@ -129,9 +126,8 @@ def best_of_replies(loaded, reward_model, prompts, config, own=None):
     for i in range(max(config["best_of"])):
         print(f"best of n: reply {i + 1} of {max(config['best_of'])} to each prompt", file=sys.stderr)
         settings = config | dict(seed=config["seed"] + i * len(prompts))  # `answer` takes the numbers up to the next
-        batches, texts, ended = answer(
-            loaded, prompts, settings, config["compare_temperature"], config["compare_top_p"]
-        )
+        sampling = config["compare_temperature"], config["compare_top_p"]
+        batches, texts, ended = answer(loaded, prompts, settings, *sampling)
         scores = reply_scores(reward_model, batches).tolist() if reward_model else [math.nan] * len(texts)
         drawn.append(list(zip(texts, ended, scores, strict=True)))
         ranks.append(torch.tensor([float(next(iter(row.values()))) for row in own(texts)] if own else scores))
@@ -245,9 +241,8 @@ def compare(models, data, config, reward_model=None):
     tokenizer = models[first].tokenizer
     readers = [*models.values(), reward_model] if reward_model else models.values()
     context = min(loaded.model.config.max_seq_len for loaded in readers)
-    resume.verify_data(
-        data, resume.hashes_of(data, [name for name in ("prompts.pkl", "sft.pkl") if (data / name).exists()])
-    )
+    there = [name for name in ("prompts.pkl", "sft.pkl") if (data / name).exists()]
+    resume.verify_data(data, resume.hashes_of(data, there))
     _, prompts = load_prompts(data / "prompts.pkl", tokenizer.vocab_size)
     prompts = [prompt for prompt in prompts if len(prompt) < context][: config["compare_prompts"]]
     if not prompts:

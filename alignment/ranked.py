@@ -10,7 +10,6 @@ second worst and so on, as far as `pairs` says and as their rewards differ. Writ
 
 import common.early  # noqa: F401 - before what takes seconds to import
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from alignment.rollout import rollout
 from common import checkpoint, resume
 from common.config import ConfigError, UserError, parse_config, run
 from common.distributed import setup
-from common.files import write_file
+from common.files import write_rows
 from dataset.batches import load_prompts
 from dataset.formats import load_meta
 
@@ -76,7 +75,7 @@ def main(argv=None):
     rows = ranked_rows(model, reward, prompts[: config["prompts"]], config)
     if not rows:
         raise UserError(f"{config['ckpt']}: no two replies to a prompt differ in their reward; more samples are needed")
-    write_file(config["out"], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    write_rows(config["out"], rows)
     print(f"{config['out']}: {len(rows):,} pairs of replies to {min(config['prompts'], len(prompts)):,} prompts")
 
 

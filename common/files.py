@@ -42,6 +42,13 @@ def write_file(path: str | Path, data: bytes) -> None:
         file.write(data)
 
 
+def write_rows(path: str | Path, rows: Iterable[dict]) -> None:
+    """A .jsonl file of rows, whole or not at all."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with naming(path), atomic_write(path, "w") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder and those above it; a script that ends with nothing in them removes them again."""
     made = [each for each in (folder, *folder.parents) if not each.exists()]

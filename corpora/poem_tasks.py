@@ -9,12 +9,11 @@ corpora/layouts.py and corpora/preferences.py read them:
     heldout_prompts.jsonl   the same of held-out poems, for the comparison alone
 """
 
-import json
 import random
 from collections import defaultdict
 from pathlib import Path
 
-from common.files import naming
+from common.files import write_rows
 from verse import HAN, ends_of, form_of, render, rhyme_class
 
 LONGEST_TITLE = 12  # characters; nine in ten are shorter
@@ -149,6 +148,4 @@ def write_tasks(training, heldout, tables, folder, seed):
     rest = known[2 * parts :]
     rows["sft"] = [sft_row(task, *pair, rng) for task, pair in zip(tasks, rest, strict=False)]
     for name, found in rows.items():
-        path = Path(folder) / f"{name}.jsonl"
-        with naming(path), open(path, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+        write_rows(Path(folder) / f"{name}.jsonl", found)

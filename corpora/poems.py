@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.config import ConfigError, parse_config, run
-from common.files import file_sha256, naming, new_folder, read_json, write_json
+from common.files import file_sha256, new_folder, read_json, write_json, write_rows
 from corpora.clean import char_ngrams, simplify, text_hash
 from corpora.encodings import BLOCK, open_bytes, reading
 from corpora.poem_tasks import write_tasks
@@ -181,11 +181,6 @@ def identity(config):
             digest.update(f"{'/'.join(MEMBER.search(name).groups())} {hashlib.sha256(data).hexdigest()}\n".encode())
         sha256 = digest.hexdigest()
     return dict(sha256=sha256, held_out=config["held_out"], seed=config["seed"])
-
-
-def write_rows(path, rows):
-    with naming(path), open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def main(argv=None):
