@@ -97,10 +97,11 @@ def orthogonalize(G, steps=5):
     tall = X.size(-2) > X.size(-1)
     X = X.mT if tall else X
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    X = X.flatten(0, -3) if X.dim() > 2 else X[None]  # baddbmm adds while it multiplies, and takes (n, N, M)
     for _ in range(steps):
         A = X @ X.mT
-        X = a * X + (b * A + c * A @ A) @ X
-    return (X.mT if tall else X).to(G.dtype)
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)  # a X + (b A + c A A) X
+    return (X.mT if tall else X).reshape(G.shape).to(G.dtype)
 
 
 class Muon(torch.optim.Optimizer):
