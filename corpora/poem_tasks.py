@@ -15,10 +15,11 @@ from pathlib import Path
 
 from common.files import write_rows
 from verse import HAN, ends_of, form_of, render, rhyme_class
+from verse.tables import LEVEL
 
 LONGEST_TITLE = 12  # characters; nine in ten are shorter
-SFT_ROWS = dict(write=18_000, given_words=2_000, acrostic=3_000, continued=2_000, next_line=6_000, told=1_000)
-SFT_ROWS |= dict(rhyme_words=4_000, rhyme_of=3_000)  # short ones: what rhymes is told apart, so that poems can use it
+SFT_ROWS = dict(write=19_000, given_words=4_000, acrostic=5_000, continued=2_000, next_line=4_000, told=1_000)
+SFT_ROWS |= dict(rhyme_words=4_000, rhyme_of=2_000)  # short ones: what rhymes is told apart, so that poems can use it
 RM_ROWS, PROMPTS, HELDOUT_PROMPTS = 9_000, 8_000, 1_000
 NAMED_RHYME = 0.9  # share of the requests for fine-tuning that name a rhyme, as all of RL do
 SHARES = dict(write=0.8, given_words=0.1, acrostic=0.1)  # of the requests for RL
@@ -41,10 +42,14 @@ WORDINGS = dict(
 
 
 def fields_of(poem, tables):
-    """What may be asked of a poem: its title, form and rhyme; None if no short request can ask for it."""
+    """What may be asked of a poem: its title, form and rhyme; None if no short request can ask for it.
+
+    Regulated verse rhymes on level tones: one poem in twenty does not, and what rhymes with it is rarely told.
+    """
     plain = 0 < len(poem.title) <= LONGEST_TITLE and HAN.fullmatch(poem.title)
     rhyme = rhyme_class(poem.lines, tables)
-    return dict(title=poem.title, form=form_of(poem.lines), rhyme=rhyme) if plain and rhyme else None
+    level = tables.tones.get(rhyme) == LEVEL
+    return dict(title=poem.title, form=form_of(poem.lines), rhyme=rhyme) if plain and level else None
 
 
 def request(task, poem, fields, rng, named=True):
@@ -56,20 +61,30 @@ def request(task, poem, fields, rng, named=True):
         asked["words"] = [line[:2] for line in rng.sample(poem.lines, rng.choice([1, 2]))]
     rhyme = f"，押{fields['rhyme']}韵" if named else ""
     said = dict(asked, rhyme=rhyme, words="”“".join(asked["words"]), first=poem.lines[0], text=render(poem.lines))
-    said |= dict(name=fields["rhyme"], end=rng.choice(ends_of(poem.lines)))
     return rng.choice(WORDINGS[task]).format(**said), asked
 
 
 def sft_row(task, poem, fields, rng):
     """One row of fine-tuning: what is asked, and the poem or what is to be said of it."""
     text, _ = request(task, poem, fields, rng, rng.random() < NAMED_RHYME)
-    others = dict(
-        next_line=poem.lines[1],
-        told=f"{fields['form']}，押{fields['rhyme']}韵。",
-        rhyme_words="、".join(ends_of(poem.lines)),
-        rhyme_of=f"{fields['rhyme']}韵。",
-    )
+    others = dict(next_line=poem.lines[1], told=f"{fields['form']}，押{fields['rhyme']}韵。")
     return dict(instruction=text, output=others.get(task) or render(poem.lines))
+
+
+def rhyme_words(poems):
+    """class -> the rhyme words of its poems, each as often as it is used."""
+    known = defaultdict(list)
+    for poem, fields in poems:
+        known[fields["rhyme"]] += ends_of(poem.lines)
+    return dict(sorted(known.items()))
+
+
+def rhyme_row(task, known, rng):
+    """One row of what rhymes; a rare class comes up more often than in poems, which tell too little of it."""
+    name = rng.choices(list(known), [len(ends) ** 0.5 for ends in known.values()])[0]
+    ends = list(dict.fromkeys(rng.choices(known[name], k=16)))[:8]
+    answers = dict(rhyme_words="、".join(ends), rhyme_of=f"{name}韵。")
+    return dict(instruction=rng.choice(WORDINGS[task]).format(name=name, end=ends[0]), output=answers[task])
 
 
 def swapped(poem, others, alike, rng):
@@ -145,7 +160,10 @@ def write_tasks(training, heldout, tables, folder, seed):
     rows, parts = dict(heldout_prompts=prompt_rows(kept, HELDOUT_PROMPTS, rng)), len(known) // 4
     rows["prompts"] = prompt_rows(known[:parts], PROMPTS, rng)
     rows["rm"] = rm_rows(known[parts : 2 * parts], tables, RM_ROWS, rng)
-    rest = known[2 * parts :]
-    rows["sft"] = [sft_row(task, *pair, rng) for task, pair in zip(tasks, rest, strict=False)]
+    rest, ends = known[2 * parts :], rhyme_words(known)
+    rows["sft"] = [
+        rhyme_row(task, ends, rng) if task.startswith("rhyme") else sft_row(task, *pair, rng)
+        for task, pair in zip(tasks, rest, strict=False)
+    ]
     for name, found in rows.items():
         write_rows(Path(folder) / f"{name}.jsonl", found)

@@ -22,14 +22,15 @@ def judged(replies, form, rhyme, heads, words):
 
 
 def rules(prompts, replies, form, rhyme, heads, words):
-    """From 0 to 5, with credit for every part: the shares of lines of the right length, of rhyme words in the asked
-    class (twice), of lines with right tones, and of the first characters and words that were asked for."""
+    """From 0 to 6, with credit for every part: the shares of lines of the right length, of rhyme words in the asked
+    class (three times: they are the hardest), of lines with right tones, and of the first characters and words that
+    were asked for."""
     return [credit(found) for found in judged(replies, form, rhyme, heads, words)]
 
 
 def credit(found):
     """The reward of one reply that verse.judge gave this of."""
-    shares = found["lines"] + 2 * found["rhymes"] + found["right_tones"]
+    shares = found["lines"] + 3 * found["rhymes"] + found["right_tones"]
     return shares + (found["heads"] + found["words"]) / 2
 
 

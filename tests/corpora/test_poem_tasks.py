@@ -6,17 +6,24 @@ import random
 import pytest
 
 from corpora.layouts import alpaca, prompts
-from corpora.poem_tasks import FAULTS, SFT_ROWS, fields_of, request, swapped, words_alike, write_tasks
+from corpora.poem_tasks import (
+    FAULTS,
+    SFT_ROWS,
+    fields_of,
+    request,
+    rhyme_row,
+    rhyme_words,
+    swapped,
+    words_alike,
+    write_tasks,
+)
 from corpora.poems import Poem
 from corpora.preferences import pairs
 from verse import FORMS, form_of, judge, parse, render, rhyme_class
 from verse.tables import Tables
 
-LEVELS, OBLIQUES = "山川云天林泉", "水月夜雨雪路"  # by a rhyme class each; the tones do not matter here
-TABLES = Tables(
-    {c: "平" for c in LEVELS} | {c: "仄" for c in OBLIQUES},
-    {c: ("山",) for c in LEVELS} | {c: ("月",) for c in OBLIQUES},
-)
+ONE, OTHER = "山川云天林泉", "书鱼车居初余"  # two rhyme classes, all of level tone
+TABLES = Tables({c: "平" for c in ONE + OTHER}, {c: ("山",) for c in ONE} | {c: ("书",) for c in OTHER})
 
 
 def poems(n, seed, title):
@@ -24,8 +31,8 @@ def poems(n, seed, title):
     rng, found = random.Random(seed), []
     for i in range(n):
         rows, size = FORMS[rng.choice(list(FORMS))]
-        ends = rng.sample(rng.choice([LEVELS, OBLIQUES]), rows // 2)
-        lines = ["".join(rng.choices(LEVELS + OBLIQUES, k=size)) for _ in range(rows)]
+        ends = rng.sample(rng.choice([ONE, OTHER]), rows // 2)
+        lines = ["".join(rng.choices(ONE + OTHER, k=size)) for _ in range(rows)]
         for k, end in enumerate(ends):
             lines[2 * k + 1] = lines[2 * k + 1][:-1] + end
         found.append(Poem(title + "一二三四五六七八九十"[i % 10] * (1 + i // 10), "某", lines, None))
@@ -53,7 +60,7 @@ def test_a_request_asks_for_what_its_poem_has():
         assert "韵" not in request("write", poem, fields, rng, named=False)[0]
 
 
-def test_titles_that_make_no_short_request_are_left_out():
+def test_poems_that_make_no_short_request_are_left_out():
     (poem,) = poems(1, 4, "题")
     assert fields_of(poem, TABLES) == dict(
         title="题一", form=form_of(poem.lines), rhyme=rhyme_class(poem.lines, TABLES)
@@ -62,6 +69,23 @@ def test_titles_that_make_no_short_request_are_left_out():
         assert fields_of(poem._replace(title=title), TABLES) is None
     unrhymed = [poem.lines[0], poem.lines[1][:-1] + "无", *poem.lines[2:]]
     assert fields_of(poem._replace(lines=unrhymed), TABLES) is None
+    oblique = TABLES._replace(tones=TABLES.tones | {c: "仄" for c in ("山", "书")})
+    assert fields_of(poem, oblique) is None
+
+
+def test_rows_of_rhymes_tell_the_words_that_poems_end_on():
+    found = poems(60, 6, "题")
+    known = rhyme_words([(poem, fields_of(poem, TABLES)) for poem in found])
+    assert {name: set(ends) for name, ends in known.items()} == {"书": set(OTHER), "山": set(ONE)}
+    assert sum(map(len, known.values())) == sum(len(poem.lines) // 2 for poem in found)
+    known, rng = dict(山=["山"] * 144 + ["云"], 书=["书"] * 9), random.Random(0)
+    rows = [rhyme_row("rhyme_words", known, rng) for _ in range(300)]
+    assert {row["output"] for row in rows} - {"云、山"} == {"山", "山、云", "书"}  # each word once
+    assert all(("书" in row["instruction"]) == (row["output"] == "书") for row in rows)
+    rare = sum(row["output"] == "书" for row in rows)
+    assert 33 < rare < 87  # in the mean 300 * 3 / (3 + sqrt(145)) = 60 within 4 deviations; as often as used: 18
+    row = rhyme_row("rhyme_of", dict(书=["鱼"]), rng)
+    assert "鱼" in row["instruction"] and row["output"] == "书韵。"
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
