@@ -57,7 +57,7 @@ def parse_config(
             config |= _read_option(option, defaults)
     for key, value in config.items():
         if needed := fault(stage, key, value):
-            raise ConfigError(f"{key}={shortened(_text(value))}: {needed}")
+            raise ConfigError(escaped(f"{key}={shortened(_text(value))}: {needed}"))
     if line := contradiction(config):
         raise ConfigError(line)
 

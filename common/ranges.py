@@ -73,6 +73,10 @@ CHOICES = {
     "hub": ("huggingface", "modelscope"),
     "parts": ("text", "pretrain", "sft", "rm", "prompts"),
 }
+# keys that name what is read or written: an empty name, or one of blanks, would mean the current directory
+NAMES = "out data init_from ckpt tokenizer reward_model import_hf import_llama2c"
+NAMES = dict.fromkeys(NAMES.split(), "a file or folder")
+NAMES |= dict(out="a folder", report="a .md file", picture="a .png file", reward="a reward", judge="a function")
 # another key's value
 AT_MOST = dict(
     min_learning_rate="learning_rate",
@@ -93,8 +97,8 @@ def range_of(stage: str, key: str) -> tuple | str | None:
 
 def fault(stage: str, key: str, value: Any) -> str | None:
     """What is needed instead of this value of a flat key; None where it is right."""
-    if key == "out" and value == "":
-        return "the name of a folder is needed"
+    if key in NAMES and isinstance(value, str) and not value.strip():
+        return f"the name of {NAMES[key]} is needed"
     if not all(map(_sayable, value if isinstance(value, list | tuple) else [value])):
         return "text without NUL and halves of surrogate pairs is needed"
     allowed = range_of(stage, key)

@@ -69,6 +69,8 @@ def quantize_groups(array, group):
 
 def import_llama2c(path, tokenizer_path):
     """A Checkpoint from a legacy .bin file, whose documents open and close with <bos>."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: no regular file")
     tok, raw = Tokenizer.load(tokenizer_path), path.read_bytes()
     if raw[:4] == struct.pack("<I", MAGIC):
         raise UserError(f"{path}: a version {raw[4]} file of llama2.c, only the legacy layout is read")

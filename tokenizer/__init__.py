@@ -138,6 +138,8 @@ class Tokenizer:
 
 def _from_hub(name: str, path: Path, cache_dir) -> Path:
     """Path of tokenizer.model of the Hugging Face repository `name`, downloaded or from the cache."""
+    if path.exists():  # a pipe, a device or a folder of that name
+        raise TokenizerError(f"{path}: no tokenizer, not even a regular file")
     is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) and not name.endswith(".model")
     if not is_id or Path(name).parent.is_dir():
         raise TokenizerError(f"no tokenizer at {path}")

@@ -143,3 +143,14 @@ def test_every_script_refuses_before_it_reads_or_writes(script, option, tmp_path
     options = [*option.split(), *([] if script == "eval_generate" else ["--out=made"])]
     line = failure(capsys, importlib.import_module(script).main, options)
     assert option.split()[-1].removeprefix("--").split("=")[0] + "=" in line and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "option", ["data=\n", "init_from=", "reward_model= ", "tokenizer=", "report=", "judge=", "out=\t"]
+)
+def test_an_empty_name_is_refused_by_its_key(option):
+    key = option.partition("=")[0]
+    stage = next(stage for stage in STAGES if key in DEFAULTS[stage])
+    with pytest.raises(ConfigError, match=f"^{key}=.*: the name of a") as caught:
+        parse_config(stage, [f"--{option}"], "")
+    assert key != "report" or str(caught.value) == "report=: the name of a .md file is needed"
