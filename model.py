@@ -7,7 +7,7 @@ large vocabulary never exist at once in training.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -34,6 +34,11 @@ class ModelConfig:
     scalar_head: bool = False  # reward and value models: one number per position instead of V logits
 
     def __post_init__(self):
+        for each in fields(self):
+            value, kind = getattr(self, each.name), each.type
+            right = isinstance(value, float | int if kind is float else kind)
+            if not right or (isinstance(value, bool) and kind is not bool):
+                raise TypeError(f"{each.name}={value!r}: {getattr(kind, '__name__', kind)} is needed")
         if self.hidden_dim is None:
             self.hidden_dim = 32 * math.ceil(int(8 * self.dim / 3) / 32)
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len", "hidden_dim"):

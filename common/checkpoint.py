@@ -221,7 +221,7 @@ def restore(ckpt: Checkpoint, model: torch.nn.Module, optimizer) -> None:
     different = [f"{key} is {old} there and {new} in this run's model" for key, old, new in pairs if old != new]
     if different:
         raise CheckpointError(f"{ckpt.path} holds another architecture: {'; '.join(different)}")
-    if ckpt.training is None:
+    if "optimizer" not in (ckpt.training or {}):
         raise CheckpointError(f"{ckpt.path} cannot be resumed: it was saved without the optimizer")
     load_weights(model, ckpt.weights, ckpt.path)
     try:

@@ -184,6 +184,8 @@ def _check(ckpt: Checkpoint) -> None:
     kinds = dict(optimizer=list, rng=dict, extra=dict | None, data=dict | None)
     for key, value in (ckpt.training or {}).items():
         need(key in kinds and isinstance(value, kinds[key]), f"training has an unknown {key}")
+    state = (ckpt.training or {}).keys() - {"data"}
+    need(state in (set(), kinds.keys() - {"data"}), f"training has {', '.join(sorted(state))} only")
     hashes = (ckpt.training or {}).get("data") or {}
     need(all(isinstance(each, str) for pair in hashes.items() for each in pair), "training.data names no files")
     for name, tensor in ckpt.weights.items():

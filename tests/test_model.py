@@ -115,6 +115,15 @@ def test_config_refuses_numbers_that_compute_nothing(odd):
         ModelConfig(**odd)
 
 
+@pytest.mark.parametrize(
+    "odd", [dict(dim=32.0), dict(n_layers=True), dict(tied=1), dict(norm_eps="1e-5"), dict(hidden_dim="")]
+)
+def test_config_refuses_values_of_another_type(odd):
+    (name, value), *_ = odd.items()
+    with pytest.raises(TypeError, match=f"^{name}={value!r}: .* is needed"):
+        ModelConfig(**odd)
+
+
 @pytest.mark.parametrize("name", "dim n_layers n_heads n_kv_heads vocab_size max_seq_len hidden_dim".split())
 def test_config_refuses_sizes_below_one(name):
     for size in (0, -32):

@@ -137,8 +137,10 @@ def test_restore_refuses_another_architecture_and_missing_training_state(tmp_pat
         restore(load(tmp_path), other, torch.optim.SGD(other.parameters(), lr=0.1))
     assert str(tmp_path / "ckpt.pt") in str(caught.value)
     write(tmp_path, model)
-    with pytest.raises(CheckpointError, match="saved without the optimizer"):
-        restore(load(tmp_path), model, optimizer)
+    for training in (None, {}, dict(data={"sft.pkl": "aa"})):
+        torch.save(torch.load(tmp_path / "ckpt.pt", weights_only=True) | dict(training=training), tmp_path / "ckpt.pt")
+        with pytest.raises(CheckpointError, match="saved without the optimizer"):
+            restore(load(tmp_path), model, optimizer)
 
 
 def test_an_optimizer_that_is_ahead_of_its_run_is_refused(tmp_path):

@@ -100,6 +100,7 @@ def test_counts_that_no_run_reaches_are_refused(tmp_path, key, value):
         (dict(tokenizer=torch.zeros(0, dtype=torch.uint8)), "its tokenizer is empty"),
         (dict(tokenizer=torch.zeros(9)), "its tokenizer is torch.float32, no bytes"),
         (dict(training=dict(data={1: 2})), "training.data names no files"),
+        (dict(training=dict(optimizer=[], rng={})), "training has optimizer, rng only"),
         (dict(config={1: 2}), "config holds what no config file says"),
         (dict(config=dict(model=[torch.zeros(1)])), "config holds what no config file says"),
     ],
