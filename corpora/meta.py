@@ -29,14 +29,20 @@ def start_meta(out, parts, val_share, tokenizer):
 
     Parts that stay must have been made with the same split and tokenizer: else validation text could stand in
     another part's training data, or the parts' ids could mean different things. DataError also for an old file that is
-    no longer what meta.json says: somebody's work may be in it.
+    no longer what meta.json says, or that it does not name: somebody's work may be in it.
     """
     path = Path(out) / "meta.json"
-    if not path.exists():
-        for other in sorted(Path(out).glob("*")):  # a run that was killed wrote its meta.json first
-            if is_written(other.name):
-                raise DataError(f"{other} is there, but no meta.json: it was not written here; choose another --out")
-    meta = formats.load_meta(out) if path.exists() and not outdated(path) else {}
+    old = outdated(path) if path.exists() else {}
+    meta = formats.load_meta(out) if old is None else {}
+    known = meta.get("files", {}) if old is None else old
+    for other in sorted(Path(out).glob("*")):  # a run that was killed wrote its meta.json first, and left its shards
+        if not path.exists() and is_written(other.name):
+            raise DataError(f"{other} is there, but no meta.json: it was not written here; choose another --out")
+        if formats.OWN.fullmatch(other.name) and (part := part_of(other.name)) in parts and other.name not in known:
+            if not (Path(out) / "work" / part).is_dir():
+                raise DataError(
+                    f"{other} would be replaced, but {path} does not name it: move it away, or choose another --out"
+                )
     said = dict(sources={} if "pretrain" in parts else meta.get("sources", {}))
     for key in ("tally", "lengths", "command"):
         said[key] = {part: value for part, value in meta.get(key, {}).items() if part not in parts}
@@ -53,10 +59,10 @@ def start_meta(out, parts, val_share, tokenizer):
             )
     if tokenizer:
         facts["dtype"] = formats.token_dtype(tokenizer.vocab_size).name
-    replaced = meta.get("files", {}).keys() - files.keys()
+    replaced = {name for name in known if part_of(name) in parts}
     for name in sorted(replaced):
         other = Path(out) / name
-        if other.exists() and file_sha256(other) != meta["files"][name].get("sha256"):
+        if other.exists() and file_sha256(other) != known[name].get("sha256"):
             raise DataError(f"{other}: changed since it was written: move it away, or choose another --out")
     facts = {key: meta[key] for key in FACTS if key in meta} | facts
     meta = dict(format_version=formats.FORMAT_VERSION, files=files) | facts | {key: v for key, v in said.items() if v}
@@ -66,6 +72,11 @@ def start_meta(out, parts, val_share, tokenizer):
 def is_written(name):
     """Whether data_process.py writes a file of this name into `out`."""
     return bool(formats.OWN.fullmatch(name)) or name in ("meta.json", "report.md", "lengths.png", "dropped.jsonl")
+
+
+def part_of(name):
+    """The part that writes a data file of this name."""
+    return "text" if name == "corpus.txt" else "pretrain" if name.endswith(".bin") else Path(name).stem
 
 
 def refuse_own(out, jobs):
@@ -78,12 +89,15 @@ def refuse_own(out, jobs):
 
 
 def outdated(path):
-    """Whether an older version of this code wrote a meta.json: nothing that it describes can still be read."""
+    """The files that a meta.json of an older version of this code describes, none of which can still be read; None of
+    one that is not older."""
     meta = read_json(path)
-    old = meta.get("format_version", formats.FORMAT_VERSION) < formats.FORMAT_VERSION
-    if old:
-        print(f"{path}: of an older format, starting anew", file=sys.stderr)
-    return old
+    version, files = meta.get("format_version"), meta.get("files")
+    if type(version) is not int or version >= formats.FORMAT_VERSION:
+        return None
+    print(f"{path}: of format version {version}, starting anew", file=sys.stderr)
+    files = files if isinstance(files, dict) else {}
+    return {name: entry for name, entry in files.items() if formats.OWN.fullmatch(name) and isinstance(entry, dict)}
 
 
 def add_part(out, meta, part, said, command):

@@ -132,6 +132,7 @@ def load_meta(directory):
             raise DataError(f"{path}: {what}")
         wrong += [misfit(tally[part], {str: ANSWERED}, f"tally.{part}") for part in ("sft", "rm") if part in tally]
         wrong += [misfit(entry, FILES[Path(name).suffix], name) for name, entry in files.items()]
+        wrong += [misfit(entry.get("sha256", ""), str, f"{name}.sha256") for name, entry in files.items()]
     if any(wrong):
         what = escaped(next(filter(None, wrong)))
         raise DataError(f"{path}: {what}: it was changed or damaged; run data_process.py again")

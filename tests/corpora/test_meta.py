@@ -93,6 +93,45 @@ def test_a_file_changed_by_hand_is_not_replaced(tmp_path, run):
     assert path.read_bytes() == before
 
 
+def test_a_file_that_meta_does_not_name_is_not_replaced(tmp_path, run, capsys):
+    """Neither beside a meta.json that lost its keys, nor beside one of an older version."""
+    run()
+    path, meta = tmp_path / "out" / "corpus.txt", tmp_path / "out" / "meta.json"
+    written, said = path.read_bytes(), json.loads(meta.read_text(encoding="utf-8"))
+    for kept in (dict(format_version=2), dict(format_version=1), said | dict(files={})):
+        meta.write_text(json.dumps(kept))
+        with pytest.raises(DataError, match="corpus.txt would be replaced, but .*meta.json does not name it: move it"):
+            run()
+        assert path.read_bytes() == written
+    (tmp_path / "out" / "work" / "text").mkdir(parents=True)  # a run was killed while it wrote the file
+    run()
+    assert path.read_bytes() == written and "corpus.txt" in load_meta(tmp_path / "out")["files"]
+
+
+def test_data_of_an_older_version_is_replaced_as_far_as_it_is_what_was_written(tmp_path, run, capsys):
+    run()
+    path, meta = tmp_path / "out" / "corpus.txt", tmp_path / "out" / "meta.json"
+    written, said = path.read_bytes(), json.loads(meta.read_text(encoding="utf-8")) | dict(format_version=1)
+    meta.write_text(json.dumps(said), encoding="utf-8")
+    path.write_bytes(written + b"mine\n")
+    with pytest.raises(DataError, match="corpus.txt: changed since it was written: move it away"):
+        run()
+    path.write_bytes(written)
+    capsys.readouterr()
+    run()
+    assert capsys.readouterr().err.splitlines()[0] == f"{meta}: of format version 1, starting anew"
+    assert load_meta(tmp_path / "out")["files"]["corpus.txt"]["bytes"] == len(written)
+
+
+@pytest.mark.parametrize("version", [None, "2", [2], 1.5, 3])
+def test_a_version_that_is_none_is_one_line(tmp_path, run, version):
+    run()
+    meta = tmp_path / "out" / "meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text(encoding="utf-8")) | dict(format_version=version)))
+    with pytest.raises(DataError, match="meta.json: format version"):
+        run()
+
+
 def test_no_source_is_overwritten(tmp_path, run):
     (tmp_path / "zh").mkdir()
     shutil.copy(tmp_path / "raw.txt", tmp_path / "zh" / "raw.txt")
