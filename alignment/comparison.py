@@ -7,6 +7,7 @@ token that ends its replies.
 """
 
 import math
+import re
 import sys
 from functools import partial
 
@@ -36,6 +37,8 @@ REPLY_COLUMNS = {
     "distinct-2": "{distinct_2:.3f}",
     "eos rate": "{eos_rate:.1%}",
 }
+NAME = re.compile(r"\w+")  # what a format string takes as it is, of a judge of one's own
+TAKEN = {"checkpoint", "stage", "kl", "characters", "eos_rate", "distinct_2", "bits_per_char"}  # figures of each row
 TASK_COLUMNS = {
     "checkpoint": "{checkpoint}",
     "positive when asked": "{asked_positive:.1%} of {asked_positive_n}",
@@ -69,12 +72,15 @@ def reply_scores(reward_model, batches):
     return torch.cat([in_batches(partial(score_rows, reward_model.model), batch) for batch in batches])
 
 
-def own_judge(name, prompts, tokenizer):
-    """texts -> [{name: number}], of replies to these prompts in order, by the function that is so named."""
+def own_judge(name, prompts, tokenizer, taken=TAKEN):
+    """texts -> [{name: number}], of replies to these prompts in order, by the function that is so named.
+
+    None of its names may be one of `taken`.
+    """
     label = f"judge={name}"
     function, _ = find_function(label, name)
-    taken = fields_taken(label, function, prompts[0].fields)
-    asked, fields = [tokenizer.decode(p) for p in prompts], {key: [p.fields[key] for p in prompts] for key in taken}
+    passed = fields_taken(label, function, prompts[0].fields)
+    asked, fields = [tokenizer.decode(p) for p in prompts], {key: [p.fields[key] for p in prompts] for key in passed}
 
     def judge(texts):
         found = call(label, function, asked, texts, fields)
@@ -82,9 +88,14 @@ def own_judge(name, prompts, tokenizer):
             raise ConfigError(f"{label} must return a list of dicts of numbers, one a reply")
         if any(row.keys() != found[0].keys() for row in found):
             raise ConfigError(f"{label} must return the same names for every reply")
+        columns = {}
         for key in found[0]:
-            checked(f"{label}, {key}:", [row[key] for row in found], len(texts))
-        return found
+            if not (isinstance(key, str) and NAME.fullmatch(key)) or key in taken or key.endswith(("_low", "_high")):
+                raise ConfigError(f"{label}: {key!r:.40} cannot name a figure: a word is needed that the table has not")
+            column = [row[key] for row in found]
+            numbers = checked(f"{label}, {key}:", column, len(texts))
+            columns[key] = column if all(isinstance(each, bool) for each in column) else numbers
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     return judge
 
@@ -218,9 +229,10 @@ def reviews_asked(models, tasks, context, config, polarity):
     return [format_table(TASK_COLUMNS, rows), said], dict(tasks=rows, written_by_people=people)
 
 
-def own_columns(row, config):
+def own_columns(row, config, taken=TAKEN):
     """(the name whose interval is shown and drawn, the columns of all) of what one's own judge gave."""
-    names = [name.removesuffix("_low") for name in row if name.endswith("_low") and name != "score_low"]
+    names = [name.removesuffix("_low") for name in row if name.endswith("_low")]
+    names = [name for name in names if name not in taken]
     judge = config["picture_column"] or names[0]
     if judge not in names:
         raise ConfigError(f"picture_column={judge}: the judge gives {', '.join(names)}")
@@ -248,7 +260,8 @@ def compare(models, data, config, reward_model=None):
     if not prompts:
         raise DataError(f"{data / 'prompts.pkl'}: no held-out prompt fits a context of {context} tokens")
     tasks = load_tasks(data / "sft.pkl", tokenizer.vocab_size) if (data / "sft.pkl").exists() else {}
-    own = own_judge(config["judge"], prompts, tokenizer) if config["judge"] else None
+    taken = TAKEN | ({"score"} if reward_model else set())
+    own = own_judge(config["judge"], prompts, tokenizer, taken) if config["judge"] else None
     # the demo's; of other text SnowNLP, trained on such, can tell nothing
     reviews = bool(tasks.get("write_asked")) and not own
     judge = "positive" if reviews else "score" if reward_model else "bits_per_char"
@@ -261,7 +274,7 @@ def compare(models, data, config, reward_model=None):
     said = {"positive": "positive by SnowNLP's classifier; ", "score": f"score by {config['reward_model']}; "}
     columns = JUDGED_COLUMNS[judge]
     if own:
-        judge, shares = own_columns(rows[0], config)
+        judge, shares = own_columns(rows[0], config, taken)
         said[judge], columns = f"judged by {config['judge']}; ", shares | columns
     parts = [
         f"{len(prompts)} held-out prompts, sampled at temperature {config['compare_temperature']}, top_p "
@@ -292,7 +305,7 @@ def compare(models, data, config, reward_model=None):
 def draw_replies(figures, n_checkpoints):
     """PNG of the judge's figure against KL: the checkpoints, and the best of n as the yardstick."""
     rows, judge = figures["replies"], figures["judge"]
-    by = "SnowNLP" if judge == "positive" else figures.get("judged_by") or figures["reward_model"]
+    by = figures.get("judged_by") or ("SnowNLP" if judge == "positive" else figures["reward_model"])
     title = f"{figures['prompts']} held-out prompts, temperature {figures['compare_temperature']}, judged by {by}"
     return png(draw(rows[:n_checkpoints], rows[n_checkpoints:], title, judge)[0])
 

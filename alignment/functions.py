@@ -76,11 +76,11 @@ def load_file(path):
 
 
 def told(error):
-    """`KeyError: 'x' (FILE:3)`: an error and the line that raised it."""
+    """`KeyError: 'x' (FILE:3)`: an error and the line that raised it, where that is one of a file."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     syntax = isinstance(error, SyntaxError) and error.filename
     file, line = (error.filename, error.lineno) if syntax else (frame.filename, frame.lineno)
-    return f"{said(error)} ({file}:{line})"
+    return said(error) if file.startswith("<frozen ") else f"{said(error)} ({file}:{line})"
 
 
 @contextmanager

@@ -19,7 +19,9 @@ LARGEST = 1e30  # reward: weighted by a million and less a mean it still fits fl
 def checked(name, rewards, n):
     """The rewards as floats, if they are n finite numbers; `name` is what they come from."""
     try:
-        rewards = [float(reward) for reward in rewards]
+        if isinstance(rewards, str | bytes | dict | set):
+            raise TypeError(f"it is a {type(rewards).__name__}")
+        rewards = [number(reward) for reward in rewards]
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # an element's own code
@@ -31,6 +33,13 @@ def checked(name, rewards, n):
             found = f"{name} returned {reward} for reply {i} of {n}"
             raise ConfigError(f"{found}: it must return finite numbers, of at most {LARGEST:g}")
     return rewards
+
+
+def number(value):
+    """A reward as a float; text is none, though float() reads it."""
+    if isinstance(value, str | bytes):
+        raise TypeError(f"{value[:40]!r} is text")
+    return float(value)
 
 
 def check_rows(writer, reader):

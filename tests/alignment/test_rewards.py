@@ -147,6 +147,7 @@ def test_what_a_users_code_raises_is_one_line(tmp_path):
         imports="import no_such_package\n",
         base="class Odd(BaseException):\n    __str__ = None\nraise Odd\n",
         lazy="def __getattr__(name):\n    raise ValueError(name)\n",
+        null="def score(prompts, replies):\n    return '\0'\n",
     )
     words = dict(
         syntax=r"SyntaxError: invalid syntax \(.*syntax.py:1\)",
@@ -155,6 +156,7 @@ def test_what_a_users_code_raises_is_one_line(tmp_path):
         imports="cannot import .*imports.py: No module named 'no_such_package'",
         base=r"Odd: its text cannot be made, TypeError \(.*base.py:3\)",
         lazy=r"ValueError: .* \(.*lazy.py:2\)",
+        null="null.py:score: cannot import .*null.py: SyntaxError: .* null bytes$",
     )
     for name, text in cases.items():
         (tmp_path / f"{name}.py").write_text(text)
@@ -316,3 +318,11 @@ def test_scores_that_are_not_finite_are_refused_by_name(small, tmp_path):
     batch = rollout(checkpoint.build_model(policy), [[5, 6], [7]], 4, seed=1)
     with pytest.raises(ConfigError, match=r"reward_model=.*ckpt.pt returned (nan|-?inf) for reply 0 of 2"):
         reward.raw(batch)
+
+
+@pytest.mark.parametrize(
+    "odd", ["12", b"12", {1: 0, 2: 0}, {1, 2}, ["1", "2"], [None, 1], [[1], 2], [object(), 1], 7, None]
+)
+def test_what_is_no_list_of_numbers_is_told_by_the_functions_name(odd):
+    with pytest.raises(ConfigError, match="^reward=mine must return a list of numbers: TypeError: "):
+        checked("reward=mine", odd, 2)
