@@ -12,7 +12,6 @@ import common.early  # noqa: F401 - before what takes seconds to import
 
 import json
 import sys
-import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -24,8 +23,8 @@ from tqdm import tqdm
 from alignment.objective import wins
 from alignment.pairs import pair_batch
 from alignment.rollout import rollout, sequence_kl
-from common import checkpoint, distributed
-from common.config import parse_config, run
+from common import checkpoint, distributed, resume
+from common.config import parse_config, run, said
 from common.files import file_sha256
 from common.optim import build_optimizer, learning_rate, set_learning_rate
 from common.stage import Stage
@@ -41,7 +40,7 @@ PANELS = [
     ("KL to the reference (nats per reply)", ["val/kl"]),
     ("share of replies that end", ["val/eos_rate"]),
 ]
-CACHE = "ref_logps.npz"
+CACHE = resume.REFERENCE
 FALLEN = -10  # nats: the answers that people preferred have lost a factor of e^10, 22,000, in probability
 MEASURES = "loss accuracy margin chosen_logratio rejected_logratio chosen_logps rejected_logps".split()
 
@@ -100,7 +99,7 @@ def reference_logps(model, chosen, rejected, indices, env):
 
 def read_cache(path, facts, needed, verbose=True):
     """The arrays in a cache of reference log-probabilities that was made under these facts and has the pairs that are
-    needed, indices into each array; else None, saying why."""
+    needed, indices into each array; else None, saying why. CheckpointError for what is no such cache."""
     if not path.exists():
         return None
     try:
@@ -110,8 +109,10 @@ def read_cache(path, facts, needed, verbose=True):
         reason = f"was made with another {' and '.join(other)}" if other else ""
         if not other and any(array[:, some].isnan().any() for array, some in zip(arrays, needed, strict=True)):
             reason = "has not all pairs that this run meets"
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        reason = "cannot be read"
+    except Exception as error:  # damaged bytes can raise anything
+        raise checkpoint.CheckpointError(
+            f"{path} is damaged, or not written by this stage, which needs this name: move it away ({said(error)})"
+        ) from None
     if verbose:
         print(f"{path} {reason}: computing it again" if reason else f"reference log-probabilities from {path}")
     return None if reason else arrays
@@ -133,6 +134,9 @@ def cached_reference(stage, model, splits, needed):
     logps = read_cache(path, facts, needed, env.is_main)
     if distributed.all_sum(logps is None, env):
         logps = [reference_logps(model, *pairs, some, env) for pairs, some in zip(splits, needed, strict=True)]
+        if not all(array[:, some].isfinite().all() for array, some in zip(logps, needed, strict=True)):
+            found = "its log-probabilities are not finite: weights are too large, or training diverged"
+            raise checkpoint.CheckpointError(f"{stage.parent['path']}: {found}")
         if env.is_main:
             with atomic_write(path) as file:
                 np.savez(file, facts=json.dumps(facts), train=logps[0].numpy(), val=logps[1].numpy())

@@ -31,6 +31,7 @@ TRAINED = (*LOGS, BEST_NAME, "loss.png")
 RUN_FILES = dict(quantize=LOGS, rm=(*TRAINED, "calibration.png"))
 RUN_FILES |= dict.fromkeys(("ppo", "grpo"), (*TRAINED, "score_kl.png"))
 ANY_RUN = (FILE_NAME, "config.json", "tensorboard", "logger_id.txt")  # and what is written over or added to
+REFERENCE = "ref_logps.npz"  # DPO's, which a run of DPO in the place of another may read, and no other stage
 NEW, SAVED = ".new", ".saved"  # folders in `out`: a run from step 0 before its first save, and while that moves
 MARK = f".{OURS}"  # a file in them: a run made them
 READ = "init_from reward_model tokenizer data".split()  # config keys of what a stage reads
@@ -187,6 +188,7 @@ def replace(out: Path) -> None:
     if new.exists():  # nothing was moved yet
         was = _run_in(out)
         files = () if was is None else RUN_FILES.get(was, TRAINED)
+        files += (REFERENCE,) if was == "dpo" != stage_of(new) else ()
         for path in [*(second_name(old, step) for step in own_steps(old)), *(out / name for name in files)]:
             path.unlink(missing_ok=True)
         os.replace(new, old)

@@ -238,13 +238,15 @@ def cached(tmp_path, capsys):
     (tmp_path / "rm.pkl").write_bytes(b"pairs")
     pairs = [examples(side) for side in PAIRS]
 
-    def call(sha256="aa", seed=0, n=4, met=(0, 1, 2, 3), **changes):
-        stage = SimpleNamespace(
-            env=ENV, out=tmp_path, parent=dict(sha256=sha256), config=dict(data=tmp_path), **changes
-        )
+    def call(sha256="aa", seed=0, n=4, met=(0, 1, 2, 3), scale=1.0):
+        parent = dict(path="some/ckpt.pt", sha256=sha256)
+        stage = SimpleNamespace(env=ENV, out=tmp_path, parent=parent, config=dict(data=tmp_path))
+        model = tiny(seed)
+        for layer in (model.layers[0].attention.wq, model.layers[0].attention.wk):
+            layer.weight.data *= scale
         splits = [[side.select(np.arange(m)) for side in pairs] for m in (4, n)]
         needed = np.array(met), np.arange(n)
-        return dpo_train.cached_reference(stage, tiny(seed), splits, needed), capsys.readouterr().out
+        return dpo_train.cached_reference(stage, model, splits, needed), capsys.readouterr().out
 
     call.path, call.data = tmp_path / dpo_train.CACHE, tmp_path / "rm.pkl"
     return call
@@ -281,15 +283,22 @@ def test_a_reference_of_too_few_pairs_is_computed_again(cached):
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"no such format", None])
-def test_a_reference_that_cannot_be_read_is_computed_again(cached, content):
-    expected, _ = cached()
+def test_what_is_no_reference_is_neither_read_nor_replaced(cached, content):
+    cached()
     if content is None:
         np.savez(cached.path, other=np.zeros(3))
     else:
         cached.path.write_bytes(content)
-    found, said = cached()
-    assert said == f"{cached.path} cannot be read: computing it again\n"
-    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    before = cached.path.read_bytes()
+    with pytest.raises(checkpoint.CheckpointError, match=f"{cached.path} is damaged, or not written by this stage"):
+        cached()
+    assert cached.path.read_bytes() == before
+
+
+def test_a_reference_that_is_not_finite_is_not_kept(cached):
+    with pytest.raises(checkpoint.CheckpointError, match="some/ckpt.pt: its log-probabilities are not finite"):
+        cached(scale=1e25)
+    assert not cached.path.exists()
 
 
 # the stage

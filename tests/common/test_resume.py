@@ -96,6 +96,17 @@ def test_what_a_stage_does_not_write_is_neither_removed_nor_replaced(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {"ckpt.pt", "metrics.jsonl", *mine}
 
 
+@pytest.mark.parametrize("stage", ["dpo", "sft"])
+def test_a_reference_stays_for_dpo_alone(tmp_path, stage):
+    write(tmp_path, stage="dpo")
+    (tmp_path / "ref_logps.npz").write_text("of the reference")
+    assert begin(run_config(tmp_path, overwrite=True), stage) is None
+    make_new(tmp_path)
+    write(tmp_path / ".new" / "ckpt.pt", stage=stage)
+    commit(tmp_path)
+    assert (tmp_path / "ref_logps.npz").exists() == (stage == "dpo")
+
+
 def old_run(out):
     """A run with files of all kinds and two that are somebody's own; returns {name: bytes}."""
     save_steps(out / "ckpt.pt", 1, 2, 3, keep_last=3)
