@@ -113,6 +113,7 @@ def export_hf(ckpt, tok, folder, dtype, packable=None):
             weights[renamed(name, 1)] = weight.to(getattr(torch, dtype)).contiguous()
     try:
         save_file(weights, folder / WEIGHTS[0], {"format": "pt", FACTS: json.dumps(provenance(ckpt))})
+        sort_metadata(folder / WEIGHTS[0])
     except SafetensorError as error:  # of a full disk
         raise OSError(str(error)) from None
     write_json(folder / "config.json", config)
@@ -127,6 +128,19 @@ def export_hf(ckpt, tok, folder, dtype, packable=None):
     (folder / MODEL_FILE).write_bytes(tok.model_bytes)
     (folder / "README.md").write_text(model_card(ckpt, precision), encoding="utf-8")
     return notes
+
+
+def sort_metadata(path):
+    """Put the metadata of a safetensors file in the order of its names; the library's, a HashMap's, changes each time.
+
+    https://huggingface.co/docs/safetensors/index: 8 bytes with the size of the header, JSON padded by spaces, then it.
+    """
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size))
 
 
 def weight_files(folder):

@@ -394,6 +394,15 @@ def test_target_is_kept_unless_overwrite_and_then_replaced_as_a_whole(tmp_path, 
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("format", ["hf", "gguf", "llama2c"])
+def test_the_same_model_gives_the_same_bytes(tmp_path, tok, format):
+    ckpt, found = make(tmp_path / "sft", tok), set()
+    for i in range(4):
+        out = run(format=format, ckpt=ckpt, out=tmp_path / f"out{i}")
+        found.add(tuple((path.name, path.read_bytes()) for path in sorted(out.glob("[!.]*"))))
+    assert len(found) == 1
+
+
 @pytest.mark.parametrize("name", ["", ".", "..", "/", "link"])
 def test_only_a_new_name_is_a_target(tmp_path, tok, monkeypatch, name):
     ckpt = make(tmp_path / "sft", tok)
