@@ -109,6 +109,10 @@ def main(argv=None):
         print(f"{model.num_params():,} parameters; {T * rows_per_step:,} tokens a step")
         last = ", at the end on all" if config["eval_all"] else ""
         print(f"validation on {min(config['eval_tokens'], len(val)):,} of {len(val):,} tokens{last}")
+        if prompts and config["sample_tokens"] >= shape.max_seq_len:
+            print(
+                f"sample_tokens={config['sample_tokens']}: the context of {shape.max_seq_len} tokens ends them sooner"
+            )
         for name, epochs in train.epochs(config["max_steps"] * rows_per_step, T).items():
             print(f"{name}: {epochs:.2f} epochs")
 

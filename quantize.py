@@ -16,6 +16,7 @@ out: out/{ckpt.pt, config.json, metrics.jsonl, samples.txt}
 
 import common.early  # noqa: F401 - before what takes seconds to import
 
+import math
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -289,6 +290,10 @@ def main(argv=None):
     if calibrated:
         sizes = config["calibration_tokens"], model.config.max_seq_len, config["eval_batch_size"]
         batches = calibration_batches(data, config["calibration"], *sizes, tok.vocab_size)
+    if config["sample_prompts"] and model.config.max_seq_len < 2:
+        raise ConfigError(
+            f"sample_prompts: a context of {model.config.max_seq_len} token has no room; --sample_prompts="
+        )
     if done := resume.begin(config, "quantize"):
         resume.still_finished(done, config)
         print(f"{out} is complete: nothing to do")
@@ -303,8 +308,13 @@ def main(argv=None):
         options = dict(damping=config["damping"], act_order=config["act_order"], search=config["range_search"])
         calibrate(low_model, ckpt.weights, batches, quant, **options)
     metrics = evaluate(model, low_model, val, config, env)
+    for name in ("quantize/perplexity_float32", "quantize/score_rms_difference"):
+        if not math.isfinite(found := metrics.get(name, 0)):
+            raise CheckpointError(f"{ckpt.path}: {name} is {found}: weights are too large, or training diverged")
     if config["sample_prompts"] and not model.config.scalar_head:
-        continues = checkpoint.continues(ckpt)
+        continues, context = checkpoint.continues(ckpt), model.config.max_seq_len
+        if config["sample_tokens"] >= context:
+            print(f"sample_tokens={config['sample_tokens']}: the context of {context} tokens ends a reply sooner")
         for m, label in ((model, "float32"), (low_model, quant["method"])):
             with checkpoint.naming(ckpt):
                 pairs = sample_pairs(m, label, tok, continues, config["sample_prompts"], config["sample_tokens"])

@@ -528,6 +528,11 @@ def test_a_function_of_ones_own_judges(tmp_path, tok, capsys, monkeypatch):
         "def few(prompts, replies):\n    return [dict(size=1)]\n"
         "def words(prompts, replies):\n    return [dict(size='x') for _ in replies]\n"
         "def numbers(prompts, replies):\n    return [1 for _ in replies]\n"
+        "def digits(prompts, replies):\n    return [dict(size='1') for _ in replies]\n"
+        "def nans(prompts, replies):\n    return [dict(size=float('nan')) for _ in replies]\n"
+        "def braces(prompts, replies):\n    return [{'a.b': 1} for _ in replies]\n"
+        "def ours(prompts, replies):\n    return [dict(kl=1) for _ in replies]\n"
+        "def score(prompts, replies):\n    return [dict(score=len(r)) for r in replies]\n"
         "def uneven(prompts, replies):\n    return [{str(i): i} for i, _ in enumerate(replies)]\n"
     )
     data = save_data(tmp_path / "data", tok, {}, PROMPTS, EXAMPLES)
@@ -554,9 +559,16 @@ def test_a_function_of_ones_own_judges(tmp_path, tok, capsys, monkeypatch):
     for name, words in dict(
         few="few, size: returned 1 rewards for 5 replies", words="words, size: must return a list of numbers",
         numbers="numbers must return a list of dicts", uneven="uneven must return the same names", none="no function",
+        digits="digits, size: must return a list of numbers: TypeError: '1' is text",
+        nans="nans, size: returned nan for reply 0",
+        braces="braces: 'a.b' cannot name a figure", ours="ours: 'kl' cannot",
     ).items():  # fmt: skip
         with pytest.raises(ConfigError, match=words):
             compare(capsys, [loose], data, *options, f"--judge=own_judge:{name}")
+    _, figures = compare(capsys, [three], data, *options, "--judge=own_judge:score")
+    assert figures["judge"] == "score" and figures["replies"][0]["score"] == 3
+    with pytest.raises(ConfigError, match="score: 'score' cannot name a figure"):  # the reward model's has that name
+        compare(capsys, [three], data, *options, "--judge=own_judge:score", f"--reward_model={rm}")
     with pytest.raises(ConfigError, match="picture_column=even: the judge gives size, odd"):
         compare(capsys, [loose], data, *options, judge, "--picture_column=even")
 
@@ -619,6 +631,7 @@ def test_rollout_within_a_small_nucleus_is_greedy(tok):
         (["--top_p=0"], "top_p=0.0"),
         (["--compare_top_p=1.5"], "compare_top_p=1.5: more than 0 and at most 1 is needed"),
         (["--repetition_penalty=0"], "repetition_penalty=0.0"),
+        (["--prompt=a", "--report=a.md"], "--report needs --compare or --ppl, whose tables it is"),
         (["--compare=a", "--best_of=2"], "--best_of needs the --reward_model or the --judge that picks"),
         (["--compare=a", "--best_of=1,2", "--reward_model=b"], "best_of=1,2: whole numbers from 2 on"),
         (["--compare=a", "--best_of=٢", "--reward_model=b"], "best_of=٢: whole numbers from 2 on"),

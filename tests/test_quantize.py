@@ -437,6 +437,26 @@ def test_bad_values_are_refused(tmp_path, option, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_context_of_one_token_has_no_room_for_samples(tmp_path, data_dir, tokenizer_bytes):
+    save_model(tiny_model(max_seq_len=1), tmp_path / "sft", tokenizer_bytes, "sft")
+    options = arguments(tmp_path / "sft", data_dir, tmp_path / "out")
+    with pytest.raises(ConfigError, match="sample_prompts: a context of 1 token has no room"):
+        quantize.main(options)
+    assert not (tmp_path / "out").exists()
+    quantize.main([*options, "--sample_prompts="])
+    assert checkpoint.load(tmp_path / "out").quant == dict(method="int8")
+
+
+def test_a_model_that_gives_no_number_is_named(tmp_path, data_dir, tokenizer_bytes):
+    model = tiny_model()
+    with torch.no_grad():
+        for layer in (model.layers[0].attention.wq, model.layers[0].attention.wk):
+            layer.weight.fill_(1e25)  # their product is beyond float32
+    path = save_model(model, tmp_path / "sft", tokenizer_bytes, "sft").path
+    with pytest.raises(CheckpointError, match=f"{path}: quantize/perplexity_float32 is nan: weights are too large"):
+        quantize.main(arguments(tmp_path / "sft", data_dir, tmp_path / "out"))
+
+
 def test_a_pattern_without_a_layer_is_refused(tmp_path, data_dir, tokenizer_bytes):
     save_model(tiny_model(), tmp_path / "sft", tokenizer_bytes)
     options = ["--method=int4", "--int8_layers=output,layers.*.atention.wo"]  # a tied model has no output: allowed
