@@ -175,7 +175,8 @@ def main(argv=None):
     forward = distributed.wrap(policy, env, config)
     optimizer = build_optimizer(policy, config)
     stage.start(policy, optimizer, tokenizer, parent)
-    reward.start(stage, reference, train[: config["norm_prompts"]])
+    with checkpoint.naming(parent):
+        reward.start(stage, reference, train[: config["norm_prompts"]])
     watch = Watch(stage.extra.get("watch"))
     if env.is_main:
         scores = f"reference scores {reward.norm[0]:.3f} +- {reward.norm[1]:.3f}"

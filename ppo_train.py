@@ -183,7 +183,8 @@ def main(argv=None):
     wrapped = [distributed.wrap(model, env, config) for model in (policy, value)]
     optimizer = build_optimizer(both, config)
     stage.start(policy, optimizer, tokenizer, parent, trained=both)
-    reward.start(stage, reference, train[: config["norm_prompts"]])
+    with checkpoint.naming(parent):
+        reward.start(stage, reference, train[: config["norm_prompts"]])
     if stage.resumed:
         checkpoint.load_weights(value, stage.extra.pop("value"), stage.resumed.path)
     kl_coef, watch = stage.extra.get("kl_coef", config["kl_coef"]), Watch(stage.extra.get("watch"))

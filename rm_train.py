@@ -172,7 +172,7 @@ def main(argv=None):
                 n_pairs = len(val[0]) if last and config["eval_all"] else min(len(val[0]), config["eval_pairs"])
                 metrics, *scores = evaluate(stage.whole, *val, env, n_pairs, objective)
                 stage.report(step, metrics)
-                if last:
+                if last and math.isfinite(metrics["val/loss"]):
                     write_file(picture, draw_calibration(*scores))
             if stage.due(step, "save_interval"):
                 stage.save(step)

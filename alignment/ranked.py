@@ -72,7 +72,8 @@ def main(argv=None):
     if reward.function:
         reward.fields = fields_taken(reward.name, reward.function, prompts[0].fields)
     model = checkpoint.build_model(ckpt).to(env.device).eval()
-    rows = ranked_rows(model, reward, prompts[: config["prompts"]], config)
+    with checkpoint.naming(ckpt):
+        rows = ranked_rows(model, reward, prompts[: config["prompts"]], config)
     if not rows:
         raise UserError(f"{config['ckpt']}: no two replies to a prompt differ in their reward; more samples are needed")
     write_rows(config["out"], rows)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from common.files import write_file
-from common.metrics import points
+from common.metrics import is_number, points
 from common.plots import new_figure, png
 
 # of the KL axis, those that are in view
@@ -118,7 +118,7 @@ def plot_score_kl(metric_log, prefix):
     figure = new_figure(6.4, 4.4)
     axes, last = figure.add_subplot(), max(row["step"] for row in rows)
     for source, style in ((prefix, dict(s=9, alpha=0.6)), ("val", dict(s=42, edgecolors="black", zorder=3))):
-        pairs = [row for row in rows if None not in (row.get(f"{source}/kl"), row.get(f"{source}/score"))]
+        pairs = [row for row in rows if is_number(row.get(f"{source}/kl")) and is_number(row.get(f"{source}/score"))]
         steps, kl = points(pairs, f"{source}/kl")
         _, score = points(pairs, f"{source}/score")
         if source == "val":

@@ -16,7 +16,7 @@ import numpy as np
 from common import config
 from common.config import UserError
 from common.files import refuse_foreign, write_file
-from common.metrics import points, read_metrics
+from common.metrics import is_number, points, read_metrics
 from common.plots import Line, draw
 from common.report import format_table
 
@@ -57,8 +57,9 @@ def read_run(path: str, metric: str) -> Run:
     if not len(val[0]):
         others = ", ".join(name for name in known if name.startswith("val/")) or "no validation at all"
         raise UserError(f"{file}: no value of {metric} in it; it has {others}")
-    seconds = np.array([row["seconds"] for row in rows if row.get("train/tokens") is not None])
-    train, tokens = points(rows, "train/loss"), points(rows, "train/tokens")
+    timed = [row for row in rows if is_number(row.get("train/tokens")) and is_number(row.get("seconds"))]
+    _, seconds = points(timed, "seconds")
+    train, tokens = points(rows, "train/loss"), points(timed, "train/tokens")
     return Run(path, train, val, tokens, seconds, max(row["step"] for row in rows))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 import time
 from contextlib import suppress
@@ -32,7 +33,7 @@ def read_metrics(path: Path) -> list[dict]:
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         with suppress(ValueError, RecursionError):
             row = json.loads(line)
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
+            if isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] < 1 << 53:
                 rows.append(row)
     return rows
 
@@ -52,7 +53,7 @@ class MetricLog:
             self.samples_path.unlink(missing_ok=True)
         else:
             rows = [row for row in self.read() if row["step"] <= resume_step]
-            seconds = rows[-1].get("seconds", 0.0) if rows else 0.0
+            seconds = float(max(points(rows, "seconds")[1], default=0.0))
             self._keep(self.metrics_path, [json.dumps(row, ensure_ascii=False) for row in rows])
             self._keep(self.samples_path, self._samples_until(resume_step))
         self.start = time.monotonic() - seconds
@@ -113,7 +114,7 @@ class MetricLog:
             return []
         lines = self.samples_path.read_text(encoding="utf-8", errors="replace").splitlines()
         for i, line in enumerate(lines):
-            if line.startswith("step ") and int(line.split()[1]) > step:
+            if (number := re.fullmatch("step ([0-9]{1,18})", line)) and int(number[1]) > step:
                 return lines[:i]
         return lines
 
@@ -137,9 +138,14 @@ def plain(value: Any) -> Any:
     return value
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value of metrics.jsonl, which somebody may have edited, can be drawn: a finite number."""
+    return type(value) in (int, float) and -1e300 < value < 1e300
+
+
 def points(rows: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values) of one metric, without the rows that lack it."""
-    found = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    """(steps, values) of one metric, without the rows that lack it or have no number there."""
+    found = [(row["step"], row[name]) for row in rows if is_number(row.get(name))]
     steps, values = zip(*found, strict=True) if found else ((), ())
     return np.array(steps), np.array(values, dtype=float)
 
@@ -150,12 +156,14 @@ class FiniteGuard:
     def __init__(self, limit: int = 10):
         self.limit = limit
         self.in_a_row = 0
+        self.stepped = False  # whether any update was applied
 
     def ok(self, step: int, loss: float, grad_norm: float) -> bool:
         """False: do not apply this step's gradients."""
         loss, grad_norm = float(loss), float(grad_norm)
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.in_a_row = 0
+            self.stepped = True
             return True
         self.in_a_row += 1
         found = f"step {step}: loss {loss:g}, gradient norm {grad_norm:g}"
@@ -187,7 +195,7 @@ class TextLoss:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.per_token)
+        return math.inf if self.per_token > 700 else math.exp(self.per_token)  # above, a float ends
 
     @property
     def bits_per_char(self) -> float:

@@ -15,7 +15,7 @@ from common import checkpoint, distributed, resume
 from common.config import UserError
 from common.files import save_config, unlock
 from common.loggers import logger_module, open_logger
-from common.metrics import FiniteGuard, MetricLog, NonFiniteError
+from common.metrics import FiniteGuard, MetricLog, NonFiniteError, points
 from common.optim import keep_decay, never_low
 from common.report import Progress, peak_memory_gb
 from dataset.formats import load_meta
@@ -100,7 +100,7 @@ class Stage:
         self.background = checkpoint.Background() if self.env.device.type == "cuda" else None
         self.stopping = False  # whether a signal had come when this step was to be saved
         # what else the stage must keep for --resume, tensors and plain values by name; a resumed run finds it here
-        self.extra = (self.resumed and self.resumed.training and self.resumed.training["extra"]) or {}
+        self.extra = (self.resumed and self.resumed.training and self.resumed.training.get("extra")) or {}
         self.data, self.loop_seconds = None, 0.0
         if self.finished:
             if self.env.is_main:
@@ -166,8 +166,7 @@ class Stage:
     @functools.cached_property
     def best(self):
         """The lowest validation loss so far."""
-        losses = [row["val/loss"] for row in self.metric_log.read() if row.get("val/loss") is not None]
-        return min(losses, default=math.inf)
+        return min(points(self.metric_log.read(), "val/loss")[1], default=math.inf)
 
     def _begin_anew(self):
         """At the first save: only now does this run take the place of what was there."""
@@ -191,6 +190,9 @@ class Stage:
         finally:
             if self.env.is_main:
                 unlock(self.out)
+        if isinstance(error, FloatingPointError | NonFiniteError) and not self.guard.stepped:
+            if begun := self.resumed.path if self.resumed else self.parent and self.parent["path"]:
+                raise NonFiniteError(f"{begun}, from which this run goes on: {error}") from None
 
     def due(self, step, interval):
         """Whether this process evaluates or saves at this step; a resumed run does not repeat its first."""
@@ -218,6 +220,8 @@ class Stage:
 
     def report(self, step, metrics, samples=()):
         """Validation metrics and samples [(prompt, reply)] to the log, the plot and the terminal."""
+        if not self.guard.stepped and math.isnan(metrics.get("val/loss", 0)):
+            raise NonFiniteError("the validation loss is nan: weights are too large, or training diverged")
         if self.config.get("keep_best") and metrics["val/loss"] < self.best:
             self.best = metrics["val/loss"]
             self._write(checkpoint.BEST_NAME, step)

@@ -5,7 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from common.checkpoint import Checkpoint
-from common.metrics import read_metrics
+from common.metrics import is_number, read_metrics
 from common.report import markdown_table
 from dataset.formats import DataError, load_meta
 from model import ModelConfig
@@ -61,7 +61,7 @@ def model_card(ckpt: Checkpoint, dtype: str) -> str:
         ("阶段", f"{ckpt.stage}，第 {ckpt.step:,} 步，读过 {ckpt.tokens_seen:,} 词元"),
         ("上一阶段", f"{ckpt.parent['stage']}，sha256 {ckpt.parent['sha256'][:16]}" if ckpt.parent else "无"),
         ("代码提交", (ckpt.git_commit or "未知")[:12]),
-        *((key, f"{value:.4g}") for key, value in facts["metrics"].items() if value is not None),
+        *((key, f"{value:.4g}") for key, value in facts["metrics"].items() if is_number(value)),
     ]
     data = [f"- {source}：{kept:,} 条" for source, kept in facts.get("data", {}).items()]
     return CARD.format(

@@ -17,7 +17,17 @@ from common import compare
 from common.config import ConfigError, UserError
 from common.distributed import Env
 from common.loggers import open_logger, run_id
-from common.metrics import FiniteGuard, MetricLog, NonFiniteError, distinct_2, share, source_losses, wilson_interval
+from common.metrics import (
+    FiniteGuard,
+    MetricLog,
+    NonFiniteError,
+    TextLoss,
+    distinct_2,
+    points,
+    share,
+    source_losses,
+    wilson_interval,
+)
 from common.optim import build_optimizer
 from common.plots import Line, draw, smooth
 from common.report import Progress, format_table, markdown_table
@@ -61,6 +71,35 @@ def test_resume_drops_later_steps_and_a_cut_line(tmp_path):
     assert seconds == sorted(seconds)
     headers = [line for line in (tmp_path / "samples.txt").read_text().splitlines() if line.startswith("step")]
     assert headers == ["step 1", "step 2"]  # the replies hold such lines too, indented
+
+
+def test_what_somebody_wrote_into_the_logs_is_no_trouble(tmp_path):
+    log = MetricLog(tmp_path)
+    for step in (1, 2):
+        log.write(step, {"val/loss": 3.0 - step})
+        log.samples(step, [("问", "答")])
+    odd = [
+        '{"step": 2, "seconds": "x", "val/loss": "low"}',
+        '{"step": -1}',
+        '{"step": true}',
+        '{"step": 1e3}',
+        "[1]",
+        "?",
+    ]
+    odd += ['{"step": 2, "seconds": null, "val/loss": [0]}', '{"step": 2, "val/loss": 1' + "0" * 400 + "}"]
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.writelines(line + "\n" for line in odd)
+    notes = "step x\nstep\nstep 9 is the best\nstep ²\nstep 1e3\n"
+    with open(tmp_path / "samples.txt", "a") as file:
+        file.write(notes + "step 3\nof a run that went on\n")
+    log = MetricLog(tmp_path, resume_step=2)
+    assert points(log.read(), "val/loss")[1].tolist() == [2.0, 1.0]
+    assert (tmp_path / "samples.txt").read_text().endswith("\n\n" + notes)
+    log.write(3, {"val/loss": 0.5})
+    log.plot([("loss", ["val/loss"])])
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    run = compare.read_run(str(tmp_path), "val/loss")
+    assert run.val[1].tolist() == [2.0, 1.0, 0.5] and run.steps == 3
 
 
 def test_resume_of_an_empty_directory_and_fresh_start(tmp_path):
@@ -224,6 +263,11 @@ def test_source_losses_are_the_models_own_in_windows_of_its_context(tmp_path):
     cut = source_losses(model, val, ENV, max_tokens=15)[1]["b"]  # half of the rows
     spaced = nats(model, ids[12:21]) + nats(model, ids[28:30])  # of 12 to 20, 20 to 28 and 28 to 29
     assert (cut.tokens, cut.nats) == (9, pytest.approx(spaced, rel=1e-5))
+
+
+def test_a_perplexity_beyond_all_numbers_is_infinite():
+    assert TextLoss(nats=1e6, tokens=2, characters=2.0).perplexity == math.inf
+    assert TextLoss(nats=4.0, tokens=2, characters=2.0).perplexity == pytest.approx(math.e**2)
 
 
 def test_source_losses_without_text(tmp_path):

@@ -249,6 +249,21 @@ def test_weights_that_became_nan_are_not_saved_over_good_ones(chain, tmp_path, c
     assert line == f"error: step 4: {why}" and load(tmp_path).step == 2
 
 
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "ppo"])
+def test_weights_that_give_no_number_are_named_by_their_file(chain, tmp_path, capsys, stage):
+    payload = torch.load(chain / "sft" / "ckpt.pt", weights_only=True)
+    parent = "pretrain" if stage == "sft" else "sft"
+    for name in ("wq", "wk"):  # whose product is beyond float32
+        payload["weights"][f"layers.0.attention.{name}.weight"].fill_(1e25)
+    (tmp_path / "huge").mkdir()
+    torch.save(payload | dict(stage=parent), tmp_path / "huge" / "ckpt.pt")
+    line = failure(
+        capsys, MAINS[stage].main, options_of(chain, stage, tmp_path / "out", dict(init_from=tmp_path / "huge"))
+    )
+    assert line.startswith(f"error: {tmp_path / 'huge' / 'ckpt.pt'}") and "weights are too large" in line
+    assert not (tmp_path / "out").exists()
+
+
 # what is not what it was
 
 
