@@ -17,7 +17,7 @@ config = base | dict(
     entropy_coef=0.005,
     lam=1.0,  # the score comes last; with 0.95 the first of 60 tokens gets 0.95^60 = 5 % of it directly
     learning_rate=2e-4,
-    min_learning_rate=1e-4,
+    min_learning_rate=1e-5,  # as in grpo.py
     warmup_steps=2,
     eval_interval=25,
     eval_prompts=64,
