@@ -1,4 +1,5 @@
-"""Use a checkpoint: answer a prompt, chat, measure perplexity, or compare checkpoints on the same held-out prompts.
+"""Use a checkpoint: answer a prompt, chat, measure perplexity, run benchmarks, or compare checkpoints on held-out
+prompts.
 
 Takes a run directory or file of any stage, which carries its tokenizer; a pretrained one continues text, later ones
 answer. Perplexity and comparisons need the data too. Only replies, tables and, last, one line of JSON go to standard
@@ -8,6 +9,8 @@ on the reviews that the demo uses; on other data by a reward model, if one is gi
     python eval_generate.py --ckpt=out/demo/sft --prompt=写一条酒店好评。
     python eval_generate.py --ckpt=out/demo/sft
     python eval_generate.py --ckpt=out/demo/pretrain --ppl --data=data/demo
+    python eval_generate.py --ckpt=out/demo/pretrain --benchmark=continuations,order,bits --data=data/demo
+    python eval_generate.py --ckpt=out/zh/sft --benchmark=ceval,cmmlu=data/cmmlu --shots=5 --report=out/zh/benchmarks.md
     python eval_generate.py --compare=out/demo/sft,out/demo/ppo --data=data/demo --report=out/demo/compare.md
     python eval_generate.py --compare=out/demo/sft,out/demo/ppo --data=data/demo --best_of=2,4,8 \
         --reward_model=out/demo/rm --picture=out/demo/compare.png
@@ -38,6 +41,7 @@ from common.metrics import plain, source_losses
 from common.report import format_table
 from dataset.corpus import Corpus
 from dataset.formats import load_meta
+from evaluation.benchmarks import measure
 from model import Llama
 from tokenizer import StreamDecoder, Tokenizer, encode_example, encode_opening, encode_prompt
 
@@ -180,7 +184,7 @@ def sizes_of(best_of):
 
 def check_config(config):
     """ConfigError for two wishes at once, and for one that lacks what it needs."""
-    wishes = [key for key in ("prompt", "ppl", "compare") if config[key] not in (None, False, [])]
+    wishes = [key for key in ("prompt", "ppl", "benchmark", "compare") if config[key] not in (None, False, [])]
     if len(wishes) > 1:
         raise ConfigError(f"--{wishes[0]} and --{wishes[1]} exclude each other")
     for key, suffix in (("report", ".md"), ("picture", ".png")):
@@ -225,6 +229,8 @@ def main(argv=None):
         val = Corpus(data, "val")
         resume.verify_data(data, resume.hashes_of(data, [val.file(source).name for source in val.sources]))
         publish(*perplexity(loaded, val, config, env), config["report"])
+    elif config["benchmark"]:
+        publish(*measure(loaded, config), config["report"])
     elif config["reply"] is not None:
         print(score(loaded, question, config["reply"]))
     elif config["prompt"] is not None:

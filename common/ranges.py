@@ -16,7 +16,7 @@ RANGES = {
     "[1, inf)": """
         eval_interval save_interval log_interval keep_last eval_tokens eval_pairs eval_prompts eval_examples
         calibration_tokens compare_prompts compare_examples unit_bytes min_characters write_max_characters
-        rm_max_characters rm_length_bin prompts_train prompts pairs
+        rm_max_characters rm_length_bin prompts_train prompts pairs questions
     """,
     # what is in memory at once
     "[1, 1e6]": """
@@ -30,6 +30,7 @@ RANGES = {
     "(0, 10]": "learning_rate",
     "[0, 10]": "min_learning_rate",
     "[0, 100]": "weight_decay",
+    "[0, 5]": "shots",  # what dev of C-Eval and CMMLU holds
     "[0, 1)": "beta1 beta2 model.dropout",
     "[0, 1]": """
         decay_share gamma lam clean.max_broken clean.min_chinese clean.max_repeated_lines clean.max_top_ngram
@@ -71,6 +72,7 @@ CHOICES = {
     "calibration": ("train", "sft.pkl"),
     "dedup": ("none", "exact", "near"),
     "hub": ("huggingface", "modelscope"),
+    "scoring": ("letter", "text"),
     "parts": ("text", "pretrain", "sft", "rm", "prompts"),
 }
 # keys that name what is read or written: an empty name, or one of blanks, would mean the current directory
