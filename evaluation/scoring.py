@@ -96,7 +96,8 @@ def picked_logps(model, h, which, targets):
     """log p of targets (M,) after the states h[which], h (N, D), which (M,) rising: (M,)."""
     found = []
     for rows in row_chunks(h):
-        logps = upcast(model.head(h[rows])).log_softmax(-1)
+        logits = upcast(model.head(h[rows]))
+        logps = torch.log_softmax(logits, -1, out=logits)
         begin, end = torch.searchsorted(which, torch.tensor([rows.start, rows.stop], device=h.device)).tolist()
         found.append(logps[which[begin:end] - rows.start, targets[begin:end]])
     return torch.cat(found)
