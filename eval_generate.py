@@ -194,9 +194,9 @@ def check_config(config):
         raise ConfigError("--report needs --compare or --ppl, whose tables it is")
     if config["reply"] is not None and config["prompt"] is None:
         raise ConfigError("--reply needs the --prompt that it replies to")
-    for key in ("best_of", "picture", "reward_model", "judge"):
-        if config[key] and not config["compare"]:
-            raise ConfigError(f"--{key} needs --compare")
+    for wish, keys in dict(compare="best_of picture reward_model judge", benchmark="subjects shots documents").items():
+        if key := next((key for key in keys.split() if config[key] and not config[wish]), None):
+            raise ConfigError(f"--{key} needs --{wish}")
     if config["best_of"] and config["reward_model"] is None and config["judge"] is None:
         raise ConfigError("--best_of needs the --reward_model or the --judge that picks the best")
     if config["picture_column"] is not None and config["judge"] is None:

@@ -4,6 +4,7 @@ A `loaded` is eval_generate.py's Loaded: ckpt, tokenizer, model, and whether it 
 """
 
 import math
+import random
 import sys
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from evaluation import heldout, multiple_choice
 from evaluation.multiple_choice import BENCHMARKS
 from evaluation.scoring import Row, by_character, by_own_likelihood, chosen, score, score_rows
 
-LETTER, CHARACTER, OWN = "by letter", "by text, a character", "by text, beyond its own likelihood"
+LETTER, CHARACTER, OWN = "by letter", "by text, per character", "by text, beyond its own likelihood"
 COLUMNS = {"scored": "{scored}", "right": "{right} of {n}", "accuracy": "{accuracy:.1%}"}
 COLUMNS |= {"95 % interval": "{low:.1%} to {high:.1%}"}
 COLUMNS |= {"a guess": "{chance:.1%}, 95 % within {chance_low:.1%} to {chance_high:.1%}"}
@@ -93,23 +94,20 @@ def cut_words(cut, n, limit):
 def multiple_choice_part(loaded, name, path, config):
     """([Markdown], [tally]) of C-Eval or CMMLU."""
     benchmark, shots = BENCHMARKS[name], config["shots"]
-    loaded_items, split = multiple_choice.load(name, path, config["subjects"], shots)
+    items, split = multiple_choice.load(name, path, config["subjects"], shots)
     model, tok, limit = loaded.model, loaded.tokenizer, loaded.model.config.max_seq_len
     # as the exported tokenizer does, which the harness uses: a chat model's puts nothing before a text
     opening = [tok.opening_id] if loaded.continues else []
 
-    def asked(ask):
-        return [ask(*item)._replace(group=subject) for subject, *item in loaded_items]
-
     scores, parts = {}, []
     if "letter" in config["scoring"]:
-        questions = asked(multiple_choice.ask_letters)
+        questions = [multiple_choice.ask_letters(*item) for item in items]
         found = score(model, tok, questions, opening)
         scores[LETTER] = chosen(found.logps)
         counts = ", ".join(f"{letter} {scores[LETTER].count(i)}" for i, letter in enumerate("ABCD"))
         parts.append(f"Letters chosen: {counts}.{cut_words(found.cut, len(questions), limit)}")
     if "text" in config["scoring"]:
-        questions = asked(multiple_choice.ask_texts)
+        questions = [multiple_choice.ask_texts(*item) for item in items]
         alone = [question._replace(context="答案：") for question in questions]
         found, unasked = (score(model, tok, each, [tok.opening_id]) for each in (questions, alone))
         scores[CHARACTER] = chosen(by_character(found.logps, questions))
@@ -125,7 +123,7 @@ def heldout_part(loaded, name, documents, config):
     model, tok = loaded.model, loaded.tokenizer
     title, _ = heldout.TASKS[name]
     questions = heldout.ask(name, documents, config["questions"], config["seed"])
-    fitting = [q for q in questions if max(len(tok.encode(c)) for c in q.choices) < model.config.max_seq_len]
+    fitting = [q for q in questions if all(0 < len(tok.encode(c)) < model.config.max_seq_len for c in q.choices)]
     if not fitting:
         why = "none of whose choices fits the context" if questions else "from which no question can be made"
         raise DataError(f"{name}: documents {why}: {', '.join(documents)}")
@@ -145,15 +143,22 @@ def bits_part(loaded, documents, config):
     """([Markdown], [figures]) of the bits per character of each source's documents, in excerpts."""
     model, tok, limit, rows = loaded.model, loaded.tokenizer, loaded.model.config.max_seq_len, []
     for source, texts in documents.items():
-        excerpts = ["".join(excerpt.pieces) for excerpt in heldout.excerpts_of(texts)][: config["questions"]]
+        excerpts = ["".join(excerpt.pieces) for excerpt in heldout.excerpts_of(texts)]
+        excerpts = random.Random(f"{config['seed']} bits {source}").sample(
+            excerpts, min(config["questions"], len(excerpts))
+        )
         windows = []
         for ids in tok.encode_batch(excerpts):
             ids = [tok.opening_id, *ids]
             windows += [ids[i : i + limit + 1] for i in range(0, len(ids) - 1, limit)]
+        if not windows:
+            continue
         found = score_rows(model, [Row(ids[:-1], [[]], [ids[1:]], 0) for ids in windows])
         nats, tokens = -sum(row[0] for row in found), sum(len(ids) - 1 for ids in windows)
         loss = TextLoss(nats, tokens, sum(map(len, excerpts)))
         rows.append(dict(benchmark="bits", group=source, characters=loss.characters, bits_per_char=loss.bits_per_char))
+    if not rows:
+        raise DataError(f"bits: no text in the documents of {', '.join(documents)}")
     columns = {"source": "{group}", "characters": "{characters:,}", "bits per character": "{bits_per_char:.3f}"}
     return ["## bits\n\nBits per character of excerpts of each source.", format_table(columns, rows)], rows
 
@@ -196,6 +201,8 @@ def check_subjects(subjects, names):
 
 def measure(loaded, config):
     """(Markdown, figures) of the benchmarks that the config asks for."""
+    if not config["scoring"]:
+        raise ConfigError("scoring=: letter, text or both are needed")
     asked = parse(config["benchmark"])
     names, parts, rows = [name for name, _ in asked], [], []
     check_subjects(config["subjects"], names)

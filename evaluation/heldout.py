@@ -163,7 +163,7 @@ def of_data(data, tokenizer, source_path, most, seed):
         ends = [i + np.flatnonzero(ids == tokenizer.eos_id) for i, ids in blocks]
         ends = np.concatenate([[start - 1], *ends]).tolist()
         drawn = random.Random(f"{seed} {source}").sample(range(len(ends) - 1), min(most, len(ends) - 1))
-        found[source] = [tokenizer.decode(corpus.read(ends[i] + 1, ends[i + 1])) for i in sorted(drawn)]
+        found[source] = [tokenizer.decode(corpus.read(ends[i] + 1, ends[i + 1])) for i in drawn]
     return found
 
 

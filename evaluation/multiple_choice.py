@@ -206,18 +206,20 @@ def plain(item):
 
 
 def texts(item):
-    """Its options as choices: an empty one, of which there are no tokens, reads as what it may have said."""
-    return [option or "无" for option in item.options]
+    """Its options as choices; an empty one, which has no tokens, as what it says."""
+    return [option.strip() or "无" for option in item.options]
 
 
-def ask_letters(title, item, shots):
+def ask_letters(subject, title, item, shots):
+    """A Question of what `load` gives, as the harness puts it."""
     examples = "".join(f"{listed(shot)} {LETTERS[shot.answer]}\n\n" for shot in shots)
-    return Question(f"{title}{examples}{listed(item)}", [f" {letter}" for letter in LETTERS], item.answer, "")
+    return Question(f"{title}{examples}{listed(item)}", [f" {letter}" for letter in LETTERS], item.answer, subject)
 
 
-def ask_texts(title, item, shots):
+def ask_texts(subject, title, item, shots):
+    """The same without the options, each of them a choice."""
     examples = "".join(f"{plain(shot)}{texts(shot)[shot.answer]}\n\n" for shot in shots)
-    return Question(f"{title}{examples}{plain(item)}", texts(item), item.answer, "")
+    return Question(f"{title}{examples}{plain(item)}", texts(item), item.answer, subject)
 
 
 def load(name, path, subjects, shots):

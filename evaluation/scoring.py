@@ -1,7 +1,7 @@
 """How likely a model finds each choice of a question: the one way in which every benchmark here is scored.
 
 A choice follows the question's context, and the log-probabilities of its tokens are added up. Text becomes tokens and
-is cut as in lm-evaluation-harness (lm_eval/api/model.py `_encode_pair`, lm_eval/models/huggingface.py): context and
+is cut as in lm-evaluation-harness (`_encode_pair` of its TemplateLM, `_loglikelihood_tokens` of its HFLM): context and
 choice are encoded as one text, and what exceeds the model's context goes on the left.
 """
 
@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from common.report import Progress
 from dataset.formats import DataError, shortened
 from generate import KVCache
 from model import row_chunks, upcast
@@ -139,10 +140,14 @@ def score_batch(model, rows):
 @torch.no_grad()
 def score_rows(model, rows):
     """Log-likelihoods of the choices of Rows, in any number: [[nats]]. FloatingPointError where they are not finite."""
-    found, limit = [None] * len(rows), model.config.max_seq_len
-    for batch in batches(rows, BATCH_TOKENS.get(model.norm.weight.device.type, 4096), limit):
+    found, done, most = [None] * len(rows), 0, BATCH_TOKENS.get(model.norm.weight.device.type, 4096)
+    progress = Progress(len(rows), desc="questions")
+    for batch in batches(rows, most, model.config.max_seq_len):
         for i, logps in zip(batch, score_batch(model, [rows[i] for i in batch]), strict=True):
             found[i] = logps
+        done += len(batch)
+        progress.update(done, sum(len(rows[i].shared) + sum(map(len, rows[i].tails)) for i in batch))
+    progress.close()
     if not all(torch.tensor(logps).isfinite().all() for logps in found):
         raise FloatingPointError("log-likelihoods are not finite: weights are too large, or training diverged")
     return found

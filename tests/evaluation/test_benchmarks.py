@@ -136,7 +136,7 @@ def test_held_out_documents_through_the_stage(tmp_path, ckpt, capsys):
     assert {name: row["chance"] for name, row in whole.items()} == dict(
         continuations=0.5, near_continuations=0.5, order=0.5, couplets=0.25
     )
-    assert whole["order"]["scored"] == "by text, a character"  # it has no context to compare with
+    assert whole["order"]["scored"] == "by text, per character"  # it has no context to compare with
     assert {row["group"] for row in rows if row["benchmark"] == "couplets"} == {"verse", "all"}
     assert all(row["bits_per_char"] > 0 for row in rows if row["benchmark"] == "bits")
 
@@ -158,6 +158,7 @@ def test_validation_text_of_a_data_folder_through_the_stage(tmp_path, build, ckp
         (["--benchmark=couplets"], "couplets: documents from which no question can be made: prose"),
         (["--benchmark=ceval=ceval", "--subjects=laws"], "subjects=laws: not a subject of ceval"),
         (["--benchmark=ceval=none"], "none: no such folder"),
+        (["--benchmark=ceval=ceval", "--scoring="], "scoring=: letter, text or both are needed"),
         (["--benchmark=ceval", "--ppl"], "--ppl and --benchmark exclude each other"),
         (["--benchmark=ceval", "--shots=6"], "shots=6: at least 0 and at most 5 is needed"),
         (["--benchmark=ceval", "--scoring=word"], "scoring=word: letter or text is needed"),
@@ -171,6 +172,12 @@ def test_what_cannot_be_measured_is_one_line(tmp_path, ckpt, monkeypatch, option
     with pytest.raises((ConfigError, DataError), match=message) as caught:
         eval_generate.main([f"--ckpt={ckpt}", "--documents=prose.jsonl", *options, "--device=cpu"])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("option", ["subjects=law", "shots=1", "documents=a.txt"])
+def test_what_belongs_to_a_benchmark_needs_one(option):
+    with pytest.raises(ConfigError, match=f"--{option.partition('=')[0]} needs --benchmark"):
+        eval_generate.main([f"--{option}"])
 
 
 def test_a_model_whose_weights_are_no_numbers_is_named(tmp_path, tokenizer_path, capsys):

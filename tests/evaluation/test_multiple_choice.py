@@ -32,14 +32,14 @@ def test_both_layouts_are_read(tmp_path):
 def test_prompts_are_the_harness_own_to_the_character():
     title = BENCHMARKS["ceval"].opening.format("法学")
     item, shot = Item(" 问题？ ", ["甲", "乙", "丙", "丁"], 1), Item("先问？", ["一", "二", "三", ""], 3)
-    asked = ask_letters(title, item, [shot])
+    asked = ask_letters("law", title, item, [shot])
     assert asked.context == (
         "以下是中国关于法学的单项选择题，请选出其中的正确答案。\n\n"
         "先问？\nA. 一\nB. 二\nC. 三\nD. \n答案： D\n\n"
         "问题？\nA. 甲\nB. 乙\nC. 丙\nD. 丁\n答案："
     )
     assert asked.choices == [" A", " B", " C", " D"] and asked.answer == 1
-    asked = ask_texts(title, item, [shot])
+    asked = ask_texts("law", title, item, [shot])
     assert asked.context == title + "先问？\n答案：无\n\n问题？\n答案："
     assert asked.choices == ["甲", "乙", "丙", "丁"] and asked.answer == 1
 
@@ -148,7 +148,7 @@ def test_the_published_dev_files_are_read(shared_data, name, n):
 # one forward a question
 
 
-@pytest.mark.parametrize("vocabulary", ["ours", "tokenizer/chatglm3_tokenizer.model", "llama2c/tok512.model"])
+@pytest.mark.parametrize("vocabulary", ["ours", "tokenizer/chatglm3_tokenizer.model"])
 def test_four_letters_are_read_with_one_forward(request, vocabulary):
     if vocabulary == "ours":
         path = request.getfixturevalue("tokenizer_path")
@@ -157,7 +157,7 @@ def test_four_letters_are_read_with_one_forward(request, vocabulary):
     if not path.is_file():
         pytest.skip(f"no tokenizer at {path}")
     items = [Item(question, options, 0) for question, *options, _ in QUESTIONS["law"]]
-    asked = [ask_letters("法学题。\n\n", item, []) for item in items]
+    asked = [ask_letters("law", "法学题。\n\n", item, []) for item in items]
     for row in make_rows(Tokenizer.load(path), asked, [], 512):
         assert row.tails == [[], [], [], []]
 
@@ -221,7 +221,7 @@ def compare_with_harness(tmp_path, tok, name, source, subjects, shots, stage):
     theirs = harness(tmp_path / "hf", name, splits, shots)
     asked, _ = load(name, str(source), subjects, shots)
     loaded = eval_generate.load(ckpt, eval_generate.setup("cpu", "float32"))
-    questions = [ask_letters(*item)._replace(group=subject) for subject, *item in asked]
+    questions = [ask_letters(*each) for each in asked]
     opening = [loaded.tokenizer.opening_id] if loaded.continues else []
     ours = score(loaded.model, loaded.tokenizer, questions, opening)
     assert len(theirs) == len(asked)

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from questions import make_checkpoint
 from tiny import assert_same, float64, tiny
 
+from common import checkpoint
 from dataset.formats import DataError
 from evaluation.scoring import (
     Question,
@@ -16,6 +18,7 @@ from evaluation.scoring import (
     score,
     score_rows,
 )
+from quantize import quantize_checkpoint
 from tokenizer import Tokenizer
 
 LIMIT = 32  # of the tiny model
@@ -69,6 +72,14 @@ def test_other_models_score_alike(shape):
     model, (before, *choices) = tiny(**shape).eval(), drawn(8, 3, 5)
     [logps] = score_rows(model, [make_row(before, choices, LIMIT)])
     assert_same(torch.tensor(logps), torch.tensor([alone(model, before, choice) for choice in choices]))
+
+
+def test_a_low_bit_model_scores_alike(tmp_path, tok):
+    ckpt = checkpoint.load(make_checkpoint(tmp_path / "run", tok, "sft"))
+    model, (before, *choices) = checkpoint.build_model(quantize_checkpoint(ckpt)).eval(), drawn(8, 3, 5)
+    [logps] = score_rows(model, [make_row(before, choices, LIMIT)])
+    # float32 sums of a few terms of size 10, in another order
+    assert logps == pytest.approx([alone(model, before, choice) for choice in choices], abs=1e-4)
 
 
 def test_a_context_is_read_once():
