@@ -190,8 +190,8 @@ def check_config(config):
     for key, suffix in (("report", ".md"), ("picture", ".png")):
         if config[key]:
             refuse_foreign(config[key], suffix)
-    if config["report"] and not (config["compare"] or config["ppl"]):
-        raise ConfigError("--report needs --compare or --ppl, whose tables it is")
+    if config["report"] and not (config["compare"] or config["ppl"] or config["benchmark"]):
+        raise ConfigError("--report needs --compare, --ppl or --benchmark, whose tables it is")
     if config["reply"] is not None and config["prompt"] is None:
         raise ConfigError("--reply needs the --prompt that it replies to")
     for wish, keys in dict(compare="best_of picture reward_model judge", benchmark="subjects shots documents").items():

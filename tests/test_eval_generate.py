@@ -631,7 +631,7 @@ def test_rollout_within_a_small_nucleus_is_greedy(tok):
         (["--top_p=0"], "top_p=0.0"),
         (["--compare_top_p=1.5"], "compare_top_p=1.5: more than 0 and at most 1 is needed"),
         (["--repetition_penalty=0"], "repetition_penalty=0.0"),
-        (["--prompt=a", "--report=a.md"], "--report needs --compare or --ppl, whose tables it is"),
+        (["--prompt=a", "--report=a.md"], "--report needs --compare, --ppl or --benchmark, whose tables"),
         (["--compare=a", "--best_of=2"], "--best_of needs the --reward_model or the --judge that picks"),
         (["--compare=a", "--best_of=1,2", "--reward_model=b"], "best_of=1,2: whole numbers from 2 on"),
         (["--compare=a", "--best_of=٢", "--reward_model=b"], "best_of=٢: whole numbers from 2 on"),
