@@ -25,19 +25,20 @@ NAMED_RHYME = 0.9  # share of the requests for fine-tuning that name a rhyme, as
 SHARES = dict(write=0.8, given_words=0.1, acrostic=0.1)  # of the requests for RL
 SHORT = ("五绝", "七绝")  # what RL asks for: a reward for two rhyme words tells more of each than one for four
 
+# of marks only those that poems have too: “”、？ would be three tokens of bytes each
 WORDINGS = dict(
     write=(
         "以《{title}》为题写一首{form}{rhyme}。",
         "写{form}，题为《{title}》{rhyme}。",
         "作{form}《{title}》{rhyme}。",
     ),
-    given_words=("以《{title}》为题，用“{words}”写一首{form}{rhyme}。", "用“{words}”作{form}《{title}》{rhyme}。"),
-    acrostic=("以“{heads}”为各句首字写一首{form}{rhyme}。", "以“{heads}”藏头作{form}{rhyme}。"),
-    continued=("以“{first}”开头写一首{form}{rhyme}。", "把“{first}”续成{form}{rhyme}。"),
-    next_line=("“{first}”的下一句{rhyme}。", "对下句：{first}{rhyme}。"),
-    told=("这首诗是什么体，押什么韵？\n{text}", "说出诗体和韵：\n{text}"),
-    rhyme_words=("押{name}韵的字。", "哪些字押{name}韵？"),
-    rhyme_of=("“{end}”押什么韵？", "{end}字是什么韵？"),
+    given_words=("以《{title}》为题，用{words}写一首{form}{rhyme}。", "用{words}作{form}《{title}》{rhyme}。"),
+    acrostic=("以{heads}为各句首字写一首{form}{rhyme}。", "以{heads}藏头作{form}{rhyme}。"),
+    continued=("以{first}开头写一首{form}{rhyme}。", "把{first}续成{form}{rhyme}。"),
+    next_line=("{first}的下一句{rhyme}。", "对下句：{first}{rhyme}。"),
+    told=("这首诗是什么体，押什么韵：\n{text}", "说出诗体和韵：\n{text}"),
+    rhyme_words=("押{name}韵的字。", "属于{name}韵的字。"),
+    rhyme_of=("{end}押什么韵。", "{end}字是什么韵。"),
 )
 
 
@@ -58,9 +59,9 @@ def request(task, poem, fields, rng, named=True):
     if task == "acrostic":
         asked |= dict(title="", heads="".join(line[0] for line in poem.lines))
     if task == "given_words":  # the first two characters of a line are a word, as a rule
-        asked["words"] = [line[:2] for line in rng.sample(poem.lines, rng.choice([1, 2]))]
+        asked["words"] = [line[:2] for line in poem.lines[: rng.choice([1, 2])]]
     rhyme = f"，押{fields['rhyme']}韵" if named else ""
-    said = dict(asked, rhyme=rhyme, words="”“".join(asked["words"]), first=poem.lines[0], text=render(poem.lines))
+    said = dict(asked, rhyme=rhyme, words="和".join(asked["words"]), first=poem.lines[0], text=render(poem.lines))
     return rng.choice(WORDINGS[task]).format(**said), asked
 
 
@@ -83,7 +84,7 @@ def rhyme_row(task, known, rng):
     """One row of what rhymes; a rare class comes up more often than in poems, which tell too little of it."""
     name = rng.choices(list(known), [len(ends) ** 0.5 for ends in known.values()])[0]
     ends = list(dict.fromkeys(rng.choices(known[name], k=16)))[:8]
-    answers = dict(rhyme_words="、".join(ends), rhyme_of=f"{name}韵。")
+    answers = dict(rhyme_words="，".join(ends), rhyme_of=f"{name}韵。")
     return dict(instruction=rng.choice(WORDINGS[task]).format(name=name, end=ends[0]), output=answers[task])
 
 

@@ -80,7 +80,7 @@ def test_rows_of_rhymes_tell_the_words_that_poems_end_on():
     assert sum(map(len, known.values())) == sum(len(poem.lines) // 2 for poem in found)
     known, rng = dict(山=["山"] * 144 + ["云"], 书=["书"] * 9), random.Random(0)
     rows = [rhyme_row("rhyme_words", known, rng) for _ in range(300)]
-    assert {row["output"] for row in rows} - {"云、山"} == {"山", "山、云", "书"}  # each word once
+    assert {row["output"] for row in rows} - {"云，山"} == {"山", "山，云", "书"}  # each word once
     assert all(("书" in row["instruction"]) == (row["output"] == "书") for row in rows)
     rare = sum(row["output"] == "书" for row in rows)
     assert 33 < rare < 87  # in the mean 300 * 3 / (3 + sqrt(145)) = 60 within 4 deviations; as often as used: 18
@@ -146,5 +146,5 @@ def test_all_tasks_are_there_when_there_are_poems_enough(tmp_path, monkeypatch):
     write_tasks(poems(100, 1, "训"), [], TABLES, tmp_path, 0)
     texts = [json.loads(line)["instruction"] for line in (tmp_path / "sft.jsonl").read_text("utf-8").splitlines()]
     assert len(texts) == 40
-    for mark in ("题", "“", "藏头", "下", "体", "字"):
+    for mark in ("题", "用", "藏头", "下", "体", "字"):
         assert any(mark in text for text in texts)
