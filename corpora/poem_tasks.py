@@ -19,7 +19,7 @@ from verse.tables import LEVEL
 
 LONGEST_TITLE = 12  # characters; nine in ten are shorter
 SFT_ROWS = dict(write=19_000, given_words=4_000, acrostic=5_000, continued=2_000, next_line=4_000, told=1_000)
-SFT_ROWS |= dict(rhyme_words=4_000, rhyme_of=2_000)  # short ones: what rhymes is told apart, so that poems can use it
+SFT_ROWS |= dict(rhyme_words=12_000, rhyme_of=2_000)  # short ones: what rhymes is told apart, so that poems can use it
 RM_ROWS, PROMPTS, HELDOUT_PROMPTS = 9_000, 8_000, 1_000
 NAMED_RHYME = 0.9  # share of the requests for fine-tuning that name a rhyme, as all of RL do
 SHARES = dict(write=0.8, given_words=0.1, acrostic=0.1)  # of the requests for RL

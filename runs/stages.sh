@@ -1,4 +1,5 @@
-# Sourced by demo.sh and poems.sh: commands with their time, and those that are skipped once their file is there.
+# Sourced by demo.sh and poems.sh: commands with their time, those that are skipped once their file is there, and one
+# beside others.
 stage() { # stage NAME COMMAND...: run it, and say how long it took
     local name=$1 start=$SECONDS
     shift
@@ -15,4 +16,22 @@ once() { # once FILE NAME COMMAND...: the same, unless FILE is there
     else
         stage "$@"
     fi
+}
+
+aside() { # aside LOG NAME COMMAND...: run it beside what follows, into a file, until `join`
+    aside_log=$1
+    mkdir -p "$(dirname "$1")"
+    printf '\n== %s, beside what follows, into %s: %s\n' "$2" "$1" "${*:3}"
+    stage "${@:2}" > "$1" 2>&1 &
+    aside_pid=$!
+    trap 'pkill -TERM -P "$aside_pid" 2> /dev/null; wait "$aside_pid"' EXIT # as Ctrl-C does not reach it
+}
+
+join() { # wait for what runs aside; its failure is one of the script
+    if ! wait "$aside_pid"; then
+        tail -n 3 "$aside_log" >&2
+        return 1
+    fi
+    trap - EXIT
+    tail -n 1 "$aside_log"
 }
