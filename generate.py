@@ -135,8 +135,8 @@ def side_stream(device):
 class Sampler:
     """Draws the next token of each row, and keeps on the device what it drew until it is fetched."""
 
-    def __init__(self, prompts, vocab_size, device, options, penalty, seed, return_logps):
-        self.options, self.penalty, self.return_logps = options, penalty, return_logps
+    def __init__(self, prompts, vocab_size, device, options, penalty, seed, return_logps, on_logits):
+        self.options, self.penalty, self.return_logps, self.on_logits = options, penalty, return_logps, on_logits
         self.generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         self.seen = None if penalty == 1.0 else prompt_tokens(prompts, vocab_size, device)
         self.rows = torch.arange(len(prompts), device=device)  # the prompt that each row continues
@@ -144,13 +144,15 @@ class Sampler:
 
     def draw(self, logits):
         """logits (B, V) -> the next token of each row (B,)."""
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # for softmax and sums
-        logits = penalise(logits, self.seen, self.penalty)
+        raw = logits.to(torch.promote_types(logits.dtype, torch.float32))  # for softmax and sums
+        logits = penalise(raw, self.seen, self.penalty)
         temperature, uniform = self.options["temperature"], None
         if temperature:  # a number for every prompt, also those that left: when they leave changes nothing for the rest
             uniform = torch.rand(self.n_prompts, 1, generator=self.generator, device=logits.device)[self.rows]
         self.drawn.append(sample(logits, uniform, **self.options))
         self.token = self.drawn[-1].clamp(min=0)
+        if self.on_logits:
+            self.on_logits(raw, self.token)
         if self.return_logps:
             logps = (logits / (temperature or 1.0)).log_softmax(-1)
             self.logps.append(logps.gather(1, self.token[:, None]).squeeze(1))
@@ -183,6 +185,7 @@ def generate(
     eos_id=2,
     seed=None,
     on_token=None,
+    on_logits=None,
     return_logps=False,
     dtype=None,
     fetch_every=None,
@@ -192,6 +195,8 @@ def generate(
 
     temperature 0 is greedy; top_k 0 and top_p 1 are off; repetition_penalty as in CTRL (arXiv:1909.05858, 4.1).
     on_token(row, id) is called for each token when it is fetched. The same seed and prompts give the same tokens.
+    on_logits(logits (B, V), tokens (B,)) sees on the device what each step drew, and from what before the penalty and
+    temperature; the next step may write over them.
     dtype of weights and cache: None is bfloat16 on a CUDA device that computes in it, else the model's own.
     fetch_every and bucket as above: None is 1 on a CPU. Bucket 1 goes without CUDA graphs.
     """
@@ -207,7 +212,8 @@ def generate(
         return out
     model = decoder(model, dtype or decoding_dtype(model))
     options = dict(temperature=temperature, top_k=top_k, top_p=top_p)
-    sampler = Sampler(prompts, model.config.vocab_size, device, options, repetition_penalty, seed, return_logps)
+    facts = (repetition_penalty, seed, return_logps, on_logits)
+    sampler = Sampler(prompts, model.config.vocab_size, device, options, *facts)
     logits, cache = prefill(model, prompts, max_new_tokens, bucket)  # (B, V)
 
     def step(token):

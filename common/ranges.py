@@ -17,6 +17,7 @@ RANGES = {
         eval_interval save_interval log_interval keep_last eval_tokens eval_pairs eval_prompts eval_examples
         calibration_tokens compare_prompts compare_examples unit_bytes min_characters write_max_characters
         rm_max_characters rm_length_bin prompts_train prompts pairs questions
+        max_queue max_body max_messages max_characters
     """,
     # what is in memory at once
     "[1, 1e6]": """
@@ -46,6 +47,8 @@ RANGES = {
     "[-1e6, 1e6]": "no_eos_score",
     "[0.01, 100]": "temperature",  # of log-probabilities, which have no value at 0
     "0 or [0.001, 1000]": "eval_generate:temperature compare_temperature",  # 0 is greedy
+    "0 or [0.001, 2]": "web_demo:temperature",  # as in OpenAI's interface
+    "[0, 65535]": "port",
     "[0.001, 1000]": "repetition_penalty",
     "[0, 1000]": "workers",
     # SentencePiece's own limits; its smallest vocabulary is 3 special, 256 byte and 95 ASCII pieces

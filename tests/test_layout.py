@@ -14,7 +14,7 @@ from model import ModelConfig
 
 # the floors of the house: what stands on one may import from those below it, and from its own folder
 BASE = {"model", "generate", "dataset", "tokenizer", "lowbit", "verse", "configs"}
-WINGS = {"corpora", "alignment", "interop", "evaluation"}
+WINGS = {"corpora", "alignment", "interop", "evaluation", "serving"}
 STAGES = sorted({path.stem for path in ROOT.glob("*.py")} - BASE)
 OURS = BASE | WINGS | {"common"} | set(STAGES)
 ALLOWED = {name: {name} for name in BASE} | {"model": {"generate"}, "generate": set(), "verse": {"verse", "dataset"}}

@@ -132,6 +132,14 @@ class Tokenizer:
         """Text of the ids; bos, eos, pad and ids beyond the pieces are left out."""
         return self._sp.decode([int(i) for i in ids if self._is_text(int(i))])
 
+    def bytes_of(self, token: int) -> bytes:
+        """What one id adds to a text, maybe a part of a character; nothing where `decode` leaves it out."""
+        if not self._is_text(token):
+            return b""
+        if token in self._byte_of:
+            return bytes([self._byte_of[token]])
+        return self._sp.id_to_piece(token).replace(SPACE_MARK, " ").encode()
+
     def _is_text(self, token: int) -> bool:
         return token < self.n_pieces and token not in self._special
 

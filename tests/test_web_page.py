@@ -1,0 +1,184 @@
+"""The page of web_demo.py in a headless Chromium: talk, stop, regenerate, edit, compare, plots, family tree."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from chains import make_data
+from test_web_demo import served, until
+from tiny import tiny
+
+from common import checkpoint
+from common.metrics import MetricLog
+from tokenizer import Tokenizer
+
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two chat models and a base model, parent and children, with plots and samples."""
+    folder = tmp_path_factory.mktemp("page")
+    make_data(folder, "prompts")
+    vocabulary, root = Tokenizer.load(folder / "tokenizer"), folder / "out"
+    parent = None
+    for seed, stage in enumerate(("pretrain", "sft", "dpo")):
+        out = root / "demo" / stage
+        log = MetricLog(out)
+        for step in range(3):
+            log.write(step, {"train/loss": 3.0 - step})
+            log.samples(step, [("<b>酒店</b>", f"第 {step} 步")])
+        log.plot([("loss", ["train/loss"])])
+        model = tiny(seed, vocab_size=vocabulary.vocab_size, max_seq_len=1024)
+        with torch.no_grad():  # an <eos> would end at any time what the test wants to stop
+            model.tok_embeddings.weight[vocabulary.eos_id] = 0
+        facts = dict(stage=stage, step=seed, tokens_seen=9, config={}, tokenizer=vocabulary.model_bytes)
+        checkpoint.save(out, model=model, parent=parent, **facts)
+        parent = checkpoint.parent_of(checkpoint.load(out))
+    return root
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("no chromium: apt-get install chromium, or CHROMIUM=path of one")
+    with playwright.sync_playwright() as started:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]  # root has no sandbox
+        with started.chromium.launch(executable_path=CHROMIUM, args=flags) as browser:
+            yield browser
+
+
+@pytest.fixture(scope="module")
+def server(runs):
+    with served(runs, top_p=1.0, max_new_tokens=512) as server:
+        yield server
+
+
+@pytest.fixture
+def page(browser, server):
+    """A page that is ready; whatever its console says of errors fails the test."""
+    context = browser.new_context(viewport=dict(width=1200, height=800), locale="zh-CN")
+    page, errors = context.new_page(), []
+    page.set_default_timeout(60_000)
+    page.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(f"http://127.0.0.1:{server.port}/")
+    page.wait_for_selector("body[data-ready]")
+    yield page
+    assert errors == []
+    context.close()
+
+
+def choose(page, model, other=""):
+    page.select_option("#model", model)
+    page.select_option("#other", other)
+
+
+def limit(page, tokens):
+    """The longest reply, by its slider."""
+    page.locator("#max_new_tokens").fill(str(tokens))
+
+
+def ask(page, text):
+    page.fill("#question", text)
+    page.press("#question", "Enter")
+
+
+def finished(page):
+    page.wait_for_selector("#send:not([hidden])")
+    page.wait_for_selector(".reply:last-child .token")
+
+
+def test_talk_stop_regenerate_and_edit(page, server):
+    worker = server.site.worker
+    choose(page, "demo/sft")
+    limit(page, 1024)
+    ask(page, "<img src=x onerror=alert(1)>")
+    page.wait_for_function("document.querySelectorAll('.token').length > 5")
+    assert "词元/秒" in page.inner_text(".facts") and worker.job is not None
+    page.keyboard.press("Escape")  # in the middle
+    until(lambda: worker.job is None)
+    finished(page)
+    assert "已停止" in page.inner_text(".facts")
+    assert page.inner_text(".question p") == "<img src=x onerror=alert(1)>" and page.locator(".turn img").count() == 0
+    limit(page, 16)
+    first = page.inner_text(".text")
+    page.click("text=重新生成")
+    finished(page)
+    assert page.inner_text(".text") != first and "到了长度上限" in page.inner_text(".facts")
+    ask(page, "第二句")
+    page.wait_for_function("document.querySelectorAll('.turn').length == 2")
+    finished(page)
+    page.press("#question", "ArrowUp")
+    page.fill(".edit textarea", "改过的第二句")
+    page.press(".edit textarea", "Enter")
+    finished(page)
+    assert page.locator(".question p").all_inner_texts()[1] == "改过的第二句"
+    page.locator(".question button").first.click()  # to edit the first question drops the second
+    page.click("text=重新问")
+    finished(page)
+    assert page.locator(".turn").count() == 1
+
+
+def test_probabilities_by_pointer_and_keys(page):
+    choose(page, "demo/sft")
+    limit(page, 16)
+    ask(page, "好")
+    finished(page)
+    page.hover(".token >> nth=2")
+    page.wait_for_selector("#tip:not([hidden])")
+    assert page.inner_text("#tip").count("%") >= 5 and page.locator("#tip div").count() == 5
+    page.mouse.move(0, 0)
+    page.focus(".text")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    assert page.locator(".token.shown").count() == 1
+
+
+def test_switch_compare_and_continue(page):
+    choose(page, "demo/sft", "demo/dpo")
+    limit(page, 8)
+    page.fill("#seed", "3")
+    ask(page, "比一比")
+    finished(page)
+    assert page.locator(".who").all_inner_texts() == ["demo/sft", "demo/dpo"]
+    texts = page.locator(".text").all_inner_texts()
+    assert texts[0] != texts[1] and all(texts)
+    choose(page, "demo/pretrain")
+    ask(page, "酒店的")
+    page.wait_for_function("document.querySelectorAll('.reply').length == 3")
+    finished(page)
+    assert page.locator(".who").all_inner_texts()[2] == "demo/pretrain" and page.locator(".error").count() == 0
+
+
+def test_plots_samples_and_family_tree(page):
+    page.keyboard.press("Alt+2")
+    page.wait_for_function("[...document.querySelectorAll('.plot img')].filter(i => i.naturalWidth > 0).length == 3")
+    page.locator("summary", has_text="训练中的样例").first.click()
+    page.wait_for_selector(".sample")
+    assert page.inner_text(".sample >> nth=0").split() == ["<b>酒店</b>", "第", "2", "步"]
+    page.click(".plot >> nth=0")
+    page.wait_for_selector("#picture-dialog[open]")
+    page.keyboard.press("Escape")
+    page.keyboard.press("Alt+3")
+    page.wait_for_selector(".branch .branch .branch")
+    assert page.locator(".node b").all_inner_texts() == ["demo/pretrain", "demo/sft", "demo/dpo"]
+    page.locator("text=和它说话").nth(2).click()
+    page.wait_for_selector("#chat:not([hidden])")
+    assert page.input_value("#model") == "demo/dpo"
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_fits_a_phone_in_light_and_dark(page, width, scheme):
+    page.set_viewport_size(dict(width=width, height=700))
+    page.emulate_media(color_scheme=scheme)
+    for keys in ("Alt+2", "Alt+3", "Alt+1"):
+        page.keyboard.press(keys)
+        page.wait_for_selector("[role=tabpanel]:not([hidden]) *")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    dark = page.evaluate("getComputedStyle(document.body).backgroundColor").removeprefix("rgb(").split(",")[0]
+    assert (int(dark) < 128) == (scheme == "dark")
+    assert page.evaluate("document.activeElement.id") == "tab-chat"
