@@ -25,6 +25,9 @@ export const percent = (logprob) => {
   return p >= 99.95 ? '100%' : p >= 0.1 ? `${p.toFixed(1)}%` : p >= 0.001 ? `${p.toFixed(3)}%` : '< 0.001%';
 };
 
+/** Facts in a row, each of which stays on one line. */
+export const row = (facts) => facts.filter(Boolean).map((fact) => fact.replaceAll(' ', '\u00a0')).join(' · ');
+
 export const STAGES = {
   pretrain: '预训练', sft: '指令微调', rm: '奖励模型', dpo: 'DPO', ppo: 'PPO', grpo: 'GRPO', quantize: '量化',
   import: '外来',

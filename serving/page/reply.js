@@ -1,7 +1,7 @@
 // One reply of one checkpoint: asked for, shown as it comes, stopped.
 
 import { stream } from './api.js';
-import { make } from './dom.js';
+import { make, row } from './dom.js';
 import { explain, span } from './tokens.js';
 
 const REASONS = { stop: '说完了', length: '到了长度上限', stopped: '已停止' };
@@ -84,7 +84,7 @@ export class Reply {
     if (this.state === 'done' && !this.text) parts.push('什么也没说');
     if (this.seed !== undefined) parts.push(`种子 ${this.seed}`);
     if (this.note === 'dropped turns') parts.push('上下文装不下，最早的几轮没有给它看');
-    this.facts.textContent = parts.join(' · ') || (this.live ? '等待……' : '');
+    this.facts.textContent = row(parts) || (this.live ? '等待……' : '');
   }
 }
 

@@ -1,7 +1,7 @@
 // The second page: each run's last figures, plots, and what it wrote as it learnt.
 
 import { getJSON, getPicture } from './api.js';
-import { $, STAGES, make } from './dom.js';
+import { $, STAGES, make, row } from './dom.js';
 
 let urls = [];
 
@@ -15,7 +15,8 @@ export async function show() {
 }
 
 function card(run) {
-  const heading = make('h2', {}, run.id, ' ', make('small', {}, [STAGES[run.stage] ?? run.stage, `第 ${run.step} 步`].filter(Boolean).join(' · ')));
+  const facts = [STAGES[run.stage] ?? run.stage, `第 ${run.step} 步`, run.figures.seconds && `${Math.round(run.figures.seconds)} 秒`];
+  const heading = make('h2', {}, run.id, ' ', make('small', {}, row(facts)));
   const plots = make('div', { className: 'plots' });
   for (const name of run.plots) plots.append(plot(run, name));
   const article = make('article', { className: 'card' }, heading, figures(run.figures), plots);
@@ -24,11 +25,11 @@ function card(run) {
 }
 
 function figures(values) {
-  const shown = Object.entries(values).filter(([name]) => name !== 'train/learning_rate');
+  const shown = Object.entries(values).filter(([name]) => name !== 'train/learning_rate' && name !== 'seconds');
   const list = make('dl');
   for (const [name, value] of shown) {
     const text = Number.isInteger(value) ? value.toLocaleString('zh-CN') : String(Number(value.toPrecision(4)));
-    list.append(make('div', {}, make('dt', {}, name), make('dd', {}, name === 'seconds' ? `${Math.round(value)} 秒` : text)));
+    list.append(make('div', {}, make('dt', {}, name), make('dd', {}, text)));
   }
   return list;
 }

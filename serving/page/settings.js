@@ -1,6 +1,6 @@
 // Which checkpoints answer, and how their tokens are drawn. Kept in this browser.
 
-import { $, STAGES, bytes, make, parameters } from './dom.js';
+import { $, STAGES, bytes, make, parameters, row } from './dom.js';
 
 // key, label, lowest, highest, step, meaning
 const SLIDERS = [
@@ -16,11 +16,11 @@ let defaults = {};
 const inputs = {};
 
 const find = (id) => models.find((model) => model.id === id);
-const describe = (model) => [
+const describe = (model) => row([
   STAGES[model.stage] ?? model.stage, `第 ${model.step} 步`, parameters(model.parameters), bytes(model.bytes),
-  model.quant, model.parent && `来自 ${STAGES[model.parent.stage] ?? model.parent.stage}`,
+  model.quant, model.parent && `来自${STAGES[model.parent.stage] ?? model.parent.stage}`,
   `上下文 ${model.context}`, model.kind === 'text' && '只会续写',
-].filter(Boolean).join(' · ');
+]);
 
 export const chosen = () => [find($('model').value), find($('other').value)].filter(Boolean);
 

@@ -1,7 +1,7 @@
 // The third page: which checkpoint was trained from which, known by the sha256 that a child keeps of its parent.
 
 import { getJSON } from './api.js';
-import { $, STAGES, bytes, make, parameters } from './dom.js';
+import { $, STAGES, bytes, make, parameters, row } from './dom.js';
 
 export async function show(choose) {
   const section = $('tree');
@@ -33,7 +33,7 @@ function card(node, choose) {
   title.append(' ', make('span', { className: 'stage' }, STAGES[node.stage] ?? node.stage));
   const time = new Date(1000 * node.created).toLocaleString('zh-CN', { dateStyle: 'short', timeStyle: 'short' });
   const facts = [`第 ${node.step} 步`, `读过 ${node.tokens_seen.toLocaleString('zh-CN')} 词元`, parameters(node.parameters), bytes(node.bytes), node.quant, time];
-  element.append(make('p', { className: 'facts' }, facts.filter(Boolean).join(' · ')));
+  element.append(make('p', { className: 'facts' }, row(facts)));
   element.append(make('p', { className: 'hash' }, 'sha256 ', make('code', { title: node.sha256 }, node.sha256?.slice(0, 16) ?? '读不到')));
   if (node.parent && !node.parent_id) {
     const lost = `从 ${node.parent.path}（${node.parent.sha256.slice(0, 16)}）训练而来：这个文件不在这里，或者后来变了`;
