@@ -23,6 +23,7 @@ from tokenizer import TokenizerError
 # a disk that is full, read-only, gone or failing, and names that none has; Windows lacks some
 NAMES = "ENOSPC EDQUOT EFBIG EROFS EIO ENODEV ENXIO ESTALE ENOTCONN ETIMEDOUT ENAMETOOLONG ELOOP".split()
 DISK_ERRORS = {getattr(errno, name) for name in NAMES if hasattr(errno, name)}
+SECRET = ("api_key",)  # keys whose values are not shown
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 ending = ExitStack()  # what is to be done when a script ends, in whatever way
 
@@ -64,7 +65,8 @@ def parse_config(
     if os.environ.get("RANK", "0") == "0":  # torchrun starts this once per process
         for key, value in config.items():
             if value != defaults[key]:
-                print(escaped(f"{key} = {shortened(_text(value))} (default {_text(defaults[key])})"), file=file)
+                shown = "***" if key in SECRET else shortened(_text(value))
+                print(escaped(f"{key} = {shown} (default {_text(defaults[key])})"), file=file)
     return _unflatten(config)
 
 
