@@ -14,6 +14,7 @@ import common.early  # noqa: F401 - before what takes seconds to import
 import asyncio
 import errno
 import socket
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,8 @@ try:
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
 except ImportError as error:
-    raise SystemExit(f"error: {error}: pip install -r requirements.txt brings fastapi and uvicorn") from None
+    print(f"error: {error}: pip install -r requirements.txt brings fastapi and uvicorn", file=sys.stderr)
+    raise SystemExit(2) from None
 
 from serving.generation import Finished, Job, Piece, Started
 from serving.guard import Guard, Impatient, is_loopback, read_body

@@ -81,7 +81,9 @@ CHOICES = {
 # keys that name what is read or written: an empty name, or one of blanks, would mean the current directory
 NAMES = "out data init_from ckpt tokenizer reward_model import_hf import_llama2c"
 NAMES = dict.fromkeys(NAMES.split(), "a file or folder")
-NAMES |= dict(out="a folder", report="a .md file", picture="a .png file", reward="a reward", judge="a function")
+NAMES |= dict(
+    out="a folder", runs="a folder", report="a .md file", picture="a .png file", reward="a reward", judge="a function"
+)
 # another key's value
 AT_MOST = dict(
     min_learning_rate="learning_rate",

@@ -77,6 +77,8 @@ def load(path: Path, device) -> Loaded:
 def prompt_ids(loaded: Loaded, wanted: Wanted) -> tuple[list[int], str | None]:
     """Ids to continue and a note, leaving max_new_tokens, or half of the context, free; oldest turns go first."""
     tok, context = loaded.tokenizer, loaded.model.config.max_seq_len
+    if context < 2:
+        raise ApiError(f"{wanted.model}: a context of {context} has no room for a prompt and a reply")
     room = context - min(wanted.sampling["max_new_tokens"], context // 2)
     if wanted.messages is None:
         ids, note = encode_opening(tok, wanted.prompt), None

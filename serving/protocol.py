@@ -87,8 +87,7 @@ def read_request(values: dict, chat: bool, defaults: dict, limits: dict) -> Want
             nearest = difflib.get_close_matches(key, SHARED | own, n=1)
             hint = f", is {nearest[0]} meant?" if nearest else ""
             raise ApiError(f"{key[:60]!a}: unknown{hint}", param=key[:60])
-        if key in NEUTRAL and not any(value == each and type(value) is not bool or value is each
-                                      for each in NEUTRAL[key]):  # fmt: skip
+        if key in NEUTRAL and not _changes_nothing(key, value):
             raise ApiError(f"{key}: not supported here, but for {json.dumps(NEUTRAL[key][0])}", param=key)
     if not isinstance(values.get("model"), str):
         raise ApiError("model: the name of a checkpoint is needed; /v1/models lists them", param="model")
@@ -111,6 +110,10 @@ def read_request(values: dict, chat: bool, defaults: dict, limits: dict) -> Want
         stream=_truth(values, "stream"),
         usage=_truth(options, "include_usage"),
     )
+
+
+def _changes_nothing(key, value):
+    return any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in NEUTRAL[key])
 
 
 def _number(key, value):

@@ -93,7 +93,7 @@ class Runs:
     """What is found under a root folder, read again when a file has changed."""
 
     def __init__(self, root: Path):
-        self.root, self.lock = root, threading.Lock()
+        self.root, self.lock, self.hashing = root, threading.Lock(), threading.Lock()
         self.known: dict[str, Entry] = {}
         self.hashes: dict[str, tuple] = {}  # id: (key, sha256)
         self.read_at = -math.inf
@@ -156,14 +156,15 @@ class Runs:
         return [node | dict(parent_id=by_hash.get((node["parent"] or {}).get("sha256"))) for node in nodes]
 
     def _hash(self, entry: Entry) -> str | None:
-        key, digest = self.hashes.get(entry.id, (None, None))
-        if key != entry.key:
-            try:
-                digest = file_sha256(entry.path)
-            except OSError:
-                return None
-            self.hashes[entry.id] = entry.key, digest
-        return digest
+        with self.hashing:  # one reads a file, the others have what it found
+            key, digest = self.hashes.get(entry.id, (None, None))
+            if key != entry.key:
+                try:
+                    digest = file_sha256(entry.path)
+                except OSError:
+                    return None
+                self.hashes[entry.id] = entry.key, digest
+            return digest
 
     def runs(self) -> list[dict]:
         """What each run's page shows: its stage, its plots, the last value of each metric."""

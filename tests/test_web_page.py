@@ -62,7 +62,7 @@ def page(browser, server):
     """A page that is ready; whatever its console says of errors fails the test."""
     context = browser.new_context(viewport=dict(width=1200, height=800), locale="zh-CN")
     page, errors = context.new_page(), []
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(300_000)
     page.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(f"http://127.0.0.1:{server.port}/")

@@ -9,7 +9,7 @@ function askForKey() {
   asking ??= new Promise((resolve) => {
     const dialog = $('key-dialog');
     dialog.addEventListener('close', () => {
-      sessionStorage.setItem('key', $('key').value.trim());
+      sessionStorage.setItem('key', $('key').value.replace(/[^\x21-\x7e]/g, '')); // what a header can hold
       $('key').value = '';
       asking = null;
       resolve();
@@ -22,7 +22,7 @@ function askForKey() {
 async function request(path, options = {}) {
   for (;;) {
     const key = sessionStorage.getItem('key');
-    const headers = { ...options.headers, ...(key ? { Authorization: `Bearer ${encodeURI(key)}` } : {}) };
+    const headers = { ...options.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
     let response;
     try {
       response = await fetch(path, { ...options, headers });

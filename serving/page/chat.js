@@ -8,20 +8,22 @@ import { hide } from './tokens.js';
 const EXAMPLES = ['写一条酒店好评。', '写一条图书差评。', '这本书的内容很充实，值得一看。这是好评还是差评？'];
 
 let turns = []; // {question, replies, element}
-let most = 256; // messages that the server takes
+let limits = {}; // of what the server takes
 const status = (text) => { $('status').textContent = text; };
 
 export const running = () => turns.some((turn) => turn.replies.some((reply) => reply.live));
 
-/** What the checkpoint in that place has heard and said before turn n. */
+/** What the checkpoint in that place has heard and said before turn n: of late, as the context holds no more. */
 function history(n, place) {
   const messages = [];
-  for (const { question, replies } of turns.slice(0, n)) {
-    const reply = replies[place] ?? replies[0];
-    if (!reply.text) continue;
-    messages.push({ role: 'user', content: question }, { role: 'assistant', content: reply.text });
+  let size = 0;
+  for (const { question, replies } of turns.slice(0, n).reverse()) {
+    const text = (replies[place] ?? replies[0]).text;
+    size += question.length + text.length;
+    if (size > limits.max_characters || messages.length + 4 > limits.max_messages) break;
+    if (text) messages.unshift({ role: 'user', content: question }, { role: 'assistant', content: text });
   }
-  return messages.slice(-2 * Math.floor((most - 2) / 2));
+  return messages;
 }
 
 function messagesFor(n, place) {
@@ -141,8 +143,8 @@ function fit() {
   field.style.height = `${field.scrollHeight}px`;
 }
 
-export function start(limits) {
-  most = limits.max_messages;
+export function start(facts) {
+  limits = facts;
   const field = $('question');
   field.maxLength = limits.max_characters;
   field.oninput = fit;

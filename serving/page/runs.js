@@ -53,7 +53,8 @@ function samples(run) {
   const details = make('details', { className: 'samples' }, make('summary', {}, '训练中的样例'));
   details.addEventListener('toggle', async () => {
     if (!details.open || details.children.length > 1) return;
-    const steps = await getJSON(`/api/samples?run=${encodeURIComponent(run.id)}`);
+    const path = `/api/samples?run=${encodeURIComponent(run.id)}`;
+    const steps = await getJSON(path).catch((error) => [{ step: 0, pairs: [{ prompt: '', reply: error.message }] }]);
     const output = make('output');
     const slider = make('input', { type: 'range', min: 0, max: Math.max(0, steps.length - 1), value: steps.length - 1 });
     const list = make('div');

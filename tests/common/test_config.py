@@ -403,3 +403,8 @@ def test_values_of_a_file_are_held_to_their_ranges(configs, tmp_path, source, li
         assert line in error(configs, str(file))
     (configs / "sft.py").write_text(DEFAULTS.replace("max_steps=100", "max_steps=-1"), encoding="utf-8")
     assert error(configs) == "max_steps=-1: at least 0 is needed"  # where the defaults themselves were edited
+
+
+def test_a_key_is_not_shown(capsys):
+    assert parse_config("web_demo", ["--api_key=hidden"], "")["api_key"] == "hidden"
+    assert capsys.readouterr().out == "api_key = *** (default none)\n"
