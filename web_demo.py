@@ -249,13 +249,12 @@ def make_site(config: dict) -> Site:
     root = Path(config["runs"])
     if not root.is_dir():
         raise UserError(f"--runs={root}: no such folder: train something first, or name the folder that holds the runs")
-    site = Site(
+    return Site(
         Runs(root),
         Worker(setup(config["device"], "float32").device, config["max_queue"]),
         {key: config[key] for key in SAMPLING},
         {key: config[key] for key in ("max_body", "max_messages", "max_characters")},
     )
-    return site
 
 
 def check_config(config: dict) -> None:

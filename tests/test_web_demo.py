@@ -3,6 +3,7 @@
 import gc
 import http.client
 import json
+import signal
 import socket
 import threading
 import time
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 import openai
 import pytest
 import torch
-from chains import ROOT, make_model
+from chains import ROOT, make_model, start
 from tiny import tiny
 
 import web_demo
@@ -488,6 +489,21 @@ def test_what_cannot_be_served(options, error, words, tmp_path, monkeypatch):
 def test_a_port_that_is_taken(server, runs):
     with pytest.raises(UserError, match="is taken: give another --port"):
         web_demo.main([f"--runs={runs}", f"--port={server.port}"])
+
+
+def test_the_command_serves_until_ctrl_c(runs):
+    with start("web_demo.py", f"--runs={runs}", "--port=0", "--device=cpu", "--api_key=hidden") as process:
+        try:
+            line = next(line for line in process.stdout if line.startswith("http"))
+            assert line.endswith(f"/ serves 3 checkpoints of {runs}\n")
+            url = line.split("/ serves")[0]
+            client = openai.OpenAI(base_url=f"{url}/v1", api_key="hidden", max_retries=0)
+            stream = ask(client, "书", max_tokens=100, temperature=0, stream=True)
+            next(iter(stream))  # a reply is on its way
+        finally:
+            process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+        assert process.returncode == 130 and err == "interrupted\n" and "hidden" not in out
 
 
 def test_the_page_is_files_of_ours(server):

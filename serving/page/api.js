@@ -42,10 +42,16 @@ export const getJSON = async (path) => (await request(path)).json();
 /** The URL of a picture; revoke it when it is not shown any more. */
 export const getPicture = async (path) => URL.createObjectURL(await (await request(path)).blob());
 
+const post = (body, signal) => (
+  { method: 'POST', headers: { 'Content-Type': 'application/json' }, body: JSON.stringify(body), signal }
+);
+
+/** Has the server load a model, so that the first question does not wait for it. */
+export const load = (model) => request('/v1/completions', post({ model, prompt: '', max_tokens: 1 })).catch(() => {});
+
 /** Posts body and yields {data} or {comment} for each event until [DONE]. */
 export async function* stream(path, body, signal) {
-  const headers = { 'Content-Type': 'application/json' };
-  const response = await request(path, { method: 'POST', headers, body: JSON.stringify(body), signal });
+  const response = await request(path, post(body, signal));
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = '';
   for (;;) {

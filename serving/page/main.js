@@ -1,6 +1,6 @@
 // Pages, theme and keys.
 
-import { getJSON } from './api.js';
+import { getJSON, load } from './api.js';
 import * as chat from './chat.js';
 import { $ } from './dom.js';
 import * as runs from './runs.js';
@@ -11,7 +11,19 @@ import * as tree from './tree.js';
 const PAGES = ['chat', 'runs', 'tree'];
 const THEMES = { auto: '跟随系统', light: '浅色', dark: '深色' };
 
-const refresh = async () => settings.showModels((await getJSON('/v1/models')).data);
+let loaded = '';
+
+function loadChosen() {
+  const model = $('model').value;
+  if (model && model !== loaded) load(model);
+  loaded = model;
+}
+
+async function refresh() {
+  settings.showModels((await getJSON('/v1/models')).data);
+  loadChosen();
+}
+
 const failed = (id) => (error) => $(id).replaceChildren(error.message);
 
 function open(page, focus = true) {
@@ -32,6 +44,7 @@ async function choose(id) {
   await refresh();
   $('model').value = id;
   $('settings').dispatchEvent(new Event('input'));
+  loadChosen();
   open('chat');
   $('question').focus();
 }
@@ -60,6 +73,7 @@ for (const [i, page] of PAGES.entries()) {
     if (step) open(PAGES[(i + step) % PAGES.length]);
   };
 }
+$('model').onchange = loadChosen;
 $('theme').onclick = () => {
   const names = Object.keys(THEMES);
   setTheme(names[(names.indexOf(document.documentElement.dataset.theme) + 1) % names.length]);
