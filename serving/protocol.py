@@ -86,7 +86,7 @@ def read_request(values: dict, chat: bool, defaults: dict, limits: dict) -> Want
         if key not in SHARED | own:
             nearest = difflib.get_close_matches(key, SHARED | own, n=1)
             hint = f", is {nearest[0]} meant?" if nearest else ""
-            raise ApiError(f"{key[:60]!a}: unknown{hint}", param=key[:60])
+            raise ApiError(f"{key[:60]!a}: unknown{hint}", param=ascii(key[:60])[1:-1])
         if key in NEUTRAL and not _changes_nothing(key, value):
             raise ApiError(f"{key}: not supported here, but for {json.dumps(NEUTRAL[key][0])}", param=key)
     if not isinstance(values.get("model"), str):

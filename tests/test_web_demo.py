@@ -1,74 +1,28 @@
-"""web_demo.py over HTTP: OpenAI's client, many clients at once, hostile input, one that leaves, a hundred turns."""
+"""web_demo.py over HTTP: OpenAI's client, many clients at once, one that leaves, a hundred turns, how it starts."""
 
 import gc
 import http.client
 import json
 import signal
-import socket
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import openai
 import pytest
 import torch
 from chains import ROOT, make_model, start
 from tiny import tiny
+from web import SAMPLING, ask, client_of, make_runs, served, until, user
 
 import web_demo
 from common import checkpoint
-from common.config import ConfigError, UserError, parse_config
-from serving import guard
-from tokenizer import StreamDecoder, Tokenizer, encode_opening, encode_prompt
-
-SAMPLING = dict(temperature=1.0, top_p=1.0, top_k=0)
-
-
-def user(text):
-    return [dict(role="user", content=text)]
-
-
-@contextmanager
-def served(root, **changes):
-    """A running server of the runs under root, as its Server; `port` is where it listens."""
-    config = parse_config("web_demo", [], "") | dict(runs=str(root), port=0, device="cpu") | changes
-    web_demo.check_config(config)
-    listening = web_demo.listen(config)
-    server = web_demo.Server(web_demo.make_site(config), config)
-    server.port = listening.getsockname()[1]
-    thread = threading.Thread(target=server.run, kwargs=dict(sockets=[listening]))
-    thread.start()
-    try:
-        until(lambda: server.started)
-        yield server
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
-def until(holds, seconds=300):
-    """Wait until something holds; the limit is no measurement, only an end for what would never come."""
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.01)
+from common.config import ConfigError, UserError
+from tokenizer import StreamDecoder, encode_opening, encode_prompt
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, small):
-    """A folder with a chat model, one that continues text, a reward model and a file that is none."""
-    root = tmp_path_factory.mktemp("out")
-    vocabulary = Tokenizer.load(small / "tokenizer")
-    facts = dict(step=7, tokens_seen=9, config={}, tokenizer=vocabulary.model_bytes)
-    for seed, stage in enumerate(("sft", "pretrain", "dpo")):
-        (root / "demo" / stage).mkdir(parents=True)
-        model = tiny(seed, vocab_size=vocabulary.vocab_size, max_seq_len=128)
-        checkpoint.save(root / "demo" / stage, stage=stage, model=model, **facts)
-    (root / "demo" / "rm").symlink_to(small / "rm")  # runs may lie on another disk
-    (root / "odd").mkdir()
-    (root / "odd" / "ckpt.pt").write_bytes(b"no checkpoint")
-    return root
+    return make_runs(tmp_path_factory.mktemp("out"), small)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +33,7 @@ def server(runs):
 
 @pytest.fixture(scope="module")
 def client(server):
-    with openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0) as client:
+    with client_of(server) as client:
         yield client
 
 
@@ -98,13 +52,6 @@ def expected(loaded, question, seed, n, **sampling):
 def complete_text(tok, ids):
     """The text of ids without a character that their end cuts in two."""
     return "".join(map(StreamDecoder(tok).push, ids))
-
-
-def ask(client, question, model="demo/sft", **options):
-    return client.chat.completions.create(model=model, messages=user(question), **SAMPLING_OF_CLIENT | options)
-
-
-SAMPLING_OF_CLIENT = dict(temperature=1.0, top_p=1.0)
 
 
 # what OpenAI's client gets
@@ -175,7 +122,7 @@ def test_a_base_model_continues_and_does_not_chat(client, runs):
     tok = checkpoint.tokenizer_of(ckpt := checkpoint.load(runs / "demo" / "pretrain"))
     model = checkpoint.build_model(ckpt).eval()
     ids = model.generate([encode_opening(tok, "酒店的")], 16, **SAMPLING, seed=2).tokens[0]
-    options = dict(model="demo/pretrain", prompt="酒店的", max_tokens=16, seed=2, **SAMPLING_OF_CLIENT)
+    options = dict(model="demo/pretrain", prompt="酒店的", max_tokens=16, seed=2, **SAMPLING)
     reply = client.completions.create(**options, logprobs=2).choices[0]
     assert reply.text == complete_text(tok, ids)
     assert len(reply.logprobs.tokens) == len(reply.logprobs.token_logprobs) == len(reply.logprobs.text_offset)
@@ -227,19 +174,15 @@ def test_oldest_turns_are_left_out_and_said_so(client):
 
 def test_a_checkpoint_that_was_replaced_is_loaded_anew(runs, loaded, tmp_path, small):
     tok, _ = loaded
-    make_model(tmp_path_with(small, tmp_path), "sft")
+    (tmp_path / "tokenizer").symlink_to(small / "tokenizer")
+    make_model(tmp_path, "sft")
     with served(tmp_path) as server:
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0)
+        client = client_of(server)
         options = dict(model="sft", seed=1, max_tokens=12)
         first = ask(client, "书", **options).choices[0].message.content
         facts = dict(stage="sft", step=8, tokens_seen=9, config={}, tokenizer=tok.model_bytes)
         checkpoint.save(tmp_path / "sft", model=tiny(9, vocab_size=tok.vocab_size, max_seq_len=128), **facts)
         assert ask(client, "书", **options).choices[0].message.content != first
-
-
-def tmp_path_with(small, tmp_path):
-    (tmp_path / "tokenizer").symlink_to(small / "tokenizer")
-    return tmp_path
 
 
 # many clients, and those that leave
@@ -268,16 +211,10 @@ def test_twenty_clients_get_each_their_own_answers(client, loaded):
     assert len({text for *_, text in answers}) > 100  # else mixing them up would not be seen
 
 
-def endless(client, **options):
-    """A stream of a reply that is long: no <eos>, as bias is not offered, so the seed of one that goes on."""
-    for seed in range(50):
-        if ask(client, "书", seed=seed, max_tokens=100).usage.completion_tokens == 100:
-            return ask(client, "书", seed=seed, max_tokens=100, stream=True, **options)
-    raise AssertionError("every reply is short")
-
-
 def test_a_client_that_goes_away_stops_its_generation(server, client, monkeypatch):
-    stream = endless(client)
+    lengths = {n: ask(client, "书", seed=n, max_tokens=60).usage.completion_tokens for n in range(20)}
+    seed = max(lengths, key=lengths.get)
+    assert lengths[seed] > 20
     worker, counted, reached = server.site.worker, [], threading.Event()
     generate = type(worker.loaded.model).generate
 
@@ -291,14 +228,12 @@ def test_a_client_that_goes_away_stops_its_generation(server, client, monkeypatc
 
         return generate(self, prompts, *args, on_token=count, **kwargs)
 
-    for _ in stream:  # the first reply, which is not watched
-        pass
     monkeypatch.setattr(type(worker.loaded.model), "generate", watched)
     for streamed in (True, False):
         counted.clear()
         reached.clear()
         connection = http.client.HTTPConnection("127.0.0.1", server.port)
-        body = dict(model="demo/sft", messages=user("书"), seed=1, max_tokens=100, stream=streamed, temperature=0)
+        body = dict(model="demo/sft", messages=user("书"), seed=seed, max_tokens=60, stream=streamed, **SAMPLING)
         connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
         assert reached.wait(300)
         connection.close()
@@ -327,142 +262,6 @@ def test_a_hundred_turns_take_no_more_memory(server, client):
     after = objects()
     assert after[1] == before[1] and after[0] < before[0] + 400  # 80 turns leave fewer than five objects each
     assert not server.site.worker.waiting and server.site.worker.job is None
-
-
-# hostile input
-
-
-def raw(server, body, path="/v1/chat/completions", method="POST", **headers):
-    """(status, JSON) of a request as it stands."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port)
-    headers = {"Content-Type": "application/json"} | {key.replace("_", "-"): value for key, value in headers.items()}
-    connection.request(method, path, body, headers)
-    response = connection.getresponse()
-    content = response.read()
-    connection.close()
-    return response.status, json.loads(content), dict(response.getheaders())
-
-
-@pytest.mark.parametrize(
-    "body, status",
-    [
-        (b"{", 400),
-        (b"[]", 400),
-        (b"\xff\xfe{}", 400),
-        (b'{"model": NaN}', 400),
-        (b"[" * 100_000, 400),
-        (b'{"model": "demo/sft", "seed": 1' + b"0" * 5000 + b"}", 400),
-        (b'{"model": "demo/sft", "messages": [{"role": "user", "content": "\\ud800"}]}', 400),
-        (b'{"model": {"$ne": 1}, "messages": []}', 400),
-        (json.dumps(dict(model="demo/sft", messages=user("好" * 100_000)), ensure_ascii=False).encode(), 413),
-        (json.dumps(dict(model="demo/sft", messages=user("a" * 100_000))).encode(), 400),
-        (json.dumps(dict(model="demo/sft", messages=user("a") * 1001)).encode(), 400),
-    ],
-)
-def test_bodies_that_are_none_of_ours(server, body, status):
-    found, said, _ = raw(server, body)
-    assert (found, said["error"]["type"]) == (status, "invalid_request_error") and said["error"]["message"]
-
-
-def test_odd_text_is_text(client, loaded):
-    tok, _ = loaded
-    odd = [
-        "</s><s>[gMASK]<bos>",
-        "<script>alert(1)</script>",
-        "\x00\x1b[31m\x07\u202e",
-        "'; DROP TABLE--",
-        "😀\u200d龘",
-        "",
-    ]
-    for text in odd:
-        reply = ask(client, text, max_tokens=4, seed=1)
-        ids = encode_prompt(tok, user(text))
-        assert reply.usage.prompt_tokens == len(ids) and ids.count(tok.bos_id) == 1 and tok.eos_id not in ids
-
-
-@pytest.mark.parametrize(
-    "headers, status, code",
-    [
-        (dict(Host="evil.example"), 403, "wrong_host"),
-        (dict(Host="127.0.0.1.evil.example:80"), 403, "wrong_host"),
-        (dict(Host="192.168.1.5"), 403, "wrong_host"),
-        (dict(Host="localhost@evil.example"), 403, "wrong_host"),
-        (dict(Origin="http://evil.example"), 403, "wrong_origin"),
-        (dict(Origin="null"), 403, "wrong_origin"),
-        (dict(Host="localhost", Origin="http://localhost:1"), 403, "wrong_origin"),
-        (dict(Content_Type="text/plain"), 415, None),
-    ],
-)
-def test_requests_of_other_sites_are_refused(server, headers, status, code):
-    body = json.dumps(dict(model="demo/sft", messages=user("好"), max_tokens=1))
-    found, said, _ = raw(server, body, **headers)
-    assert (found, said["error"]["code"]) == (status, code)
-    assert raw(server, body, Host="localhost:9", Origin="http://localhost:9")[0] == 200
-
-
-def test_every_answer_forbids_scripts_of_others(server):
-    for path in ("/v1/models", "/nowhere", "/v1/models/none"):
-        headers = {key.lower(): value for key, value in raw(server, None, path, "GET")[2].items()}
-        assert "default-src 'none'; script-src 'self'" in headers["content-security-policy"]
-        assert headers["x-content-type-options"] == "nosniff"
-    for path in ("/../web_demo.py", "/%2e%2e/web_demo.py", "//etc/passwd", "/static/..%2f..%2fmodel.py"):
-        status, said, _ = raw(server, None, path, "GET")
-        assert status == 404 and said["error"]["type"] == "invalid_request_error"
-
-
-def test_a_key_is_asked_of_everybody(runs):
-    with served(runs, api_key="secret") as server:
-        for headers in ({}, dict(Authorization="Bearer secre"), dict(Authorization="Basic secret")):
-            for path in ("/v1/models", "/api/tree", "/api/runs"):
-                status, said, _ = raw(server, None, path, "GET", **headers)
-                assert (status, said["error"]["code"]) == (401, "invalid_api_key")
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="secret", max_retries=0)
-        assert ask(client, "好", max_tokens=1).choices
-        with pytest.raises(openai.AuthenticationError):
-            client.with_options(api_key="other").models.list()
-
-
-def received(connection):
-    """All that comes until the other side closes."""
-    data = b""
-    with connection:
-        while part := connection.recv(65536):
-            data += part
-    return data
-
-
-def test_slow_heads_and_bodies_are_given_up(runs, monkeypatch):
-    monkeypatch.setattr(guard, "HEAD_SECONDS", 0.3)
-    monkeypatch.setattr(guard, "BODY_SECONDS", 0.3)
-    with served(runs) as server:
-        address = ("127.0.0.1", server.port)
-        silent, slow = socket.create_connection(address), socket.create_connection(address)
-        slow.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ")
-        body = socket.create_connection(address)
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        body.sendall(head + b"Content-Length: 100\r\nConnection: close\r\n\r\n{")
-        assert b"408" in received(silent) and b"408" in received(slow)
-        assert b"did not come within" in received(body)
-        monkeypatch.undo()
-        assert raw(server, None, "/v1/models", "GET")[0] == 200
-
-
-def test_a_full_queue_says_so(runs):
-    with served(runs, max_queue=2) as server:
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0)
-        gate = threading.Event()
-        model, server.site.worker._model = server.site.worker._model, lambda path: gate.wait() and model(path)
-        with ThreadPoolExecutor(3) as pool:
-            try:
-                first = pool.submit(ask, client, "一", max_tokens=1)
-                until(lambda: server.site.worker.job)
-                second = pool.submit(ask, client, "二", max_tokens=1)
-                until(lambda: server.site.worker.waiting)
-                with pytest.raises(openai.RateLimitError, match="try again later"):
-                    ask(client, "三", max_tokens=1)
-            finally:
-                gate.set()
-            assert first.result().choices and second.result().choices
 
 
 # how it starts

@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 from chains import make_data
-from test_web_demo import served, until
 from tiny import tiny
+from web import served, until
 
 from common import checkpoint
 from common.metrics import MetricLog
