@@ -23,4 +23,4 @@ once out/demo/report.md compare python eval_generate.py --data=data/demo --repor
 
 printf '\nDone in %d s. Loss plots: out/demo/*/loss.png; samples: out/demo/*/samples.txt; comparison: out/demo/report.md\n' \
     $((SECONDS - began))
-echo 'Chat with it: python eval_generate.py --ckpt=out/demo/ppo'
+echo 'Chat with it: python eval_generate.py --ckpt=out/demo/ppo, or in a browser: python web_demo.py --runs=out/demo'

@@ -68,3 +68,4 @@ once out/poems/report.md compare python eval_generate.py --data=data/poems/heldo
 printf '\nDone in %d s. Loss plots: out/poems/*/loss.png; samples: out/poems/*/samples.txt; comparison: out/poems/report.md\n' \
     $((SECONDS - began))
 echo 'Ask it: python eval_generate.py --ckpt=out/poems/grpo --prompt=以《春夜》为题写一首七绝，押人韵。'
+echo 'Or in a browser: python web_demo.py --runs=out/poems'
