@@ -156,12 +156,13 @@ def refuse_others(out: Path, overwrite: bool, inputs: list[str]) -> None:
         if Path(path).resolve() in [out.resolve() / name for name in WRITTEN]:
             raise TokenizerError(f"input {path}: training would replace it: choose another --out")
     there = [name for name in WRITTEN if (out / name).exists()]
-    if there and not overwrite:
-        raise TokenizerError(f"{out / there[0]} exists; give --overwrite to replace it, or another --out")
     if "config.json" in there and "character_coverage" not in read_json(out / "config.json"):
         raise TokenizerError(
             f"{out / 'config.json'} is not of a tokenizer, but would be replaced: choose another --out"
         )
+    unfinished = "config.json" in there and MODEL_FILE not in there  # what is left of one that was killed
+    if there and not overwrite and not unfinished:
+        raise TokenizerError(f"{out / there[0]} exists; give --overwrite to replace it, or another --out")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -173,8 +174,8 @@ def main(argv: list[str] | None = None) -> None:
     lock(out)
     print(f"training {config['vocab_size']:,} pieces on {', '.join(corpus.paths)}")
     tokenizer = Tokenizer(train_bpe(corpus, config))
+    save_config(config, out)  # it tells whose the others are, so it is the first; the model is the last
     write_file(out / "tokenizer.vocab", vocab_text(tokenizer).encode())
-    save_config(config, out)
     write_file(out / MODEL_FILE, tokenizer.model_bytes)
     skipped, cut = (
         ", ".join(f"{count:,} {reason}" for reason, count in found.items() if count) or "none"

@@ -8,10 +8,13 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
+from itertools import count
 
 import pytest
 import sentencepiece
 from chains import ROOT
+from saving import killed_before
 from sentencepiece import sentencepiece_model_pb2
 
 from common.config import UserError, ending
@@ -541,6 +544,18 @@ def test_train_writes_a_tokenizer_that_loads(corpus, tmp_path, capsys):
     assert Tokenizer.load(out).model_bytes == tok.model_bytes
 
 
+def test_a_killed_run_is_started_again_by_the_same_command(corpus, tmp_path):
+    for event in count():
+        out = tmp_path / str(event)
+        again = partial(train, ("input", corpus), ("vocab_size", 400), ("out", out))
+        assert killed_before(event, again, named=str(out))
+        if (out / "tokenizer.model").exists():  # the last
+            break
+        again()
+        assert sorted(p.name for p in out.iterdir()) == ["config.json", "tokenizer.model", "tokenizer.vocab"]
+    assert event > 5
+
+
 def test_drawing_lines_repeats(tmp_path):
     path = tmp_path / "numbers.txt"
     path.write_text("\n".join(f"{i} {i * i}" for i in range(2000)))
@@ -657,11 +672,10 @@ def test_unusable_corpora(tmp_path, content, message):
 def test_a_folder_of_another_stage_is_left_alone(tmp_path, name, content):
     (tmp_path / "corpus.txt").write_text("abc\n")
     (tmp_path / name).write_text(content)
-    with pytest.raises(TokenizerError, match=f"{name} exists; give --overwrite to replace it, or another --out"):
-        train(("input", tmp_path / "corpus.txt"), ("out", tmp_path))
-    if name == "config.json":
-        with pytest.raises((TokenizerError, UserError), match="config.json.* not"):
-            train(("input", tmp_path / "corpus.txt"), ("out", tmp_path), ("overwrite", "true"))
+    message = "config.json.* not" if name == "config.json" else f"{name} exists; give --overwrite to replace it, or"
+    for overwrite in ("false", "true") if name == "config.json" else ("false",):
+        with pytest.raises((TokenizerError, UserError), match=message):
+            train(("input", tmp_path / "corpus.txt"), ("out", tmp_path), ("overwrite", overwrite))
     assert (tmp_path / name).read_text() == content and len(list(tmp_path.iterdir())) == 2
 
 
