@@ -79,7 +79,7 @@ CHOICES = {
     "parts": ("text", "pretrain", "sft", "rm", "prompts"),
 }
 # keys that name what is read or written: an empty name, or one of blanks, would mean the current directory
-NAMES = "out data init_from ckpt tokenizer reward_model import_hf import_llama2c"
+NAMES = "out data init_from ckpt tokenizer reward_model import_hf import_llama2c compare documents decontaminate input"
 NAMES = dict.fromkeys(NAMES.split(), "a file or folder")
 NAMES |= dict(
     out="a folder", runs="a folder", report="a .md file", picture="a .png file", reward="a reward", judge="a function"
@@ -104,15 +104,16 @@ def range_of(stage: str, key: str) -> tuple | str | None:
 
 def fault(stage: str, key: str, value: Any) -> str | None:
     """What is needed instead of this value of a flat key; None where it is right."""
-    if key in NAMES and isinstance(value, str) and not value.strip():
+    values = value if isinstance(value, list | tuple) else [value]
+    if key in NAMES and any(isinstance(each, str) and not each.strip() for each in values):
         return f"the name of {NAMES[key]} is needed"
-    if not all(map(_sayable, value if isinstance(value, list | tuple) else [value])):
+    if not all(map(_sayable, values)):
         return "text without NUL and halves of surrogate pairs is needed"
     allowed = range_of(stage, key)
     if allowed is None:
         return None
     right = _chosen if isinstance(allowed, tuple) else _inside
-    wrong = [each for each in (value if isinstance(value, list | tuple) else [value]) if not right(allowed, each)]
+    wrong = [each for each in values if not right(allowed, each)]
     return _needed(allowed, wrong[0]) if wrong else None
 
 

@@ -146,7 +146,19 @@ def test_every_script_refuses_before_it_reads_or_writes(script, option, tmp_path
 
 
 @pytest.mark.parametrize(
-    "option", ["data=\n", "init_from=", "reward_model= ", "tokenizer=", "report=", "judge=", "out=\t"]
+    "option",
+    [
+        "data=\n",
+        "init_from=",
+        "reward_model= ",
+        "tokenizer=",
+        "report=",
+        "judge=",
+        "out=\t",
+        "compare=a,",
+        "documents=,",
+        "decontaminate=a, ,b",
+    ],
 )
 def test_an_empty_name_is_refused_by_its_key(option):
     key = option.partition("=")[0]
