@@ -177,8 +177,8 @@ def publish(markdown, figures, report):
 
 def sizes_of(best_of):
     """The values of best_of as whole numbers, in order."""
-    if not all(re.fullmatch("[0-9]+", str(n)) and int(n) >= 2 for n in best_of):
-        raise ConfigError(f"best_of={','.join(map(str, best_of))}: whole numbers from 2 on are needed, such as 2,4,8")
+    if not all(re.fullmatch("[0-9]{1,5}", str(n)) and 2 <= int(n) <= 1000 for n in best_of):
+        raise ConfigError(f"best_of={','.join(map(str, best_of))}: whole numbers from 2 to 1000 are needed, as 2,4,8")
     return sorted({int(n) for n in best_of})
 
 

@@ -75,7 +75,8 @@ def main(argv=None):
     with checkpoint.naming(ckpt):
         rows = ranked_rows(model, reward, prompts[: config["prompts"]], config)
     if not rows:
-        raise UserError(f"{config['ckpt']}: no two replies to a prompt differ in their reward; more samples are needed")
+        why = "no two replies to a prompt differ in their reward; more samples or a larger max_new_tokens are needed"
+        raise UserError(f"{config['ckpt']}: {why}")
     write_rows(config["out"], rows)
     print(f"{config['out']}: {len(rows):,} pairs of replies to {min(config['prompts'], len(prompts)):,} prompts")
 
