@@ -22,7 +22,7 @@ def judged(replies, form, rhyme, heads, words):
 
 
 def rules(prompts, replies, form, rhyme, heads, words):
-    """From 0 to 6, with credit for every part: the shares of lines of the right length, of rhyme words in the asked
+    """From 0 to 7, with credit for every part: the shares of lines of the right length, of rhyme words in the asked
     class (three times: they are the hardest), of lines with right tones, and of the first characters and words that
     were asked for."""
     return [credit(found) for found in judged(replies, form, rhyme, heads, words)]
@@ -30,8 +30,7 @@ def rules(prompts, replies, form, rhyme, heads, words):
 
 def credit(found):
     """The reward of one reply that verse.judge gave this of."""
-    shares = found["lines"] + 3 * found["rhymes"] + found["right_tones"]
-    return shares + (found["heads"] + found["words"]) / 2
+    return found["lines"] + 3 * found["rhymes"] + found["right_tones"] + found["heads"] + found["words"]
 
 
 def figures(prompts, replies, form, rhyme, heads, words):

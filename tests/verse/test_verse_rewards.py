@@ -29,18 +29,18 @@ def reward(text, **asked):
 
 
 def test_every_right_part_counts(tables):
-    assert reward(GOOD) == 6
-    assert reward(GOOD, rhyme="月") == 3  # three shares of rhyme
-    assert reward(GOOD.replace("泉", "夜")) == pytest.approx(4.5)  # half of the rhyme words; the 5th has free tones
-    assert reward(GOOD.replace("泉", "川")) == pytest.approx(4.5)  # the same word twice
-    assert reward(GOOD, heads="月山山水") == pytest.approx(5.875) and reward(GOOD, words=["云山", "无此"]) == 5.75
-    assert reward("") == 1.0  # nothing more was asked
-    assert reward(GOOD[:-1]) == 6 > reward("月水山云山，") > reward("")  # a dense reward, not all or nothing
+    assert reward(GOOD) == 7
+    assert reward(GOOD, rhyme="月") == 4  # three shares of rhyme
+    assert reward(GOOD.replace("泉", "夜")) == pytest.approx(5.5)  # half of the rhyme words; the 5th has free tones
+    assert reward(GOOD.replace("泉", "川")) == pytest.approx(5.5)  # the same word twice
+    assert reward(GOOD, heads="月山山水") == pytest.approx(6.75) and reward(GOOD, words=["云山", "无此"]) == 6.5
+    assert reward("") == 2.0  # nothing more was asked
+    assert reward(GOOD[:-1]) == 7 > reward("月水山云山，") > reward("")  # a dense reward, not all or nothing
 
 
 def test_the_judge_of_a_comparison_tells_truths_and_the_reward(tables):
     (row,) = figures([""], [GOOD], *([value] for value in ASKED.values()))
-    assert row == dict(reward=6, form=True, rhyme=True, tones=True, all_right=True, asked=True)
+    assert row == dict(reward=7, form=True, rhyme=True, tones=True, all_right=True, asked=True)
     assert list(row)[0] == "reward"  # by which best of n picks
 
 
