@@ -38,7 +38,7 @@ from common.config import ConfigError, UserError, parse_config, run
 from common.distributed import setup
 from common.files import REPORT_MARK, refuse_foreign, write_file
 from common.metrics import plain, source_losses
-from common.report import format_table
+from common.tables import format_table
 from dataset.corpus import Corpus
 from dataset.formats import load_meta
 from evaluation.benchmarks import measure

@@ -21,7 +21,7 @@ from common import checkpoint, resume
 from common.config import ConfigError, UserError
 from common.metrics import distinct_2, share, wilson_interval
 from common.plots import png
-from common.report import format_table, markdown_table
+from common.tables import format_table, markdown_table
 from dataset.batches import load_prompts, load_tasks
 from dataset.formats import DataError
 

@@ -24,7 +24,7 @@ from harness import ROOT, argument_parser, fastest, flags, launch, measure, prin
 from alignment.rollout import rollout
 from common import checkpoint
 from common.metrics import read_metrics
-from common.report import format_table
+from common.tables import format_table
 from configs.demo.pretrain import config as demo
 from configs.sizes import sizes
 from dataset.batches import load_prompts

@@ -22,7 +22,8 @@ from harness import ROOT, argument_parser, fastest, flags, launch, print_figures
 import sft
 from common import checkpoint
 from common.optim import build_optimizer, set_learning_rate
-from common.report import format_table, peak_memory_gb
+from common.progress import peak_memory_gb
+from common.tables import format_table
 from configs.sft import config as defaults
 from configs.sizes import sizes
 from dataset.batches import Examples, PackedOrder, pad_batch

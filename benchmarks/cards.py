@@ -15,7 +15,7 @@ from harness import argument_parser, launch, print_figures
 
 from common.memory import STAGES, largest_batch, stage_memory
 from common.plan import CARDS, RESERVED, flops_per_token, seconds_per_token
-from common.report import format_table
+from common.tables import format_table
 from configs.sizes import sizes
 from model import ModelConfig
 

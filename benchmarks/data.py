@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 from harness import ROOT, argument_parser, fastest, flags, launch, measure, print_figures, run_python
 
-from common.report import format_table, peak_memory_gb
+from common.progress import peak_memory_gb
+from common.tables import format_table
 from configs.data_process import config as defaults
 from corpora import dedup
 from corpora.clean import normalise

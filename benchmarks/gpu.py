@@ -31,7 +31,7 @@ from harness import argument_parser, launch, print_figures
 from common import distributed
 from common.config import UserError
 from common.files import write_file
-from common.report import format_table
+from common.tables import format_table
 
 RESULT = '{"part": '  # how a worker's line begins that is not meant for people
 

@@ -19,7 +19,7 @@ from alignment.rewards import Reward
 from common import distributed
 from common.optim import build_optimizer
 from common.plan import flops_per_token
-from common.report import peak_memory_gb
+from common.progress import peak_memory_gb
 from configs.grpo_train import config as grpo_defaults
 from configs.ppo_train import config as ppo_defaults
 from configs.pretrain import config as pretrain_defaults

@@ -16,7 +16,7 @@ from harness import argument_parser, fastest, launch, measure, print_figures
 
 from common import distributed
 from common.optim import build_optimizer
-from common.report import format_table
+from common.tables import format_table
 from model import Llama, ModelConfig
 
 WARM_UP = 2  # steps before the clock starts

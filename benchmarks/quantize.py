@@ -27,7 +27,7 @@ from common import checkpoint
 from common.distributed import setup
 from common.metrics import source_losses
 from common.plots import new_figure, png
-from common.report import format_table
+from common.tables import format_table
 from configs.quantize import config as defaults
 from configs.sizes import sizes
 from interop import exchange

@@ -20,7 +20,8 @@ from harness import argument_parser, fastest, hf_config, launch, print_figures, 
 
 from common.optim import build_optimizer
 from common.plan import flops_per_token, measured_peak
-from common.report import format_table, peak_memory_gb
+from common.progress import peak_memory_gb
+from common.tables import format_table
 from configs.demo.pretrain import config as demo
 from configs.pretrain import config as defaults
 from configs.sizes import sizes

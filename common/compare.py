@@ -18,7 +18,7 @@ from common.config import UserError
 from common.files import refuse_foreign, write_file
 from common.metrics import is_number, points, read_metrics
 from common.plots import Line, draw
-from common.report import format_table
+from common.tables import format_table
 
 # of metrics that end so, the best is the largest; of others the smallest
 LARGER_IS_BETTER = ("accuracy", "accuracy_low", "accuracy_high", "score", "margin", "eos_rate", "distinct_2")

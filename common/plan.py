@@ -10,7 +10,7 @@ import torch
 
 from common.config import ConfigError
 from common.memory import activation_bytes, count_parameters, loss_bytes, stage_memory
-from common.report import format_table
+from common.tables import format_table
 from model import ModelConfig
 from tokenizer import MODEL_FILE, Tokenizer
 

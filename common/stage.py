@@ -17,7 +17,7 @@ from common.files import save_config, unlock
 from common.loggers import logger_module, open_logger
 from common.metrics import FiniteGuard, MetricLog, NonFiniteError, points
 from common.optim import keep_decay, never_low
-from common.report import Progress, peak_memory_gb
+from common.progress import Progress, peak_memory_gb
 from dataset.formats import load_meta
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from common.files import file_sha256, read_json, write_file
 from common.plots import new_figure, png
-from common.report import markdown_table
+from common.tables import markdown_table
 from corpora.encodings import escaped
 from corpora.records import STREAMS
 from dataset import formats

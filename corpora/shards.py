@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from common.config import UserError
-from common.report import Progress
+from common.progress import Progress
 from corpora.encodings import reading
 from dataset.formats import OURS, DataError, writable
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from common import checkpoint
 from common.config import ConfigError
 from common.metrics import TextLoss, wilson_interval
-from common.report import format_table
+from common.tables import format_table
 from dataset.formats import DataError
 from evaluation import heldout, multiple_choice
 from evaluation.multiple_choice import BENCHMARKS

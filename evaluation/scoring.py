@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from common.report import Progress
+from common.progress import Progress
 from dataset.formats import DataError, shortened
 from generate import KVCache
 from model import row_chunks, upcast

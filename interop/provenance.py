@@ -6,7 +6,7 @@ from pathlib import Path
 
 from common.checkpoint import Checkpoint
 from common.metrics import is_number, read_metrics
-from common.report import markdown_table
+from common.tables import markdown_table
 from dataset.formats import DataError, load_meta
 from model import ModelConfig
 

@@ -30,8 +30,9 @@ from common.metrics import (
 )
 from common.optim import build_optimizer
 from common.plots import Line, draw, smooth
-from common.report import Progress, format_table, markdown_table
+from common.progress import Progress
 from common.stage import Stage
+from common.tables import format_table, markdown_table
 from configs.pretrain import config as pretraining
 from dataset.corpus import Corpus
 from dataset.formats import BinWriter, DataError, save_meta

@@ -1,4 +1,4 @@
-"""What a run tells people while it lasts and at its end: progress, memory, tables."""
+"""What a run tells people while it lasts: speed, time left, memory."""
 
 import math
 import re
@@ -9,9 +9,6 @@ from datetime import timedelta
 from pathlib import Path
 
 from tqdm import tqdm
-
-# what Markdown takes for markup; an underscore within a word is none
-MARKUP = re.compile(r"[\\|<>&`*~$\[\]]|(?<![^\W_])_|_(?![^\W_])")
 
 
 class Progress:
@@ -79,18 +76,3 @@ def peak_memory_gb(device=None) -> float:
         return math.nan
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown that shows the texts as they are: line ends and what would be markup are escaped."""
-
-    def line(cells):
-        escaped = [MARKUP.sub(r"\\\g<0>", cell) for cell in cells]
-        return "| " + " | ".join(escaped).replace("\r", "\\r").replace("\n", "\\n") + " |"
-
-    return "\n".join([line(header), "|---" * len(header) + "|", *map(line, rows)])
-
-
-def format_table(columns: dict[str, str], rows: list[dict]) -> str:
-    """The table of rows under columns {title: format string over a row's keys}."""
-    return markdown_table(list(columns), [[form.format(**row) for form in columns.values()] for row in rows])
