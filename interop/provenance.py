@@ -6,6 +6,7 @@ from pathlib import Path
 
 from common.checkpoint import Checkpoint
 from common.metrics import is_number, read_metrics
+from common.runs import last_values
 from common.tables import markdown_table
 from dataset.formats import DataError, load_meta
 from model import ModelConfig
@@ -41,8 +42,7 @@ def provenance(ckpt: Checkpoint) -> dict:
     facts = {key: getattr(ckpt, key) for key in keys}
     facts["tokenizer_sha256"] = hashlib.sha256(ckpt.tokenizer).hexdigest()
     rows = [row for row in read_metrics(ckpt.path.parent / "metrics.jsonl") if row["step"] <= ckpt.step]
-    last = {key: value for row in rows for key, value in row.items()}
-    facts["metrics"] = {key: value for key, value in last.items() if "/" in key and not key.startswith("train/")}
+    facts["metrics"] = {key: value for key, value in last_values(rows).items() if not key.startswith("train/")}
     with suppress(DataError, OSError, KeyError):
         tally = load_meta(Path(ckpt.config["data"]))["tally"]
         rows = ((part, source, counts) for part, sources in tally.items() for source, counts in sources.items())

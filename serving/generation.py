@@ -1,6 +1,5 @@
 """A reply, piece by piece: the prompt that fits, text up to a stop, the log-probabilities of its tokens."""
 
-import os
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from common import checkpoint
 from common.checkpoint import Checkpoint, CheckpointError
+from common.runs import file_key
 from model import Llama
 from serving.protocol import ApiError, Token, Wanted
 from tokenizer import StreamDecoder, Tokenizer, TokenizerError, encode_opening, fit_prompt
@@ -56,11 +56,6 @@ class Loaded:
 
 class _Enough(Exception):
     """Ends model.generate from within: a stop text, or nobody listens any more."""
-
-
-def file_key(path: Path) -> tuple:
-    facts = os.stat(path)
-    return path, facts.st_ino, facts.st_mtime_ns, facts.st_size
 
 
 def load(path: Path, device) -> Loaded:

@@ -7,7 +7,8 @@ from collections import OrderedDict, deque
 from contextlib import suppress
 
 from common.config import UserError
-from serving.generation import Job, Loaded, answer, file_key, load
+from common.runs import file_key
+from serving.generation import Job, Loaded, answer, load
 from serving.protocol import ApiError
 
 

@@ -1,12 +1,13 @@
-"""serving.runs: names of checkpoints, their family tree, samples."""
+"""common.runs and serving.runs: names of checkpoints, their family tree, samples."""
 
 import pytest
 from tiny import tiny
 
 from common import checkpoint
 from common.metrics import MetricLog
+from common.runs import n_parameters, parse_samples
 from serving.protocol import ApiError
-from serving.runs import Runs, n_parameters, parse_samples
+from serving.runs import Runs
 
 
 def save(folder, name="ckpt.pt", stage="sft", seed=0, parent=None, step=1, **changes):
