@@ -80,7 +80,7 @@ def save(
         document_ids=list(document_ids),
         config=config,
         parent=parent,
-        git_commit=_git_commit(),
+        git_commit=git_commit(),
         quant=quant,
         training=training,
     )
@@ -130,7 +130,7 @@ def _set_rng_states(states: dict[str, torch.Tensor]) -> None:
 
 
 @lru_cache
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=10)

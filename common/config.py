@@ -230,6 +230,13 @@ def flatten(config: dict, prefix: str = "") -> dict:
     return flat
 
 
+def options_of(stage: str, config: dict, configs_dir: Path = CONFIGS) -> list[str]:
+    """The --key=value in which a resolved config differs from the defaults of its stage."""
+    defaults = _load(configs_dir / f"{stage}.py", configs_dir)
+    said = {key: _text(value) for key, value in flatten(config).items() if key in defaults and key not in SECRET}
+    return [f"--{key}={value}" for key, value in said.items() if value != _text(defaults[key])]
+
+
 def _unflatten(flat: dict) -> dict:
     """{"model.dim": 64} -> {"model": {"dim": 64}}"""
     config = {}

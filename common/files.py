@@ -199,7 +199,7 @@ REPORT_MARK = f"<!-- written by {OURS} -->"  # the last line of a report
 
 
 def refuse_foreign(path: str | Path, suffix: str) -> None:
-    """ConfigError unless a command may write a picture (.png) or report (.md) there: nothing is, or what one wrote."""
+    """ConfigError unless a command may write a picture (.png) or report (.md, .html) there: nothing is, or ours."""
     path = Path(path)
     if path.suffix != suffix:
         raise ConfigError(f"{path}: the name of a {suffix} file is needed")
@@ -207,9 +207,14 @@ def refuse_foreign(path: str | Path, suffix: str) -> None:
         raise ConfigError(f"{path} was not written by such a command: choose another name, or remove it yourself")
 
 
+def is_ours(report: Path) -> bool:
+    """Whether one of our commands wrote this report (.md, .html)."""
+    return _marked(report.read_bytes(), report.suffix)
+
+
 def _marked(data: bytes, suffix: str) -> bool:
     """Whether a report ends in the line of ours, or a picture has the Software chunk of ours (PNG, 11.3.3.2)."""
-    if suffix == ".md":
+    if suffix in (".md", ".html"):
         return data.splitlines()[-1:] == [REPORT_MARK.encode()]
     at = 8 if data.startswith(b"\x89PNG\r\n\x1a\n") else len(data)
     while at + 8 <= len(data):  # a chunk: its length, type, data and CRC

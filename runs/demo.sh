@@ -20,7 +20,8 @@ stage quantize python quantize.py configs/demo/quantize.py --resume
 once out/demo/report.md compare python eval_generate.py --data=data/demo --report=out/demo/report.md \
     --compare=out/demo/sft,out/demo/dpo,out/demo/ppo,out/demo/grpo,out/demo/quantize,out/demo/pretrain \
     --best_of=2,4,8 --reward_model=out/demo/rm --picture=out/demo/compare.png
+stage report python -m common.report out/demo
 
-printf '\nDone in %d s. Loss plots: out/demo/*/loss.png; samples: out/demo/*/samples.txt; comparison: out/demo/report.md\n' \
+printf '\nDone in %d s. Loss plots: out/demo/*/loss.png; samples: out/demo/*/samples.txt; comparison: out/demo/report.md; all on a page: out/demo/report.html\n' \
     $((SECONDS - began))
 echo 'Chat with it: python eval_generate.py --ckpt=out/demo/ppo, or in a browser: python web_demo.py --runs=out/demo'

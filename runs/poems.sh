@@ -64,6 +64,7 @@ once out/poems/report.md compare python eval_generate.py --data=data/poems/heldo
     --compare=out/poems/sft,out/poems/dpo,out/poems/ppo,out/poems/grpo,out/poems/quantize,out/poems/int4 \
     --reward_model=out/poems/rm --judge=verse.rewards:figures --picture_column=all_right --picture=out/poems/compare.png \
     --best_of=2,4,8 --compare_prompts=100 --compare_temperature=0.8 --max_new_tokens=40
+stage report python -m common.report out/poems
 
 printf '\nDone in %d s. Loss plots: out/poems/*/loss.png; samples: out/poems/*/samples.txt; comparison: out/poems/report.md\n' \
     $((SECONDS - began))
