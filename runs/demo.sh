@@ -22,6 +22,7 @@ once out/demo/report.md compare python eval_generate.py --data=data/demo --repor
     --best_of=2,4,8 --reward_model=out/demo/rm --picture=out/demo/compare.png
 stage report python -m common.report out/demo
 
-printf '\nDone in %d s. Loss plots: out/demo/*/loss.png; samples: out/demo/*/samples.txt; comparison: out/demo/report.md; all on a page: out/demo/report.html\n' \
+printf '\nDone in %d s. Loss plots: out/demo/*/loss.png; samples: out/demo/*/samples.txt; comparison: out/demo/report.md\n' \
     $((SECONDS - began))
+echo 'All of it on one page: out/demo/report.html'
 echo 'Chat with it: python eval_generate.py --ckpt=out/demo/ppo, or in a browser: python web_demo.py --runs=out/demo'

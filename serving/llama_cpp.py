@@ -1,6 +1,9 @@
 """llama.cpp's server, as the package xllamacpp carries it, for a .gguf file: clients of OpenAI's can talk to it.
 
-python -m serving.llama_cpp out/demo/gguf/model.gguf --port=8080
+    python -m serving.llama_cpp out/demo/gguf/model.gguf --port=8080
+
+in:  a .gguf file, as export.py writes it
+out: an HTTP server on this machine's own address, until Ctrl-C
 """
 
 import argparse
