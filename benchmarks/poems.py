@@ -22,6 +22,7 @@ from harness import ROOT, argument_parser, flags, launch, measure, print_figures
 
 from common.files import read_json, write_file, write_json
 from common.metrics import distinct_2
+from configs.poems.ranked import config as ranked_config
 from corpora.poems import copied, ngrams_of
 from dataset.batches import load_prompts
 from dataset.formats import load_meta
@@ -66,7 +67,7 @@ def ranked(seed, options):
     rows, data = folder / "ranked.jsonl", folder / "ranked"
     keys = dict(ckpt=folder / "sft", data=options.data, out=rows, seed=seed, device="cpu")
     if options.steps_scale != 1:
-        keys["prompts"] = max(64, round(600 * options.steps_scale))
+        keys["prompts"] = max(64, round(ranked_config["prompts"] * options.steps_scale))
     if not rows.exists():
         print(f"seed {seed}: ranked replies", flush=True)
         command = ["-m", "alignment.ranked", ROOT / "configs/poems/ranked.py", *flags(**keys)]

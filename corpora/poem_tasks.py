@@ -45,7 +45,7 @@ WORDINGS = dict(
 def fields_of(poem, tables):
     """What may be asked of a poem: its title, form and rhyme; None if no short request can ask for it.
 
-    Regulated verse rhymes on level tones: one poem in twenty does not, and what rhymes with it is rarely told.
+    Regulated verse rhymes on level tones: few poems do not, and what rhymes with these is rarely told.
     """
     plain = 0 < len(poem.title) <= LONGEST_TITLE and HAN.fullmatch(poem.title)
     rhyme = rhyme_class(poem.lines, tables)

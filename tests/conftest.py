@@ -94,3 +94,29 @@ def build(tmp_path, tokenizer_path):
         return files_of(tmp_path / out)
 
     return run
+
+
+# web_demo.py over a folder of runs; what it needs is imported by those who ask for it
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, small):
+    from web import make_runs
+
+    return make_runs(tmp_path_factory.mktemp("out"), small)
+
+
+@pytest.fixture(scope="module")
+def server(runs):
+    from web import served
+
+    with served(runs) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    from web import client_of
+
+    with client_of(server) as client:
+        yield client

@@ -12,29 +12,12 @@ import pytest
 import torch
 from chains import ROOT, make_model, start
 from tiny import tiny
-from web import SAMPLING, ask, client_of, make_runs, served, until, user
+from web import SAMPLING, ask, client_of, served, until, user
 
 import web_demo
 from common import checkpoint
 from common.config import ConfigError, UserError
 from tokenizer import StreamDecoder, encode_opening, encode_prompt
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, small):
-    return make_runs(tmp_path_factory.mktemp("out"), small)
-
-
-@pytest.fixture(scope="module")
-def server(runs):
-    with served(runs) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    with client_of(server) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

@@ -7,28 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from web import ask, client_of, make_runs, raw, served, until, user
+from web import ask, client_of, raw, served, until, user
 
 from common import checkpoint
 from serving import guard
 from tokenizer import encode_prompt
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, small):
-    return make_runs(tmp_path_factory.mktemp("out"), small)
-
-
-@pytest.fixture(scope="module")
-def server(runs):
-    with served(runs) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    with client_of(server) as client:
-        yield client
 
 
 @pytest.mark.parametrize(
