@@ -37,7 +37,8 @@ from serving.protocol import Answer, ApiError, event, parse_json, read_request, 
 from serving.runs import Runs
 from serving.worker import Worker
 
-PAGE = Path(__file__).resolve().parent / "serving" / "page"
+ROOT = Path(__file__).resolve().parent
+PAGE = [*(ROOT / "serving" / "page").iterdir(), ROOT / "common" / "palette.css"]
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
 PATIENCE = 2  # seconds until a stream begins without its first token: then what fails is told within it
@@ -177,7 +178,7 @@ def add_interface(app: FastAPI, site: Site) -> None:
 
 def add_page(app: FastAPI, site: Site) -> None:
     """The page and what only it asks for. Its files are read once: no path of a request is opened."""
-    files = {f"/{path.name}": (path.read_bytes(), KINDS[path.suffix]) for path in PAGE.iterdir()}
+    files = {f"/{path.name}": (path.read_bytes(), KINDS[path.suffix]) for path in PAGE}
     files["/"] = files["/index.html"]
 
     def file(request: Request):

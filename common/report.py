@@ -26,6 +26,7 @@ from common.markup import Html, from_markdown, join, picture, problem, table, ta
 from common.metrics import is_number, read_metrics
 from common.runs import NAME, Entry, by_content, find_checkpoints, find_folders, last_values, read_entry, read_samples
 
+STYLES = [Path(__file__).with_name(name) for name in ("palette.css", "report.css")]
 STAGES = dict(  # stage of a checkpoint: its name, its script
     pretrain=("预训练", "pretrain"),
     sft=("指令微调", "sft"),
@@ -359,7 +360,7 @@ def page(root: Path) -> tuple[str, int]:
         tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("title", title),
-        tag("style", Html(Path(__file__).with_suffix(".css").read_text(encoding="utf-8"))),
+        tag("style", Html("".join(path.read_text(encoding="utf-8") for path in STYLES))),
     ]
     links = [tag("a", name, href=f"#{name}") for name in sections]
     said = f"{root} 里的 {len(runs)} 次训练。图都在这个文件里，断网也能看，可以打印。"
