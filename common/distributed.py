@@ -79,9 +79,10 @@ def _join(device: torch.device) -> None:
         dist.init_process_group("nccl", device_id=device, **options)
     else:
         dist.init_process_group("gloo", **options)
-    # A wrapped model may be kept by a cycle, and with it gloo's threads: one that wants to drop a tensor when the
-    # interpreter is already ending aborts the process.
-    atexit.register(gc.collect)
+    # gloo's threads drop the tensors of the last collectives late, and need the GIL for it. A wrapped model that is the
+    # last to hold the group waits for them with the GIL, for ever; one that a cycle keeps lets them run while the
+    # interpreter ends, which aborts. So the group outlives all models, and goes while Python still runs.
+    atexit.register(lambda group: gc.collect(), dist.group.WORLD)
 
 
 def _pick_device(name: str, under_torchrun: bool) -> torch.device:

@@ -95,6 +95,33 @@ for dtype in ("float32", "bfloat16"):
 distributed.cleanup(env)
 """
 
+# the first process leaves while gloo has yet to drop a tensor of which only it knows
+LEAVING = """
+import time, torch
+import torch.distributed as dist
+from common.distributed import setup, wrap
+from model import Llama, ModelConfig
+
+
+def main():
+    env = setup(device="cpu")
+    shape = dict(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=32, max_seq_len=8)
+    forward = wrap(Llama(ModelConfig(**shape)), env, dict(parallel="ddp", optimizer="adamw"))
+    forward(torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.long)).backward()
+    tensor = torch.ones(3)
+    dist.barrier()
+    time.sleep(2 * env.rank)
+    work = dist.all_reduce(tensor, async_op=True)
+    if env.rank == 1:
+        work.wait()
+    del tensor, work
+    dist.destroy_process_group()
+
+
+main()
+print("left")
+"""
+
 # the stage, whose second process is killed once
 KILLED = """
 import os, signal, sys
@@ -113,6 +140,12 @@ def log_and_die(self, step, *args, **kwargs):
 Stage.log = log_and_die
 pretrain.main(sys.argv[1:])
 """
+
+
+@pytest.mark.slow
+def test_a_process_that_leaves_first_waits_for_no_lock_that_it_holds(tmp_path):
+    (tmp_path / "worker.py").write_text(LEAVING)
+    assert torchrun(2, tmp_path / "worker.py").count("left") == 2
 
 
 @pytest.mark.slow
