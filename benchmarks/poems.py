@@ -1,14 +1,14 @@
 """The poet over several seeds: what DPO, PPO and GRPO gain by rules that anyone can check, and what it costs.
 
 From one pretrained checkpoint each seed fine-tunes, trains a reward model, ranks its own replies and aligns by
-configs/poems/. Every stage answers the same requests, on titles that no training text has, and verse/ judges. What is
-finished is not repeated, and what was interrupted goes on.
+configs/poems/; seed 1 is the chain of runs/poems.sh itself. Every stage answers the same requests, on titles that no
+training text has, and verse/ judges. What is finished is not repeated, and what was interrupted goes on.
 
-    bash runs/poems.sh                    # or its first commands: the data and the pretrained checkpoint
+    bash runs/poems.sh
     python benchmarks/poems.py
-    python benchmarks/poems.py --seeds=1 --steps_scale=0.05 --out=out/smoke
+    python benchmarks/poems.py --seeds=2 --steps_scale=0.05 --out=out/smoke
 
-in:  data/poems, out/poems/pretrain
+in:  data/poems, out/poems
 out: out/seed-N with a run directory and a log of each stage, and replies.json; samples.md, twenty replies of each stage
      that nobody chose; lines of text and, last, one of JSON: lists have a value a seed
 """
@@ -37,6 +37,7 @@ STAGES = {
     "ppo": ("ppo_train", dict(init_from="sft", reward_model="rm")),
     "grpo": ("grpo_train", dict(init_from="sft")),
 }
+CHAIN = 1  # the seed of configs/poems
 COMPARED = ["sft", "dpo", "ppo", "grpo"]
 SHARES = dict(form="form", rhyme="rhyme", tones="right_tones", all_right="all_right", asked="asked")
 IN_USE = dict(temperature=0.8, top_p=0.9)  # what eval_generate.py answers a prompt with
@@ -45,17 +46,18 @@ AS_TRAINED = dict(temperature=0.8, top_p=1.0)  # what a KL is defined for
 
 def train(name, seed, options):
     """A stage's run directory, trained unless it is there."""
+    if seed == CHAIN:
+        return options.chain / name
     script, parents = STAGES[name]
     folder = options.out / f"seed-{seed}"
     config = importlib.import_module(f"configs.poems.{name}").config
     keys = dict(data=options.data, out=folder / name, seed=seed, device="cpu")
-    keys |= dict(init_from=options.pretrain) | {key: folder / parent for key, parent in parents.items()}
+    keys |= dict(init_from=options.chain / "pretrain") | {key: folder / parent for key, parent in parents.items()}
     if name == "dpo":
         keys["data"] = ranked(seed, options)
     if options.steps_scale != 1:
         keys["max_steps"] = max(1, round(config["max_steps"] * options.steps_scale))
     print(f"seed {seed}: {name}", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
     command = [ROOT / f"{script}.py", ROOT / f"configs/poems/{name}.py", "--resume", *flags(**keys)]
     run_python(*command, log=folder / f"{name}.log", VERSE_TABLES=str(options.data / "rows/verse.json"))
     return folder / name
@@ -122,13 +124,12 @@ def bits(base, pairs):
     return nats / math.log(2) / sum(len(text) for _, text in pairs)
 
 
-def replies(name, folder, base, data, n, seed):
-    """A stage's replies to the first n held-out requests and what models say of them."""
+def replies(run, sft, rm, base, data, n, seed):
+    """A run's replies to the first n held-out requests and what models say of them."""
     from alignment.comparison import answer, reply_nats, reply_scores
 
-    run = Path(folder) / name
-    loaded = load_models(dict(own=run, sft=Path(folder) / "sft", base=base))
-    judge_model = load_models(dict(rm=Path(folder) / "rm"), scores=True)["rm"]
+    loaded = load_models(dict(own=run, sft=sft, base=base))
+    judge_model = load_models(dict(rm=rm), scores=True)["rm"]
     own, sft, tokenizer = loaded["own"], loaded["sft"], loaded["own"].tokenizer
     prompts = requests(data, tokenizer.vocab_size, int(n))
     config = dict(batch_size=50, seed=int(seed), max_new_tokens=40)
@@ -180,13 +181,14 @@ def mean(numbers):
 def one_seed(seed, options, tables, ngrams, poems):
     """{figure: {stage: value}} of one seed; that of real poems is "real"."""
     folder = options.out / f"seed-{seed}"
-    for name in STAGES:
-        train(name, seed, options)
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = {name: train(name, seed, options) for name in STAGES}
+    models = runs["sft"], runs["rm"], options.chain / "pretrain"
     given = {}
     for name in COMPARED:
         print(f"seed {seed}: replies of {name}", flush=True)
         path = folder / f"replies_{name}.json"
-        given[name] = cached(path, replies, name, folder, options.pretrain, options.data, options.requests, seed)
+        given[name] = cached(path, replies, runs[name], *models, options.data, options.requests, seed)
     asked = [
         prompt.fields for prompt in requests(options.data, load_meta(options.data)["vocab_size"], options.requests)
     ]
@@ -224,7 +226,7 @@ def samples(texts, asked):
 def main():
     parser = argument_parser(__doc__)
     parser.add_argument("--data", type=Path, default=Path("data/poems"))
-    parser.add_argument("--pretrain", type=Path, default=Path("out/poems/pretrain"), help="one for all seeds")
+    parser.add_argument("--chain", type=Path, default=Path("out/poems"), help="what runs/poems.sh trained")
     parser.add_argument("--out", type=Path, default=Path("out/benchmark_poems"))
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[1, 2, 3])
     parser.add_argument("--requests", type=int, default=300, help="held-out requests that every stage answers")
@@ -235,7 +237,8 @@ def main():
     options.out.mkdir(parents=True, exist_ok=True)
     rows, tables = options.data / "rows", load_tables(options.data / "rows/verse.json")
     judged = read_figures(run_python(ROOT / "benchmarks/poems_judge.py", *flags(data=rows)))
-    base = cached(options.out / "base.json", continuations, options.pretrain, options.data, options.requests, 0)
+    facts = options.chain / "pretrain", options.data, options.requests, 0
+    base = cached(options.out / "base.json", continuations, *facts)
     figures = dict(base_form=mean([judge(row["text"], tables)["form"] for row in base["replies"]]))
     figures |= dict(base_rhyme=mean([judge(row["text"], tables)["rhyme"] for row in base["replies"]]))
     figures |= dict(real_bits=base["real_bits"]) | {key: judged[key] for key in ("judge_accepts", "judge_finds")}
