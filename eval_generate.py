@@ -103,7 +103,8 @@ def say(loaded, messages, config, seed):
         parts.append(decoder.push(token))
         print(parts[-1], end="", flush=True)
 
-    sampling = {key: config[key] for key in ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")}
+    keys = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    sampling = {key: config[key] for key in keys}
     ids = prompt_ids(loaded, messages, config["max_new_tokens"])
     with checkpoint.naming(loaded.ckpt):
         loaded.model.generate([ids], **sampling, eos_id=loaded.stop_id, seed=seed, on_token=on_token)

@@ -122,7 +122,7 @@ def evaluate(model, val, tokenizer, config, env, n_prompts):
     by_length, replies = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
     for i in range(0, len(prompts), 50):
         batch = by_length[i : i + 50]
-        sampling = dict(temperature=0.8, top_p=0.9, eos_id=tokenizer.eos_id, seed=config["seed"])
+        sampling = dict(temperature=0.8, top_p=0.9, eos_id=tokenizer.eos_id, seed=[config["seed"] + j for j in batch])
         sampling["dtype"] = env.generation_dtype
         new = model.generate([prompts[j] for j in batch], config["eval_new_tokens"], **sampling).tokens
         replies |= zip(batch, new, strict=True)

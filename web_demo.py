@@ -40,7 +40,7 @@ from serving.worker import Worker
 ROOT = Path(__file__).resolve().parent
 PAGE = [*(ROOT / "serving" / "page").iterdir(), ROOT / "common" / "palette.css"]
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
 PATIENCE = 2  # seconds until a stream begins without its first token: then what fails is told within it
 HEARTBEAT = 5  # seconds between comments in a stream that waits
 

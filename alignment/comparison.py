@@ -54,7 +54,8 @@ def answer(loaded, prompts, config, temperature, top_p=1.0):
     batches, size = [], config["batch_size"]
     dtype = loaded.model.norm.weight.dtype  # float32 on a GPU too, as the log-probabilities that make up the KL
     for i in range(0, len(prompts), size):
-        sampling = temperature, loaded.stop_id, config["seed"] + i, top_p, dtype
+        seeds = [config["seed"] + j for j in range(i, min(i + size, len(prompts)))]
+        sampling = temperature, loaded.stop_id, seeds, top_p, dtype
         with checkpoint.naming(loaded.ckpt):
             batches.append(rollout(loaded.model, prompts[i : i + size], config["max_new_tokens"], *sampling))
     texts = [loaded.tokenizer.decode(reply) for batch in batches for reply in batch.replies]

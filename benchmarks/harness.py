@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+PREFILL = 256  # tokens of a long prompt, or the context where it is shorter
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the first, as benchmarks/ has a quantize.py too
 
@@ -75,6 +76,27 @@ def hf_config(config):
         intermediate_size=config.hidden_dim,
         tie_word_embeddings=config.tied,
     )
+
+
+def measure_llama_cpp(path, context, prompt, new, rounds=3):
+    """Tokens a second of a .gguf file in llama.cpp, of the fastest round: `new` ones after `prompt`, and of a long
+    prompt; and its bytes."""
+    import torch
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel, params.verbosity = str(path), context, 1, 0
+    params.cpuparams.n_threads = torch.get_num_threads()
+    server = xllamacpp.Server(params)
+    rates = dict(decode=0.0, prefill=0.0, resident=Path(path).stat().st_size)
+    for _ in range(rounds):
+        for kind, length, n in (("decode", prompt, new), ("prefill", min(PREFILL, context - 2), 1)):
+            ids = [3 + i % 256 for i in range(length)]
+            options = dict(n_predict=n, temperature=0, ignore_eos=True, cache_prompt=False)
+            timings = server.handle_completions(dict(prompt=ids, **options))["timings"]
+            key = "predicted_per_second" if kind == "decode" else "prompt_per_second"
+            rates[kind] = max(rates[kind], timings[key])
+    return rates
 
 
 def take_turns(jobs, rounds, call=measure):

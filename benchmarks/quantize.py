@@ -19,7 +19,7 @@ from pathlib import Path
 
 import gguf
 import torch
-from harness import argument_parser, launch, print_figures, take_turns
+from harness import PREFILL, argument_parser, launch, measure_llama_cpp, print_figures, take_turns
 
 import export
 import quantize
@@ -35,7 +35,6 @@ from lowbit.layers import LowBitWeight
 from model import Llama, ModelConfig
 
 ROUNDS, NEW_TOKENS, PROMPT = 3, 100, 16
-PREFILL = 256  # tokens, or the context where it is shorter
 RECIPES = {"int8": quantize.INT8}
 for algorithm in ("rtn", "gptq"):
     for group_size in (32, 64):
@@ -86,24 +85,6 @@ def measure_ours(path, dtype):
         decode = max(decode, new / (middle - start))
         prefill = max(prefill, n / (time.perf_counter() - middle))
     return dict(decode=decode, prefill=prefill, resident=resident_bytes(model))
-
-
-def measure_llama_cpp(path, context):
-    import xllamacpp
-
-    params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel, params.verbosity = str(path), context, 1, 0
-    params.cpuparams.n_threads = torch.get_num_threads()
-    server = xllamacpp.Server(params)
-    rates = dict(decode=0.0, prefill=0.0, resident=Path(path).stat().st_size)
-    for _ in range(3):
-        for kind, prompt, new in (("decode", PROMPT, NEW_TOKENS), ("prefill", min(PREFILL, context - 2), 1)):
-            ids = [3 + i % 256 for i in range(prompt)]
-            options = dict(n_predict=new, temperature=0, ignore_eos=True, cache_prompt=False)
-            timings = server.handle_completions(dict(prompt=ids, **options))["timings"]
-            key = "predicted_per_second" if kind == "decode" else "prompt_per_second"
-            rates[kind] = max(rates[kind], timings[key])
-    return rates
 
 
 def measure_all(jobs):
@@ -173,7 +154,7 @@ def jobs_of(files, context):
     """What measures the speed of the files of write_formats: {format: function and arguments}."""
     jobs = {name: (measure_ours, path, "float32") for name, path in files.items()}
     jobs["bfloat16"] = measure_ours, files["float32"], "bfloat16"
-    return jobs | {name: (measure_llama_cpp, files[name], context) for name in LLAMA_CPP}
+    return jobs | {name: (measure_llama_cpp, files[name], context, PROMPT, NEW_TOKENS) for name in LLAMA_CPP}
 
 
 def draw(rows, path):

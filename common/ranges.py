@@ -34,7 +34,7 @@ RANGES = {
     "[0, 5]": "shots",  # what dev of C-Eval and CMMLU holds
     "[0, 1)": "beta1 beta2 model.dropout",
     "[0, 1]": """
-        decay_share gamma lam clean.max_broken clean.min_chinese clean.max_repeated_lines clean.max_top_ngram
+        decay_share gamma lam min_p clean.max_broken clean.min_chinese clean.max_repeated_lines clean.max_top_ngram
         clean.max_repeated_ngrams
     """,
     "[0, 0.5)": "label_smoothing",

@@ -21,6 +21,7 @@ config = dict(
     temperature=0.8,  # of prompt and chat; 0: always the likeliest token
     top_k=0,  # draw from the k likeliest tokens only; 0: from all
     top_p=0.9,  # draw from the likeliest tokens that together have this probability; 1: from all
+    min_p=0.0,  # leave out tokens with less than this share of the likeliest one's probability; 0: none
     repetition_penalty=1.0,  # above 1: tokens already there become less likely
     max_new_tokens=128,  # longest reply; half of the context at most is kept free for it
     seed=0,  # the same seed gives the same replies and questions; chat adds the number of the turn

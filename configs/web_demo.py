@@ -7,6 +7,7 @@ config = dict(
     temperature=0.8,  # the defaults of a request: at 0 always the likeliest token
     top_k=0,  # draw from the k likeliest tokens only; 0: from all
     top_p=0.9,  # draw from the likeliest tokens that together have this probability; 1: from all
+    min_p=0.0,  # leave out tokens with less than this share of the likeliest one's probability; 0: none
     repetition_penalty=1.0,  # above 1: tokens already there become less likely
     max_new_tokens=256,  # longest reply; half of the context at most is kept free for it
     max_queue=256,  # requests that wait; one address may fill half of it, the next gets 429

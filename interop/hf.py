@@ -41,7 +41,7 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 ROTARY_TABLE = re.compile(r"rotary_emb\.(?:inv_freq|cos_cached|sin_cached)$")
 BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began until 1.6: a pickled number
 # of generation_config.json, where they mean nothing
-UNKNOWN = dict(min_p=0, typical_p=1, num_beams=1, no_repeat_ngram_size=0, encoder_repetition_penalty=1)
+UNKNOWN = dict(typical_p=1, num_beams=1, no_repeat_ngram_size=0, encoder_repetition_penalty=1)
 FIXED = dict(model_type="llama", hidden_act="silu", attention_bias=False, mlp_bias=False, rope_scaling=None)
 
 
@@ -280,7 +280,7 @@ def token_ids(values, key, vocab_size, path):
 def sampling_notes(path):
     """What of a generation_config.json this project does not keep, as its sampling is asked for with every command."""
     theirs = read_json(path) if path.exists() else {}
-    usual = SAMPLING | dict(repetition_penalty=1.0)
+    usual = SAMPLING | dict(min_p=0, repetition_penalty=1.0)
     asked = {key: theirs[key] for key in usual | UNKNOWN if theirs.get(key) not in (None, (usual | UNKNOWN)[key])}
     if theirs.get("do_sample") is False:
         asked = {key: value for key, value in asked.items() if key not in SAMPLING} | dict(temperature=0)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 NUMBERS = dict(
     temperature=(float, 0, 2),
     top_p=(float, 0, 1),
+    min_p=(float, 0, 1),
     top_k=(int, 0, 10**6),
     repetition_penalty=(float, 0.1, 10),
     max_tokens=(int, 1, 10**6),
@@ -52,7 +53,7 @@ class Wanted:
     model: str
     messages: list[dict] | None  # of a chat
     prompt: str | None  # of a plain completion
-    sampling: dict  # temperature, top_k, top_p, repetition_penalty, max_new_tokens
+    sampling: dict  # temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens
     seed: int
     stops: list[str]
     top: int | None  # likeliest tokens to name beside each of the reply; None: no log-probabilities
@@ -78,7 +79,8 @@ def parse_json(body: bytes) -> dict:
 def read_request(values: dict, chat: bool, defaults: dict, limits: dict) -> Wanted:
     """The request in a JSON object.
 
-    defaults: temperature, top_k, top_p, repetition_penalty, max_new_tokens. limits: max_messages, max_characters.
+    defaults: temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens. limits: max_messages and
+    max_characters.
     """
     values = {key: value for key, value in values.items() if value is not None}
     own = {"messages", "top_logprobs"} if chat else {"prompt"}

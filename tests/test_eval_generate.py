@@ -119,7 +119,7 @@ def test_pretrained_continue_and_others_answer(tmp_path, tok, capsys, stage, par
     model = random_model(tok.vocab_size)
     ckpt = save(tmp_path / "run", tok, model, stage)
     ids = [tok.eos_id, *tok.encode("这本书")] if stage == "pretrain" else [*tok.encode("这本书"), tok.bos_id]
-    sampling = dict(temperature=0.7, top_k=30, top_p=0.95, repetition_penalty=1.2, seed=5)
+    sampling = dict(temperature=0.7, top_k=30, top_p=0.95, min_p=0.02, repetition_penalty=1.2, seed=5)
     expected = tok.decode(model.generate([ids], 20, **sampling).tokens[0]).rstrip("\ufffd")
     options = [f"--{key}={value}" for key, value in sampling.items()]
     out, _ = run(capsys, f"--ckpt={ckpt}", "--prompt=这本书", "--max_new_tokens=20", *options)
@@ -228,7 +228,7 @@ def test_chat_with_a_pretrained_model_continues_each_line(tmp_path, tok, capsys,
 
 
 def test_ctrl_c_stops_a_reply_and_forgets_its_question(tmp_path, tok, capsys, env, monkeypatch):
-    config = dict(max_new_tokens=6, temperature=0, top_k=0, top_p=1.0, repetition_penalty=1.0, seed=0)
+    config = dict(max_new_tokens=6, temperature=0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=0)
     loaded = eval_generate.load(save(tmp_path / "sft", tok, random_model(tok.vocab_size)), env)
     monkeypatch.setattr(sys, "stdin", io.StringIO("差评\n"))
     eval_generate.chat(loaded, [], config)

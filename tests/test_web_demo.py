@@ -87,9 +87,9 @@ def test_stop_text_is_left_out_wherever_tokens_end(client):
 def test_logprobs_are_the_models_own(client, loaded):
     tok, model = loaded
     reply = ask(client, "书", seed=5, max_tokens=12, logprobs=True, top_logprobs=3,
-                extra_body=dict(top_k=9, repetition_penalty=1.3), temperature=0.7)  # fmt: skip
+                extra_body=dict(top_k=9, min_p=0.01, repetition_penalty=1.3), temperature=0.7)  # fmt: skip
     content = reply.choices[0].logprobs.content
-    ids = expected(loaded, "书", 5, 12, top_k=9, repetition_penalty=1.3, temperature=0.7)[1]
+    ids = expected(loaded, "书", 5, 12, top_k=9, min_p=0.01, repetition_penalty=1.3, temperature=0.7)[1]
     prompt = encode_prompt(tok, user("书"))
     logits = model(torch.tensor([prompt + ids]))[0, len(prompt) - 1 : -1]  # (n, V)
     logps = logits.log_softmax(-1)
@@ -119,6 +119,7 @@ def test_a_base_model_continues_and_does_not_chat(client, runs):
     [
         (dict(temperature=3), "temperature"),
         (dict(top_p=-1), "top_p"),
+        (dict(extra_body=dict(min_p=1.5)), "min_p"),
         (dict(max_tokens=0), "max_tokens"),
         (dict(n=2), "n"),
         (dict(stop=[""]), "stop"),

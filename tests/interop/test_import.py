@@ -96,8 +96,9 @@ def test_several_eos_ids_and_generation_config_are_taken_in_or_told(tmp_path, to
             dict(temperature="hot", top_k=-5, top_p=0.5, num_beams=4, min_p=0.1, typical_p=1.0),
             [1, 2],
             [
-                "generation_config.json is not kept: sample as it asks with eval_generate.py --top_p=0.5",
-                "generation_config.json asks for --temperature='hot' --top_k=-5 --min_p=0.1 --num_beams=4, which "
+                "generation_config.json is not kept: sample as it asks with eval_generate.py --top_p=0.5 "
+                "--min_p=0.1",
+                "generation_config.json asks for --temperature='hot' --top_k=-5 --num_beams=4, which "
                 "eval_generate.py does not have",
             ],
         ),
