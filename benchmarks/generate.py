@@ -114,6 +114,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=128, help="new tokens of a row")
     options = parser.parse_args()
+    if options.llama2c and not (Path(options.llama2c) / "run").is_file():
+        parser.error(f"--llama2c={options.llama2c}: no program run in it; make runomp builds it")
     with tempfile.TemporaryDirectory() as folder:
         found = fastest(make_jobs(Path(folder), Path(options.tokenizer).read_bytes(), options), options.rounds)
     for name, result in found.items():
