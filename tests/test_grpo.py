@@ -253,7 +253,8 @@ def test_without_kl_penalty_the_reference_is_asked_in_validation_only(small, tmp
     grpo_train.main(options_of(small, tmp_path / "out", **changes))
     rows = metrics(tmp_path / "out")
     assert all(row["grpo/kl"] is None for row in rows if "grpo/kl" in row)
-    assert rows[0]["val/kl"] == pytest.approx(0, abs=1e-4) and rows[-1]["val/kl"] > 0
+    kl = [rows[0]["val/kl"], rows[-1]["val/kl"]]  # from samples: below 0 by chance
+    assert abs(kl[0]) < 1e-4 < 1e-3 < abs(kl[1])
     assert {row["grpo/rlhf_reward"] - row["grpo/score"] for row in rows if "grpo/kl" in row} == {0}
 
 
