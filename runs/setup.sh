@@ -1,4 +1,4 @@
-# Sourced by demo.sh, poems.sh and test.sh: the active virtual environment if there is one, else .venv, with the requirements in.
+# Sourced by the other scripts: the active virtual environment if there is one, else .venv, with the requirements in.
 # usage: . runs/setup.sh requirements.txt
 if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
     [ -x .venv/bin/python ] || python3 -m venv .venv

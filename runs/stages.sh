@@ -1,5 +1,5 @@
-# Sourced by demo.sh and poems.sh: commands with their time, those that are skipped once their file is there, and one
-# beside others.
+# Sourced by demo.sh, poems.sh and recipe.sh: commands with their time, those that are skipped once their file is there,
+# and one beside others.
 stage() { # stage NAME COMMAND...: run it, and say how long it took
     local name=$1 start=$SECONDS
     shift

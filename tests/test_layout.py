@@ -27,7 +27,9 @@ FIRST = {"tokenizer/__init__.py": "common/early.py"}  # as python -m imports it 
 FILES = [*ROOT.glob("*.py"), *(path for name in OURS for path in (ROOT / name).rglob("*.py"))]
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in FILES)
 STAGE_CONFIGS = sorted(path for path in FILES if re.fullmatch(r"configs/(?!__init__|sizes)\w+\.py", path))
-DEMO_CONFIGS = sorted(path for path in FILES if re.fullmatch(r"configs/(?:demo|poems)/(?!__init__)\w+\.py", path))
+DEMO_CONFIGS = sorted(
+    path for path in FILES if re.fullmatch(r"configs/(?:demo|poems|recipes)/(?!__init__)\w+\.py", path)
+)
 
 
 DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef
