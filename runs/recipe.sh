@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole chain of general.sh and novels.sh, whose numbers stand in configs/recipes. Run again, it skips what is finished
+# The chain of general.sh and novels.sh, whose numbers stand in configs/recipes. Run again, it skips what is finished
 # and resumes what was interrupted; remove the folders that its first line names to start anew.
 # SMOKE=1 runs all of it in miniature on a CPU. SOURCES, HUB, TOKENIZER, VOCAB, QUESTIONS, SPLIT: docs/recipes.md.
 set -euo pipefail
@@ -44,7 +44,7 @@ stage int4 python quantize.py configs/recipes/quantize.py --method=int4 --out="$
 once "$out/benchmarks.md" benchmarks python eval_generate.py --ckpt="$out/pretrain" --data="$data" \
     --benchmark=continuations,near_continuations,order,bits --report="$out/benchmarks.md"
 if [ -n "${QUESTIONS:-}" ]; then
-    once "$out/questions.md" questions python eval_generate.py --ckpt="$out/sft" --benchmark="ceval,cmmlu,$QUESTIONS" \
+    once "$out/questions.md" questions python eval_generate.py --ckpt="$out/sft" --benchmark="$QUESTIONS" \
         --report="$out/questions.md"
 fi
 once "$out/report.md" compare python eval_generate.py configs/recipes/compare.py

@@ -149,10 +149,9 @@ def test_samples_are_rows_of_their_sources(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("script, size", [("general", "24m"), ("novels", "58m")])
 def test_a_recipe_runs_in_miniature(script, size, tmp_path):
-    """From a copy without data, runs and network; run again, it finds all done."""
+    """From a copy without data, runs and network; run again, it makes what is missing alone."""
     clone = tmp_path / "clone"
-    away = shutil.ignore_patterns(".*", "data", "out", "tests", "docs", "__pycache__")
-    shutil.copytree(ROOT, clone, ignore=away)
+    shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(".*", "data", "out", "tests", "docs", "__pycache__"))
     code, out, err = shell(script, size, cwd=clone, SMOKE="1")
     assert code == 0, (out + err)[-4000:]
     runs = clone / f"out/{script}-2048-smoke-{size}"
@@ -161,9 +160,9 @@ def test_a_recipe_runs_in_miniature(script, size, tmp_path):
         assert all(w.isfinite().all() for w in ckpt.weights.values() if w.dtype == torch.float32)
     written = ("benchmarks.md", "report.md", "report.html", "compare.png", "hf/model.safetensors", "gguf/model.gguf")
     assert [name for name in written if not (runs / name).is_file()] == []
-    (runs / "gguf/model.gguf").unlink()
-    shutil.rmtree(runs / "gguf")
-    code, out, err = shell(script, size, cwd=clone, SMOKE="1")
-    assert code == 0, (out + err)[-4000:]
-    assert out.count("nothing to do") == 8 and out.count(", skipped") == 7
-    assert (runs / "gguf/model.gguf").is_file()
+    if script == "general":
+        shutil.rmtree(runs / "gguf")
+        code, out, err = shell(script, size, cwd=clone, SMOKE="1")
+        assert code == 0, (out + err)[-4000:]
+        assert out.count("nothing to do") == 8 and out.count(", skipped") == 7
+        assert (runs / "gguf/model.gguf").is_file()
