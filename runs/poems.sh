@@ -24,8 +24,10 @@ fetch() { # fetch FILE: the package, 85 MB; never half of it
     mkdir -p "$parts" "$(dirname "$1")"
     if npm_here pack --silent --pack-destination "$parts" chinese-poetry@2.0.1; then
         mv "$parts/chinese-poetry-2.0.1.tgz" "$1"
+        rmdir "$parts"
         return
     fi
+    rmdir -p "$parts" 2> /dev/null || true # as far as they are empty
     echo 'error: the npm package chinese-poetry 2.0.1 could not be fetched: get it, or a clone of the repository' >&2
     echo 'chinese-poetry/chinese-poetry, where there is a network, and say POEMS=FILE_OR_FOLDER bash runs/poems.sh' >&2
     return 2
