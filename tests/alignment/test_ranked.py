@@ -44,7 +44,8 @@ def test_the_best_replies_are_chosen_over_the_worst_and_read_as_pairs(small, tmp
     text = (tmp_path / "rows.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
     assert 6 <= len(rows) <= 12 and all(len(row["chosen"]) > len(row["rejected"]) for row in rows)
-    assert list(rows[0]) == ["prompt", "chosen", "rejected"] and rows[0]["prompt"] == rows[1]["prompt"]
+    assert list(rows[0]) == ["prompt", "chosen", "rejected"]
+    assert len({row["prompt"] for row in rows}) < len(rows)  # some have both pairs
     ranked.main(options(small, tmp_path))
     assert (tmp_path / "rows.jsonl").read_text(encoding="utf-8") == text
     data = dict(out=tmp_path / "pairs", tokenizer=small / "tokenizer", parts="rm", val_share=0.3, max_seq_len=64)
