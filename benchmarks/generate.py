@@ -87,7 +87,9 @@ def make_jobs(folder, tokenizer, options):
     """Files of random weights, and what is to be measured: {name: function and arguments}."""
     facts = dict(stage="pretrain", step=0, tokens_seen=0, tokenizer=tokenizer, config={})
     small, large, int8 = (folder / name / checkpoint.FILE_NAME for name in ("small", "large", "int8"))
-    checkpoint.save(small, model=Llama(ModelConfig(**SMALL)), **facts)
+    model = Llama(ModelConfig(**SMALL))
+    model.tok_embeddings.weight.data[1] = 0  # with a logit of 0 it is never the likeliest: llama2.c ends at token 1
+    checkpoint.save(small, model=model, **facts)
     checkpoint.save(large, model=Llama(ModelConfig(**sizes[LARGE])), **facts)
     low = quantize.quantize_checkpoint(checkpoint.load(large))
     checkpoint.save(int8, model=checkpoint.build_model(low), quant=quantize.INT8, **facts)

@@ -17,6 +17,7 @@ from configs.sizes import count_parameters, sizes
 from dataset.batches import kept
 from dataset.corpus import document_numbers
 from model import (
+    UNCACHED,
     LinearCrossEntropy,
     LinearLogps,
     Llama,
@@ -480,3 +481,16 @@ def test_recomputed_activations_give_the_same_gradients():
     for plain, again in zip(*gradients, strict=True):
         assert torch.equal(plain, again)
     assert saved[1] < saved[0] / 2
+
+
+@float64
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("shape", [(1,), (2,), (8,), (9,), (1, 1), (2, 3), (0,)], ids=str)
+def test_the_head_of_a_large_vocabulary_is_the_same_for_few_rows(tied, shape):
+    model = tiny_model(vocab_size=2**17, dim=32, n_layers=1, n_heads=2, n_kv_heads=1, tied=tied)
+    h = torch.randn(*shape, 32, generator=torch.Generator().manual_seed(0))
+    assert model.head_weight.numel() == UNCACHED
+    with torch.no_grad():
+        found = model.head(h)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, h @ model.head_weight.detach().T, atol=1e-12, rtol=1e-12)
