@@ -47,7 +47,7 @@ def train(options):
 
 
 def replies(run, data, n, named):
-    """Texts that a checkpoint answers the first n held-out requests with."""
+    """{"texts"}: what a checkpoint answers the first n held-out requests with."""
     from alignment.comparison import answer
     from tokenizer import encode_prompt
 
@@ -55,7 +55,7 @@ def replies(run, data, n, named):
     rows = read_rows(Path(data) / "rows/heldout_prompts.jsonl")[: int(n)]
     asked = [row if named else unnamed(row) for row in rows]
     prompts = [encode_prompt(loaded.tokenizer, [dict(role="user", content=row["prompt"])]) for row in asked]
-    return answer(loaded, prompts, dict(batch_size=50, seed=0, max_new_tokens=40), *IN_USE.values())[1]
+    return dict(texts=answer(loaded, prompts, dict(batch_size=50, seed=0, max_new_tokens=40), *IN_USE.values())[1])
 
 
 def draw(shares, path):
@@ -89,7 +89,7 @@ def main():
     poems = [poem["lines"] for poem in read_rows(options.data / "rows/heldout.jsonl")]
     classes = dict(real=[rhyme_class(lines, tables) for lines in poems if form_of(lines) in SHORT])
     for name, (run, named) in runs.items():
-        texts = cached(options.out / f"{name}.json", replies, run, options.data, options.requests, named)
+        texts = cached(options.out / f"{name}.json", replies, run, options.data, options.requests, named)["texts"]
         classes[name] = [rhyme_class(lines, tables) if len(lines := parse(text)) > 1 else None for text in texts]
     counts = {name: Counter(filter(None, found)) for name, found in classes.items()}
     labels = ("real poems", "fine-tuned (SFT)", "GRPO, no rhyme named", "GRPO, rhyme named")
