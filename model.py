@@ -426,12 +426,12 @@ class Llama(nn.Module):
     def head(self, h):
         """(..., D) -> logits (..., V); on a GPU in float32, as bfloat16 would make different ones equal."""
         dense = isinstance(self.output or self.tok_embeddings, nn.Linear | nn.Embedding)
-        if h.is_cuda and dense and not torch.is_grad_enabled():
+        plain = dense and not torch.is_grad_enabled()
+        if plain and h.is_cuda:
             low = product_dtype(h)
             return product(h.flatten(0, -2).to(low), self.head_weight.to(low).T).unflatten(0, h.shape[:-1])
-        if h.is_cpu and dense and not torch.is_grad_enabled():
-            if 0 < h.numel() <= FEW_ROWS * h.size(-1) and self.head_weight.numel() >= UNCACHED:
-                return product_turned(h, self.head_weight)
+        if plain and h.is_cpu and 0 < h.numel() <= FEW_ROWS * h.size(-1) and self.head_weight.numel() >= UNCACHED:
+            return product_turned(h, self.head_weight)
         return self.tok_embeddings.linear(h) if self.output is None else self.output(h)
 
     def hidden(self, ids, cache=None, documents=None):

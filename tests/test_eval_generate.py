@@ -14,6 +14,7 @@ import sentencepiece
 import torch
 from chains import ROOT
 from packing import pack, pack_examples
+from tiny import float64
 
 import eval_generate
 from alignment import comparison
@@ -471,11 +472,13 @@ def test_replies_to_other_than_reviews_are_not_judged_by_their_polarity(tmp_path
         assert found == pytest.approx(wanted, rel=1e-4)
 
 
+@float64
 def test_best_of_n_is_what_the_reward_model_scores_highest(tmp_path, tok, capsys, monkeypatch):
     data = save_data(tmp_path / "data", tok, {}, PROMPTS)
     policy = save(tmp_path / "sft", tok, random_model(tok.vocab_size))
     judge = random_model(tok.vocab_size, seed=1, scalar_head=True)
     rm = save(tmp_path / "rm", tok, judge, "rm")
+    judge = checkpoint.build_model(checkpoint.load(rm)).eval()  # its weights as the file rounds them
     answer, best_of_replies, drawn, best = comparison.answer, comparison.best_of_replies, [], {}
 
     def record_answer(*arguments):
@@ -500,7 +503,7 @@ def test_best_of_n_is_what_the_reward_model_scores_highest(tmp_path, tok, capsys
         rows = [ids[:length] for batch in batches for ids, length in zip(batch.ids, batch.lengths, strict=True)]
         scores.append([judge.values(ids[None])[0, -1].item() for ids in rows])  # alone, without padding
     for n, (texts, ended, top) in best.items():
-        assert top.tolist() == pytest.approx([max(column[:n]) for column in zip(*scores, strict=True)], abs=1e-5)
+        assert top.tolist() == pytest.approx([max(column[:n]) for column in zip(*scores, strict=True)], rel=1e-9)
         for k in range(5):
             i = max(range(n), key=lambda i: scores[i][k])
             assert (texts[k], ended[k]) == (drawn[i][1][k], drawn[i][2][k])
