@@ -35,10 +35,10 @@ PARALLEL = Path(__file__).with_name("parallel.py")
 SECONDS = 12  # of steps in one round, after two that warm up
 
 
-def make_ours(config, T):
+def make_ours(config, T, optimizer="adamw"):
     """A step function of our model, with the optimizer that pretrain.py would build."""
     model = Llama(config)
-    optimizer = build_optimizer(model, defaults | dict(optimizer="adamw"))
+    optimizer = build_optimizer(model, defaults | dict(optimizer=optimizer))
 
     def step(ids):
         model(ids[:, :-1], ids[:, 1:]).backward()
