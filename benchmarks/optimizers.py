@@ -22,7 +22,7 @@ from common.metrics import read_metrics
 from common.plots import new_figure, png
 
 ADAMW = dict(optimizer="adamw", schedule="cosine", learning_rate=2e-3)
-MUON = dict(optimizer="muon", schedule="wsd", learning_rate=5e-3)
+MUON = dict(optimizer="muon", schedule="wsd", learning_rate=5e-3, momentum=0.9, embedding_rate=4.0)
 SWEEP = {"adamw": (1e-3, 2e-3, 4e-3, 8e-3), "muon": (2.5e-3, 5e-3, 1e-2, 2e-2)}
 LOWEST = {"cosine": 0.1, "wsd": 0.0}  # the last learning rate, as a share of the peak
 
@@ -82,7 +82,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("out/benchmark_optimizers"))
     parser.add_argument("--steps", type=int, default=1200, help="of AdamW")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--fractions", type=float, nargs="*", default=[0.4, 0.5, 0.6], help="of those steps, for Muon")
+    parser.add_argument("--fractions", type=float, nargs="*", default=[0.35, 0.4, 0.45], help="of those steps, for Muon")
     parser.add_argument("--sweep", action="store_true", help="only compare learning rates")
     options = parser.parse_args()
     if options.sweep:

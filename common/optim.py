@@ -59,13 +59,17 @@ def never_low(config):
 
 
 def set_learning_rate(optimizer, lr):
+    """Set lr, times the group's own `rate` if it has one; returns lr."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("rate", 1.0)
     return lr
 
 
 def build_optimizer(model, config):
-    """AdamW, or Muon on the trunk's matrices with AdamW for the rest; weight decay on matrices only."""
+    """AdamW, or Muon on the trunk's matrices with AdamW for the rest; weight decay on matrices only.
+
+    Under Muon the embedding and the output projection learn embedding_rate times as fast, and decay no faster.
+    """
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     betas, decay = (config["beta1"], config["beta2"]), config["weight_decay"]
@@ -73,17 +77,19 @@ def build_optimizer(model, config):
     if config["optimizer"] == "adamw":
         groups = [dict(params=matrices, weight_decay=decay), dict(params=vectors, weight_decay=0.0)]
         return torch.optim.AdamW(groups, lr=config["learning_rate"], betas=betas, fused=fused)
+    lr, rate = config["learning_rate"], config["embedding_rate"]
     trunk = [p for name, p in model.named_parameters() if "layers." in name and p.dim() == 2]
     chosen = {id(p) for p in trunk}
     rest = [p for p in matrices if id(p) not in chosen]
     return Muon(
         [
             dict(params=trunk, muon=True, weight_decay=decay),
-            dict(params=rest, muon=False, weight_decay=decay),
+            dict(params=rest, muon=False, weight_decay=decay / rate, rate=rate, lr=rate * lr),
             dict(params=vectors, muon=False, weight_decay=0.0),
         ],
-        lr=config["learning_rate"],
+        lr=lr,
         betas=betas,
+        momentum=config["momentum"],
     )
 
 

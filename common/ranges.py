@@ -32,7 +32,7 @@ RANGES = {
     "[0, 10]": "min_learning_rate",
     "[0, 100]": "weight_decay",
     "[0, 5]": "shots",  # what dev of C-Eval and CMMLU holds
-    "[0, 1)": "beta1 beta2 model.dropout",
+    "[0, 1)": "beta1 beta2 momentum model.dropout",
     "[0, 1]": """
         decay_share gamma lam min_p clean.max_broken clean.min_chinese clean.max_repeated_lines clean.max_top_ngram
         clean.max_repeated_ngrams
@@ -42,10 +42,10 @@ RANGES = {
     "(0, 1]": "top_p compare_top_p",
     "[0, 1e6]": "rule_weight kl_coef kl_target entropy_coef vf_coef sft_coef margin centring score_clip damping",
     "(0, 1e6]": "cliprange cliprange_value",
+    "[0.01, 100]": "temperature embedding_rate",  # log-probabilities at 0 have no value
     "[1e-4, 1e6]": "beta",  # rewards are divided by it
     "(2, 1e6]": "kl_horizon",  # a step multiplies kl_coef by 1 - 2 / kl_horizon at least
     "[-1e6, 1e6]": "no_eos_score",
-    "[0.01, 100]": "temperature",  # of log-probabilities, which have no value at 0
     "0 or [0.001, 1000]": "eval_generate:temperature compare_temperature",  # 0 is greedy
     "0 or [0.001, 2]": "web_demo:temperature",  # as in OpenAI's interface
     "[0, 65535]": "port",

@@ -11,12 +11,22 @@ from tiny import assert_same, float64
 
 from common.checkpoint import CheckpointError, save
 from common.config import ConfigError
-from common.optim import Muon, build_optimizer, keep_decay, learning_rate, never_low, orthogonalize, set_learning_rate
+from common.optim import (
+    Muon,
+    build_optimizer,
+    keep_decay,
+    learning_rate,
+    never_low,
+    orthogonalize,
+    set_learning_rate,
+)
 from common.resume import begin
 from configs.pretrain import config as pretraining
 from model import Llama, ModelConfig
 
-CONFIG = dict(optimizer="muon", learning_rate=0.01, weight_decay=0.1, beta1=0.9, beta2=0.95)
+CONFIG = dict(
+    optimizer="muon", learning_rate=0.01, weight_decay=0.1, beta1=0.9, beta2=0.95, momentum=0.9, embedding_rate=4.0
+)
 COSINE = dict(schedule="cosine", decay_share=0.2)
 WSD = dict(schedule="wsd", decay_share=0.2, learning_rate=1.0, min_learning_rate=0.1, warmup_steps=10, max_steps=100)
 OPTIMIZERS = pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -141,10 +151,11 @@ def test_a_run_that_ends_in_the_midst_of_its_schedule_is_told():
         assert never_low(config | dict(warmup_steps=warmup, decay_steps=end)) == line
 
 
-def test_set_learning_rate_reaches_every_group():
-    optimizer = build_optimizer(tiny(), CONFIG)
-    assert set_learning_rate(optimizer, 0.5) == 0.5
-    assert [group["lr"] for group in optimizer.param_groups] == [0.5] * 3
+def test_set_learning_rate_reaches_every_group_by_its_rate():
+    for optimizer, rates in (("muon", [1, 4, 1]), ("adamw", [1, 1])):
+        made = build_optimizer(tiny(), CONFIG | dict(optimizer=optimizer))
+        assert set_learning_rate(made, 0.5) == 0.5
+        assert [group["lr"] for group in made.param_groups] == [0.5 * rate for rate in rates]
 
 
 @float64
@@ -252,7 +263,8 @@ def test_muon_gets_the_trunks_matrices_and_adamw_the_rest(changes):
     model = tiny(**changes)
     muon, rest, vectors = build_optimizer(model, CONFIG).param_groups
     assert muon["muon"] and not rest["muon"] and not vectors["muon"]
-    assert [group["weight_decay"] for group in (muon, rest, vectors)] == [0.1, 0.1, 0.0]
+    assert [group["weight_decay"] for group in (muon, rest, vectors)] == [0.1, 0.025, 0.0]
+    assert [group["lr"] for group in (muon, rest, vectors)] == [0.01, 0.04, 0.01]
     kinds = ["attention.wq", "attention.wk", "attention.wv", "attention.wo"]
     kinds += ["feed_forward.w1", "feed_forward.w2", "feed_forward.w3"]
     assert names_of(model, muon) == {f"layers.{i}.{kind}.weight" for i in (0, 1) for kind in kinds}
