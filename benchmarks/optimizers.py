@@ -1,8 +1,8 @@
 """How many tokens Muon with the WSD schedule needs to reach the validation loss of AdamW with a cosine.
 
 AdamW is nanoGPT's recipe: betas 0.9 and 0.95, weight decay 0.1 on matrices, clipping at 1, a cosine down to a tenth.
-Both learning rates are tuned by --sweep, on runs of a third of the steps. Every run is pretrain.py on the demo's model
-and data; losses are those of all validation text at the end, over several seeds.
+Both recipes are tuned by --sweep, a key at a time, on runs of a third of the steps. Every run is pretrain.py on the
+demo's model and data; losses are those of all validation text at the end, over several seeds.
 
     bash runs/demo.sh                     # or its first three commands: the data
     python benchmarks/optimizers.py --sweep
@@ -23,7 +23,17 @@ from common.plots import new_figure, png
 
 ADAMW = dict(optimizer="adamw", schedule="cosine", learning_rate=2e-3)
 MUON = dict(optimizer="muon", schedule="wsd", learning_rate=5e-3, momentum=0.9, embedding_rate=4.0)
-SWEEP = {"adamw": (1e-3, 2e-3, 4e-3, 8e-3), "muon": (2.5e-3, 5e-3, 1e-2, 2e-2)}
+# what --sweep changes of a recipe, one at a time
+SWEEP = {
+    "adamw": dict(learning_rate=(1e-3, 4e-3, 8e-3)),
+    "muon": dict(
+        learning_rate=(2.5e-3, 7e-3, 1e-2),
+        embedding_rate=(1.0, 2.0, 8.0),
+        momentum=(0.8, 0.95),
+        decay_share=(0.5,),
+        weight_decay=(0.0,),
+    ),
+}
 LOWEST = {"cosine": 0.1, "wsd": 0.0}  # the last learning rate, as a share of the peak
 
 
@@ -46,14 +56,17 @@ def train(out, steps, recipe, seed, options):
 
 
 def sweep(options):
-    """The final losses of a third of the steps at several learning rates, and the best of each optimizer."""
+    """The final losses of a third of the steps by each recipe and with one key of it changed."""
+    losses = {}
     for recipe in (ADAMW, MUON):
-        losses = {}
-        for rate in SWEEP[recipe["optimizer"]]:
-            out = options.out / f"sweep-{recipe['optimizer']}-{rate:g}"
-            losses[rate] = train(out, options.steps // 3, recipe | dict(learning_rate=rate), 1, options)[-1][2]
-            print(f"{recipe['optimizer']} {recipe['schedule']} {rate:g}: {losses[rate]:.4f}", flush=True)
-        print(f"best of {recipe['optimizer']}: {min(losses, key=losses.get):g}", flush=True)
+        name = f"{recipe['optimizer']} {recipe['schedule']}"
+        changes = [{}] + [{key: value} for key, values in SWEEP[recipe["optimizer"]].items() for value in values]
+        for change in changes:
+            label = " ".join([name, *flags(**change)])
+            out = options.out / ("sweep-" + label.replace(" ", "-"))
+            losses[label] = train(out, options.steps // 3, recipe | change, 1, options)[-1][2]
+            print(f"{label}: {losses[label]:.4f}", flush=True)
+    print_figures(losses, 4)
 
 
 def draw(curves, path):
@@ -82,8 +95,8 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("out/benchmark_optimizers"))
     parser.add_argument("--steps", type=int, default=1200, help="of AdamW")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--fractions", type=float, nargs="*", default=[0.35, 0.4, 0.45], help="of those steps, for Muon")
-    parser.add_argument("--sweep", action="store_true", help="only compare learning rates")
+    parser.add_argument("--fractions", type=float, nargs="*", default=[0.35, 0.4], help="of those steps, for Muon")
+    parser.add_argument("--sweep", action="store_true", help="only compare settings")
     options = parser.parse_args()
     if options.sweep:
         sweep(options)
