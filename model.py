@@ -12,7 +12,6 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from generate import generate
@@ -192,6 +191,8 @@ class Attention(nn.Module):
 
     def within_documents(self, q, k, v, starts):
         """Causal attention over all rows end to end, each document by itself: (B * T, H, D/H)."""
+        from torch.nn.attention.varlen import varlen_attn  # takes as long as torch itself: where it is used alone
+
         T = q.size(1)
         if self.n_heads != self.n_kv_heads:  # torch 2.11 has no enable_gqa
             k, v = (heads.repeat_interleave(self.n_heads // self.n_kv_heads, 2) for heads in (k, v))
