@@ -96,7 +96,7 @@ class MetricLog:
     def plot(self, panels: list[tuple[str, list[str]]]) -> None:
         """Draw loss.png from metrics.jsonl: a panel per (y label with unit, [metric names]) that has data.
 
-        A name may be a pattern, such as val/bits_per_char*.
+        A name may be a pattern, such as val/bits_per_char*. Nothing is drawn until one has two points.
         """
         rows = self.read()
         known = dict.fromkeys(name for row in rows for name in row)
@@ -105,7 +105,7 @@ class MetricLog:
             names = dict.fromkeys(name for pattern in patterns for name in known if fnmatch(name, pattern))
             lines = [Line(name, name, *points(rows, name)) for name in names]
             drawn.append(("step", label, [line for line in lines if len(line.x)]))
-        if any(lines for *_, lines in drawn):
+        if any(len(line.x) > 1 for *_, lines in drawn for line in lines):
             write_file(self.out_dir / "loss.png", draw(drawn))
 
     def _samples_until(self, step: int) -> list[str]:

@@ -48,7 +48,7 @@ def new_figure(width: float, height: float):
     from matplotlib.figure import Figure
     from matplotlib.font_manager import get_font_names
 
-    matplotlib.rcParams["font.family"] = ["sans-serif", *filter(set(get_font_names()).__contains__, CHINESE_FONTS)]
+    matplotlib.rcParams["font.family"] = ["DejaVu Sans", *filter(set(get_font_names()).__contains__, CHINESE_FONTS)]
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -58,7 +58,7 @@ def png(figure) -> bytes:
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # where no font has them, boxes say as much
-        figure.savefig(file, format="png", metadata={"Software": OURS})
+        figure.canvas.print_png(file, metadata={"Software": OURS})  # savefig would lay all out twice
     return file.getvalue()
 
 

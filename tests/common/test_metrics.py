@@ -121,6 +121,9 @@ def test_plot_draws_panels_with_data_only(tmp_path):
     log = MetricLog(tmp_path)
     log.plot([("loss (nats/token)", ["train/loss"])])
     assert list(tmp_path.iterdir()) == []  # no data, no file
+    log.write(0, {"val/loss": 6.0})
+    log.plot([("loss (nats/token)", ["val/loss"])])
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]  # one point is no curve
     for step in range(1, 60):
         log.write(step, {"train/loss": 5 / step if step != 7 else math.nan})
         if step % 20 == 0:

@@ -54,6 +54,7 @@ def save(folder, stage, parent=None, seed=0, name="ckpt.pt", **config):
 
 def log(folder, prompt="春日", reply="好诗", **metrics):
     kept = MetricLog(folder)
+    kept.write(0, {"train/loss": 3.0})
     kept.write(1, {"train/loss": 2.0} | metrics)
     kept.plot([("loss", ["train/loss"])])
     kept.samples(0, [(prompt, "乱码")])
