@@ -30,8 +30,9 @@ from common.config import ConfigError, parse_config, run
 from common.distributed import cleanup, setup
 from common.files import save_config, unlock
 from common.metrics import MetricLog, source_losses
-from dataset.batches import Examples, pad_batch
+from dataset.batches import pad_batch
 from dataset.corpus import Corpus
+from dataset.examples import Examples
 from dataset.formats import load_pkl
 from lowbit.gptq import gptq, quantize_int4
 from lowbit.layers import bits_of, pack_nibbles

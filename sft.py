@@ -22,7 +22,6 @@ from common.optim import build_optimizer, learning_rate, set_learning_rate
 from common.stage import Stage
 from dataset.batches import (
     BatchOrder,
-    Examples,
     PackedOrder,
     epoch_order,
     keep_multiple,
@@ -30,6 +29,7 @@ from dataset.batches import (
     pad_batch,
     to_device,
 )
+from dataset.examples import Examples
 from dataset.formats import DataError, load_pkl
 from model import document_starts
 

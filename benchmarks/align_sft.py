@@ -26,7 +26,8 @@ from common.progress import peak_memory_gb
 from common.tables import format_table
 from configs.sft import config as defaults
 from configs.sizes import sizes
-from dataset.batches import Examples, PackedOrder, pad_batch
+from dataset.batches import PackedOrder, pad_batch
+from dataset.examples import Examples
 from dataset.formats import load_pkl
 from model import Llama, ModelConfig
 from tokenizer import Tokenizer

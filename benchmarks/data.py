@@ -30,7 +30,7 @@ from configs.data_process import config as defaults
 from corpora import dedup
 from corpora.clean import normalise
 from corpora.reviews import resolve, strip_tags
-from dataset.batches import Examples
+from dataset.examples import Examples
 from dataset.formats import load_pkl, save_pkl
 from tokenizer import Tokenizer
 

@@ -14,8 +14,8 @@ from common.tables import markdown_table
 from corpora.encodings import escaped
 from corpora.records import STREAMS
 from dataset import formats
-from dataset.batches import Examples
 from dataset.corpus import Corpus
+from dataset.examples import Examples
 from dataset.formats import DataError
 
 PARTS = tuple(STREAMS)  # in the order that they are shown

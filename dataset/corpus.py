@@ -6,11 +6,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from dataset.formats import DataError, check_ids, load_meta, token_dtype
 
 BLOCK = 1000  # training rows, in each of which every source of a mixture has its exact share
+
+
+def tensors(*arrays):
+    import torch  # takes seconds, and data_process.py checks what it wrote without
+
+    return [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
 
 
 def epoch_layout(n_windows, n_tokens, seed, epoch):
@@ -142,8 +147,8 @@ class Corpus:
         processes, reads the same data.
         """
         self.check_windows(seq_len)
-        ids = torch.from_numpy(np.stack([self._row(first_row + i, seq_len, seed) for i in range(n_rows)]))
-        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        ids = np.stack([self._row(first_row + i, seq_len, seed) for i in range(n_rows)])
+        return tensors(ids[:, :-1], ids[:, 1:])
 
     def check_windows(self, seq_len):
         for ring in self.rings:
@@ -158,18 +163,21 @@ class Corpus:
     def windows(self, start, stop, seq_len):
         """Tokens start..stop in order, for evaluation: x, y (N, T), where y scores each token after the first
         exactly once; the last window is filled up with x = 0, y = -100."""
+        return tensors(*self._windows(start, stop, seq_len))
+
+    def _windows(self, start, stop, seq_len):
         ids = self.read(start, stop)
         n = -(-max(len(ids) - 1, 0) // seq_len)
         x, y = np.zeros(n * seq_len, np.int64), np.full(n * seq_len, -100, np.int64)
         x[: len(ids) - 1], y[: len(ids) - 1] = ids[:-1], ids[1:]
-        return torch.from_numpy(x.reshape(n, seq_len)), torch.from_numpy(y.reshape(n, seq_len))
+        return x.reshape(n, seq_len), y.reshape(n, seq_len)
 
     def spaced_windows(self, start, stop, seq_len, every, batch_size):
         """Every `every`-th row of windows(start, stop, seq_len): yields x, y (B, T), B up to batch_size."""
         firsts = range(start, stop - 1, every * seq_len)
         for i in range(0, len(firsts), batch_size):
-            rows = (self.windows(j, min(j + seq_len + 1, stop), seq_len) for j in firsts[i : i + batch_size])
-            yield [torch.cat(side) for side in zip(*rows, strict=True)]
+            rows = (self._windows(j, min(j + seq_len + 1, stop), seq_len) for j in firsts[i : i + batch_size])
+            yield tensors(*map(np.concatenate, zip(*rows, strict=True)))
 
 
 def document_numbers(ids, eos_id):

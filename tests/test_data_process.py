@@ -18,8 +18,8 @@ from corpora import sources
 from corpora.clean import clean_document, content_key, is_validation
 from corpora.shards import usable_cpus
 from data_process import main
-from dataset.batches import Examples
 from dataset.corpus import Corpus
+from dataset.examples import Examples
 from dataset.formats import DataError, load_meta, load_pkl
 from tokenizer import Tokenizer
 

@@ -8,7 +8,8 @@ from packing import pack_examples
 
 from alignment.rollout import Rollout
 from common.distributed import Env
-from dataset.batches import Examples, kept, pad_batch
+from dataset.batches import kept, pad_batch
+from dataset.examples import Examples
 from model import Llama, ModelConfig
 from tokenizer import Example
 

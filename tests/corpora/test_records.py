@@ -10,7 +10,8 @@ from corpora import sources
 from corpora.clean import is_validation
 from corpora.records import encode_records
 from data_process import SOURCES, main
-from dataset.batches import Examples, load_pairs, load_prompts
+from dataset.batches import load_pairs, load_prompts
+from dataset.examples import Examples
 from dataset.formats import DataError, load_meta, load_pkl
 from tokenizer import Tokenizer
 from tokenizer.train import Corpus, train_bpe

@@ -16,8 +16,8 @@ from configs.tokenizer import config as tokenizer_defaults
 from corpora.clean import content_key
 from corpora.reviews import find_kind, find_opening, resolve, strip_tags
 from data_process import main
-from dataset.batches import Examples
 from dataset.corpus import Corpus
+from dataset.examples import Examples
 from dataset.formats import DataError, load_meta, load_pkl
 from tokenizer import Tokenizer, TokenizerError
 from tokenizer.train import Corpus as TrainingText

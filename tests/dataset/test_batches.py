@@ -6,7 +6,6 @@ import torch
 from packing import pack_examples
 
 from dataset.batches import (
-    Examples,
     PackedOrder,
     epoch_order,
     kept,
@@ -16,6 +15,7 @@ from dataset.batches import (
     pack_lengths,
     pad_batch,
 )
+from dataset.examples import Examples
 from dataset.formats import DataError, load_pkl, save_pkl
 from tokenizer import Example
 
