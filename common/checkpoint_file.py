@@ -3,8 +3,8 @@
 out/ckpt.pt is the newest; out/ckpt-<step>.pt are those before it, as many as keep_last says; out/best.pt, if kept, has
 the lowest validation loss. A save writes a file beside it, gives ckpt.pt its second name ckpt-<step>.pt, moves the new
 file over ckpt.pt and then removes what is too old. So at no moment is ckpt.pt absent or half written, and a kill leaves
-at worst a file too many, which the next save removes. Which ckpt-<step>.pt are the run's own is kept in the checkpoint
-itself: no other is ever removed or replaced.
+at worst a file too many, which --resume takes back (`take_back`). Which ckpt-<step>.pt are the run's own is kept in the
+checkpoint itself: no other is ever removed or replaced, not even one that is a second name of ckpt.pt.
 """
 
 import io
@@ -23,7 +23,7 @@ import torch
 from common.archive import Archive, ArchiveError
 from common.config import UserError
 from common.ranges import LARGEST
-from dataset.formats import atomic_write, escaped, temporary_name
+from dataset.formats import OURS, atomic_write, escaped, temporary_name
 from model import ModelConfig
 from tokenizer import DOCUMENT_IDS
 
@@ -230,13 +230,16 @@ def write(path: Path, payload: dict, deflate: bool = False, keep_last: int = 1) 
         path.parent.mkdir(parents=True, exist_ok=True)
         own = own_steps(path)
         stays = own[1 - keep_last :] if keep_last > 1 else []
-        with atomic_write(path) as file:
-            (_save_deflated if deflate else torch.save)(payload | dict(kept=own), file)
-            file.flush()
-            with open(file.name, "rb") as written:  # what cannot be read back must not replace what can
-                Archive(written)
-            if own and own[-1] in stays and not (kept := second_name(path, own[-1])).exists():
-                _link(path, kept)
+        try:
+            with atomic_write(path) as file:
+                (_save_deflated if deflate else torch.save)(payload | dict(kept=own), file)
+                file.flush()
+                with open(file.name, "rb") as written:  # what cannot be read back must not replace what can
+                    Archive(written)
+                if own and own[-1] in stays and not (kept := second_name(path, own[-1])).exists():
+                    _link(path, kept)
+        finally:
+            _unlink_same(path, own)
         for step in own:
             if step not in stays:
                 second_name(path, step).unlink(missing_ok=True)
@@ -252,17 +255,36 @@ def second_name(path: Path, step: int) -> Path:
 def own_steps(path: Path) -> list[int]:
     """The steps of the checkpoint at `path` and of those before it that its run has made and not removed yet.
 
-    That of `path` itself is left out where its second name is taken by somebody else's file.
+    That of `path` itself is left out where somebody else's file has its second name (`take_back` removes ours).
     """
+    kept, step = _listed(path)
+    before = [n for n in kept if n < step and second_name(path, n).is_file()]
+    return before if step is None or os.path.lexists(second_name(path, step)) else [*before, step]
+
+
+def _listed(path: Path) -> tuple[list[int], int | None]:
+    """(steps of its run's own files before it, its step), as a checkpoint says; nothing of one absent or damaged."""
     try:
         with open(path, "rb") as file:
             content = Archive(file).content
-        before, step = content.get("kept", []), int(content["step"])
-        before = [n for n in map(int, before) if n < step and second_name(path, n).is_file()]
-    except (OSError, ArchiveError, LookupError, TypeError, ValueError, AttributeError):  # absent or damaged
-        return []
-    second = second_name(path, step)
-    return before + ([step] if not second.exists() or second.samefile(path) else [])
+        return list(map(int, content.get("kept", []))), int(content["step"])
+    except (OSError, ArchiveError, LookupError, TypeError, ValueError, AttributeError):
+        return [], None
+
+
+def take_back(path: Path) -> None:
+    """Remove the second name that a save which was then killed gave to the checkpoint at `path`.
+
+    What it was about to put there, still under a temporary name, lists it; a user's hard link it does not list.
+    """
+    for left in path.parent.glob(f"{path.name}.*.{OURS}"):
+        _unlink_same(path, _listed(left)[0])
+
+
+def _unlink_same(path: Path, steps: list[int]) -> None:
+    for second in (second_name(path, step) for step in steps):
+        if path.exists() and second.exists() and second.samefile(path):
+            second.unlink()
 
 
 def stage_of(path: Path) -> str | None:

@@ -19,11 +19,12 @@ from common.checkpoint_file import (
     own_steps,
     second_name,
     stage_of,
+    take_back,
 )
 from common.config import ConfigError, UserError, ending, flatten
 from common.files import file_sha256, lock, make_folder, read_json
 from dataset.formats import OURS, DataError, load_meta
-from tokenizer import MODEL_FILE
+from tokenizer import MODEL_FILE, Tokenizer
 
 # what a run writes beside its checkpoints: of an older run it must not stay
 LOGS = ("metrics.jsonl", "samples.txt")
@@ -154,8 +155,13 @@ def _refuse_changes(ckpt: Checkpoint, config: dict) -> None:
     if processes != before and "grad_accumulation_steps" in here:
         for values, n in ((there, before), (here, processes)):
             values["grad_accumulation_steps * processes"] = values.pop("grad_accumulation_steps", 1) * n
-    # where the data lies does not matter if Stage.start can compare what it is
-    may_change = SAFE_ON_RESUME + (["data"] if ckpt.training and ckpt.training.get("data") else [])
+    # where they lie does not matter if the stage can compare what they are
+    training = ckpt.training or {}
+    known = dict(data=training.get("data"), init_from=ckpt.parent)
+    known["reward_model"] = (training.get("extra") or {}).get("reward_model")
+    if here.get("tokenizer") not in (None, there.get("tokenizer")):
+        known["tokenizer"] = Tokenizer.load(here["tokenizer"]).model_bytes == ckpt.tokenizer
+    may_change = SAFE_ON_RESUME + [key for key, found in known.items() if found]
     for key in sorted(there.keys() | here.keys()):
         safe = any(fnmatch(key, pattern) for pattern in may_change)
         old, new = (values.get(key, "absent") for values in (there, here))
@@ -211,6 +217,7 @@ def recover(out: Path) -> None:
     if (out / SAVED).is_dir():
         replace(out)
     shutil.rmtree(out / NEW, ignore_errors=True)
+    take_back(out / FILE_NAME)
 
 
 # what a run was started from

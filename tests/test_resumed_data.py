@@ -1,10 +1,10 @@
-"""A run is resumed on the data that it was trained on, told by the sha256 in meta.json, wherever that lies."""
+"""A run is resumed on the data and the parent that it was trained on, told by their sha256, wherever they lie."""
 
 import shutil
 
 import pytest
 import torch
-from chains import MAINS, STEPS, TRAINED, failure, options_of, train
+from chains import MAINS, PARENTS, STEPS, TRAINED, failure, options_of, train
 
 from common import checkpoint, resume
 from dataset.formats import load_meta, save_meta
@@ -44,6 +44,19 @@ def test_a_run_is_resumed_where_only_the_place_of_its_data_or_other_files_change
     shutil.copytree(chain / "sft", tmp_path / "run")
     train(chain, "sft", tmp_path / "run", data=data, resume=True, **LONGER)
     assert checkpoint.load(tmp_path / "run").step == STEPS + 1
+
+
+@pytest.mark.parametrize("stage, changed", [("pretrain", {}), ("sft", dict(init_from="ppo")), ("ppo", {})])
+def test_a_run_is_resumed_where_it_was_moved_with_what_it_reads(chain, tmp_path, capsys, stage, changed):
+    moved = tmp_path / "chain"
+    shutil.copytree(chain, moved)
+    for key, other in changed.items():
+        options = {key: moved / other, "resume": True, **LONGER}
+        line = failure(capsys, MAINS[stage].main, options_of(moved, stage, moved / stage, options))
+        before, now = chain / PARENTS[stage] / "ckpt.pt", moved / other / "ckpt.pt"
+        assert f"it started from {before} with sha256" in line and f"{now} now has" in line
+    train(moved, stage, moved / stage, resume=True, **LONGER)
+    assert checkpoint.load(moved / stage).step == STEPS + 1
 
 
 def test_sources_that_a_mixture_leaves_out_may_change(chain, tmp_path, capsys):

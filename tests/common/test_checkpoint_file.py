@@ -174,6 +174,39 @@ def test_keeping_one_copies_nothing(tmp_path):
     assert (kept.st_ino, kept.st_nlink) == (before.st_ino, 1)
 
 
+@pytest.mark.parametrize("name_it", [os.link, shutil.copy], ids=["link", "copy"])
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_a_users_second_name_of_a_checkpoint_stays(tmp_path, name_it, keep_last):
+    save_steps(tmp_path, 5, 6, keep_last=keep_last)
+    name_it(tmp_path / "ckpt.pt", tmp_path / "ckpt-6.pt")
+    begin(run_config(tmp_path, resume=True), "sft")
+    save_steps(tmp_path, 7, 8, 9, keep_last=keep_last)
+    own = {"ckpt-8.pt": 8} if keep_last == 2 else {}
+    assert steps(tmp_path) == {"ckpt.pt": 9, "ckpt-6.pt": 6} | own
+
+
+def test_a_users_copy_that_a_damaged_run_goes_on_from_stays(tmp_path):
+    save_steps(tmp_path, 5, 6, keep_last=1)
+    shutil.copy(tmp_path / "ckpt.pt", tmp_path / "ckpt-6.pt")
+    save_steps(tmp_path, 7, keep_last=1)
+    cut_short(tmp_path / "ckpt.pt")
+    assert begin(run_config(tmp_path, resume=True), "sft").step == 6
+    save_steps(tmp_path, 8, 9, keep_last=1)
+    assert steps(tmp_path) == {"ckpt.pt": 9, "ckpt-6.pt": 6}
+
+
+def test_a_save_that_fails_gives_no_second_name(tmp_path, monkeypatch):
+    save_steps(tmp_path, 1, 2)
+    with monkeypatch.context() as patched, pytest.raises(CheckpointError, match="No space left on device"):
+        patched.setattr(os, "fsync", full_disk)
+        save_steps(tmp_path, 3)
+    assert steps(tmp_path) == {"ckpt.pt": 2, "ckpt-1.pt": 1} and len(list(tmp_path.iterdir())) == 2
+
+
+def full_disk(_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def refuse_links(*_):
     raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
@@ -232,8 +265,8 @@ def test_a_kill_between_any_two_file_operations_leaves_a_run_to_resume(tmp_path,
         assert begin(run_config(out, resume=True), "sft").step == newest
         save_steps(out, 4)
         assert whole_steps(out) >= {4, newest}
-        # nobody can tell then whose ckpt-2.pt is: a damaged one, or a copy that no checkpoint lists yet
-        spare = {"ckpt-2.pt", "ckpt-1.pt"} if not links else {"ckpt-2.pt"} if damaged else set()
+        # nobody can tell then whose ckpt-2.pt is: the one gone on from, or a copy that no checkpoint lists yet
+        spare = {"ckpt-2.pt", "ckpt-1.pt"} if damaged or not links else set()
         assert {file.name for file in out.iterdir()} - spare == {"ckpt.pt", f"ckpt-{newest}.pt"} - spare
     before, after, tmp = {"ckpt.pt", "ckpt-1.pt"}, {"ckpt.pt", "ckpt-2.pt"}, {"ckpt.pt.tmp"}
     reached = [before, before | tmp, before | tmp | {"ckpt-2.pt.tmp"}, before | after | tmp, before | after, after]
