@@ -312,7 +312,7 @@ def main(argv=None):
         with suppress(OSError):  # another part's shards are still in it
             (out / "work").rmdir()
     unlock(out)
-    print((out / "report.md").read_text(encoding="utf-8"))
+    print((out / "report.md").read_text(encoding="utf-8").rpartition("<!--")[0])
     for part in parts:
         for line in losses(part, meta["tally"][part], generated, config["tokenizer"]):
             print(line, file=sys.stderr)

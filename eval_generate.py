@@ -36,7 +36,7 @@ from common import checkpoint, resume
 from common.checkpoint import Checkpoint, CheckpointError
 from common.config import ConfigError, UserError, parse_config, run
 from common.distributed import setup
-from common.files import REPORT_MARK, refuse_foreign, write_file
+from common.files import refuse_foreign, signed, write_file
 from common.metrics import plain, source_losses
 from common.tables import format_table
 from dataset.corpus import Corpus
@@ -173,7 +173,7 @@ def publish(markdown, figures, report):
     """The tables to standard output and to the file `report`, then the figures as one line of JSON."""
     print(f"{markdown}\n\n{json.dumps(plain(figures), ensure_ascii=False)}")
     if report:
-        write_file(report, f"{markdown}\n\n{REPORT_MARK}\n".encode())
+        write_file(report, signed(f"{markdown}\n\n"))
 
 
 def sizes_of(best_of):

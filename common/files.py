@@ -195,7 +195,27 @@ def _known_by(path: Path) -> int | str:
     return file_sha256(path) if size < _SMALL else size
 
 
-REPORT_MARK = f"<!-- written by {OURS} -->"  # the last line of a report
+REPORT_MARK = f"<!-- written by {OURS} -->"  # the last line of a report of older code
+
+
+def signed(text: str) -> bytes:
+    """A report as it is to be written: its last line says whose it is and, by a sha256, whether it was changed."""
+    lines = text.encode().splitlines()
+    return b"\n".join([*lines, _mark(lines), b""])
+
+
+def _mark(lines: list[bytes]) -> bytes:
+    digest = hashlib.sha256(b"\n".join(lines)).hexdigest()
+    return f"<!-- written by {OURS}, sha256 {digest} -->".encode()
+
+
+def is_ours(report: Path) -> bool:
+    """Whether one of our commands wrote this report (.md, .html), though it may have been changed since."""
+    return _is_mark((report.read_bytes().splitlines() or [b""])[-1])
+
+
+def _is_mark(line: bytes) -> bool:
+    return line.startswith(REPORT_MARK.removesuffix(" -->").encode())
 
 
 def refuse_foreign(path: str | Path, suffix: str) -> None:
@@ -203,19 +223,25 @@ def refuse_foreign(path: str | Path, suffix: str) -> None:
     path = Path(path)
     if path.suffix != suffix:
         raise ConfigError(f"{path}: the name of a {suffix} file is needed")
-    if path.exists() and (path.is_dir() or not _marked(path.read_bytes(), suffix)):
-        raise ConfigError(f"{path} was not written by such a command: choose another name, or remove it yourself")
+    if path.exists() and (why := changed(path)):
+        raise ConfigError(f"{path} {why}: choose another name, or remove it yourself")
 
 
-def is_ours(report: Path) -> bool:
-    """Whether one of our commands wrote this report (.md, .html)."""
-    return _marked(report.read_bytes(), report.suffix)
+def changed(path: Path) -> str | None:
+    """Why a picture or report may hold what nobody here wrote; None if it is as it was written."""
+    data = b"" if path.is_dir() else path.read_bytes()
+    *lines, last = data.splitlines() or [b""]
+    if path.suffix == ".png":
+        whole = _has_software(data)
+    else:
+        whole = last in (REPORT_MARK.encode(), _mark(lines))
+        if _is_mark(last) and not whole:
+            return "was changed since it was written"
+    return None if whole else "was not written by such a command"
 
 
-def _marked(data: bytes, suffix: str) -> bool:
-    """Whether a report ends in the line of ours, or a picture has the Software chunk of ours (PNG, 11.3.3.2)."""
-    if suffix in (".md", ".html"):
-        return data.splitlines()[-1:] == [REPORT_MARK.encode()]
+def _has_software(data: bytes) -> bool:
+    """Whether a picture has the Software chunk of ours (PNG, 11.3.3.2)."""
     at = 8 if data.startswith(b"\x89PNG\r\n\x1a\n") else len(data)
     while at + 8 <= len(data):  # a chunk: its length, type, data and CRC
         size, kind = struct.unpack_from(">I4s", data, at)

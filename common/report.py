@@ -21,7 +21,7 @@ from common import config
 from common.checkpoint import git_commit
 from common.config import UserError, options_of
 from common.family import Box, draw
-from common.files import REPORT_MARK, file_sha256, is_ours, read_json, refuse_foreign, write_file
+from common.files import file_sha256, is_ours, read_json, refuse_foreign, signed, write_file
 from common.markup import Html, from_markdown, join, picture, problem, table, tag
 from common.metrics import is_number, read_metrics
 from common.runs import NAME, Entry, by_content, find_checkpoints, find_folders, last_values, read_entry, read_samples
@@ -367,7 +367,7 @@ def page(root: Path) -> tuple[str, int]:
     body = [tag("h1", title), tag("p", said, class_="hint"), tag("nav", *links)]
     body += [tag("section", tag("h2", name), content, id=name) for name, content in sections.items()]
     html = tag("html", tag("head", *head), tag("body", *body), lang="zh-CN")
-    return f"<!DOCTYPE html>\n{html}\n{REPORT_MARK}\n", len(runs)
+    return f"<!DOCTYPE html>\n{html}\n", len(runs)
 
 
 def main(argv=None):
@@ -381,7 +381,7 @@ def main(argv=None):
     out = Path(args.out or root / "report.html")
     refuse_foreign(out, ".html")
     html, n = page(root)
-    write_file(out, html.encode())
+    write_file(out, signed(html))
     print(f"wrote {out}: {n} runs, {out.stat().st_size:,} bytes")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.files import file_sha256, read_json, write_file
+from common.files import changed, file_sha256, read_json, signed, write_file
 from common.plots import new_figure, png
 from common.tables import markdown_table
 from corpora.encodings import escaped
@@ -21,6 +21,7 @@ from dataset.formats import DataError
 PARTS = tuple(STREAMS)  # in the order that they are shown
 EXPECTED = ("blank", "not needed")  # reasons that are no loss
 MANY = 0.05  # share of a source's records: to drop more is seldom meant
+SAMPLE = {"part", "source", "reason", "place", "text"}  # keys of a row of dropped.jsonl
 FACTS = ("val_share", "vocab_size", "tokenizer_sha256", "dtype")  # that all parts of a directory share
 
 
@@ -32,6 +33,8 @@ def start_meta(out, parts, val_share, tokenizer):
     no longer what meta.json says, or that it does not name: somebody's work may be in it.
     """
     path = Path(out) / "meta.json"
+    if path.exists():
+        refuse_changed(out)
     old = outdated(path) if path.exists() else {}
     meta = formats.load_meta(out) if old is None else {}
     known = meta.get("files", {}) if old is None else old
@@ -124,20 +127,37 @@ def write_report(out, meta, part, outcomes):
         write_file(Path(out) / "lengths.png", draw_lengths(histograms))
         sections.append("![documents by their length](lengths.png)\n")
     sections.append("dropped.jsonl has up to 20 records of each source and reason.\n")
-    write_file(Path(out) / "report.md", "\n".join(sections).encode())
+    write_file(Path(out) / "report.md", signed("\n".join(sections)))
 
-    path, rows = Path(out) / "dropped.jsonl", []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError, RecursionError, LookupError, TypeError):  # of what somebody changed
-                row = json.loads(line)
-                rows += [row] if row["part"] != part and row["part"] in PARTS else []
+    path = Path(out) / "dropped.jsonl"
+    rows = [row for _, row in dropped_rows(path) if row and row["part"] != part]
     for source, found in outcomes.items():
         for reason, samples in sorted(found.samples.items()):
             rows += [dict(part=part, source=source, reason=reason, place=p, text=text) for _, p, text in samples]
     rows.sort(key=lambda row: PARTS.index(row["part"]))
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_file(path, lines.encode())
+
+
+def dropped_rows(path):
+    """(number, row) of each line of a dropped.jsonl, None for a row that `write_report` did not write."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        row = None
+        with suppress(ValueError, RecursionError):
+            row = json.loads(line)
+        ours = isinstance(row, dict) and row.keys() == SAMPLE and row["part"] in PARTS
+        yield number, row if ours else None
+
+
+def refuse_changed(out):
+    """DataError for what `write_report` would replace though somebody else wrote in it."""
+    for path in (Path(out) / "report.md", Path(out) / "lengths.png"):
+        if path.exists() and (why := changed(path)):
+            raise DataError(f"{path} {why}: move it away, or choose another --out")
+    for number, row in dropped_rows(path := Path(out) / "dropped.jsonl"):
+        if row is None:
+            raise DataError(f"{path}:{number}: a line that was not written here: move it away, or choose another --out")
 
 
 def part_table(part, tally):

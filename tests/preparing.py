@@ -32,7 +32,7 @@ def files_of(folder):
     """{name: bytes}, meta.json without the command that made it."""
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     files["meta.json"] = {k: v for k, v in json.loads(files["meta.json"]).items() if k != "command"}
-    files["report.md"] = files["report.md"].replace(str(folder).encode(), b"")
+    files["report.md"] = files["report.md"].rpartition(b"<!--")[0].replace(str(folder).encode(), b"")
     return files
 
 

@@ -8,7 +8,7 @@ import pytest
 from saving import killed_before
 
 from common.config import ConfigError, ending
-from common.files import MARK, REPORT_MARK, make_folder, new_folder, refuse_foreign
+from common.files import MARK, REPORT_MARK, is_ours, make_folder, new_folder, refuse_foreign, signed
 from common.plots import new_figure, png
 from dataset.formats import OURS
 
@@ -76,8 +76,10 @@ def test_folders_in_which_nothing_came_to_stand_are_removed_at_the_end(tmp_path)
 
 def test_only_a_mark_in_its_place_makes_a_report_or_picture_ours(tmp_path):
     ours = png(new_figure(1, 1))
-    for text in ("# report\n\n" + REPORT_MARK + "\n", "a\r\n" + REPORT_MARK + "\r\n"):
-        (tmp_path / "a.md").write_bytes(text.encode())
+    report = signed("# report\n\n")
+    old = f"# report\n\n{REPORT_MARK}\n".encode()
+    for text in (report, report.replace(b"\n", b"\r\n"), signed(""), old, old.replace(b"\n", b"\r\n")):
+        (tmp_path / "a.md").write_bytes(text)
         refuse_foreign(tmp_path / "a.md", ".md")
     (tmp_path / "a.png").write_bytes(ours)
     refuse_foreign(tmp_path / "a.png", ".png")
@@ -96,3 +98,15 @@ def test_only_a_mark_in_its_place_makes_a_report_or_picture_ours(tmp_path):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ConfigError, match="was not written by such a command"):
             refuse_foreign(tmp_path / name, "." + name[2:])
+
+
+def test_a_report_with_a_users_words_is_not_replaced(tmp_path):
+    path, report = tmp_path / "a.md", signed("# report\n\n| a | b |\n").decode()
+    for text in (f"mine\n{report}", report.replace("report", "Report", 1), report.replace("\n\n", "\nmine\n", 1)):
+        path.write_text(text, encoding="utf-8")
+        assert is_ours(path)
+        with pytest.raises(ConfigError, match="a.md was changed since it was written: choose another name, or remove"):
+            refuse_foreign(path, ".md")
+    path.write_text(report + "mine\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="a.md was not written by such a command"):
+        refuse_foreign(path, ".md")

@@ -93,6 +93,30 @@ def test_a_file_changed_by_hand_is_not_replaced(tmp_path, run):
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "name, change, line",
+    [
+        ("report.md", lambda b: b.replace(b"##", b"mine ##"), "report.md was changed since it was written: move it"),
+        ("report.md", lambda b: b + b"mine\n", "report.md was not written by such a command: move it away"),
+        ("lengths.png", lambda b: b"mine", "lengths.png was not written by such a command: move it away"),
+        ("dropped.jsonl", lambda b: b + b"mine\n", r"dropped.jsonl:\d+: a line that was not written here: move it"),
+        ("dropped.jsonl", lambda b: b'{"text": "mine"}\n' + b, "dropped.jsonl:1: a line that was not written here"),
+    ],
+)
+def test_a_report_with_a_users_words_is_not_replaced(tmp_path, run, name, change, line):
+    with open(tmp_path / "raw.txt", "a", encoding="utf-8") as file:
+        file.write("\n短\u2028短")  # too short, so that it stands in dropped.jsonl, and no end of a line there
+    run()
+    path = tmp_path / "out" / name
+    path.write_bytes(changed := change(path.read_bytes() if path.exists() else b""))
+    with pytest.raises(DataError, match=line):
+        run()
+    assert path.read_bytes() == changed
+    path.unlink()
+    run()
+    run()
+
+
 def test_a_file_that_meta_does_not_name_is_not_replaced(tmp_path, run, capsys):
     """Neither beside a meta.json that lost its keys, nor beside one of an older version."""
     run()
