@@ -5,6 +5,7 @@ import difflib
 import errno
 import io
 import os
+import re
 import runpy
 import signal
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from common import early
-from common.ranges import CHOICES, contradiction, fault
+from common.ranges import CHOICES, INPUTS, contradiction, fault
 from dataset.formats import DataError, escaped, shortened
 from tokenizer import TokenizerError
 
@@ -26,6 +27,7 @@ DISK_ERRORS = {getattr(errno, name) for name in NAMES if hasattr(errno, name)}
 SECRET = ("api_key",)  # keys whose values are not shown
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 ending = ExitStack()  # what is to be done when a script ends, in whatever way
+_read_by: dict[str, str] = {}  # {name of a file or folder: key} of the config that was parsed last
 
 
 class UserError(Exception):
@@ -41,6 +43,7 @@ def parse_config(
 ) -> dict:
     """configs/<stage>.py <- [config.py] <- [--key=value ...]; prints what differs from the defaults to `file`."""
     argv = sys.argv[1:] if argv is None else argv
+    _read_by.clear()
     defaults_path = configs_dir / f"{stage}.py"
     defaults = _load(defaults_path, configs_dir)
     if "--help" in argv or "-h" in argv:
@@ -67,6 +70,9 @@ def parse_config(
             if value != defaults[key]:
                 shown = "***" if key in SECRET else shortened(_text(value))
                 print(escaped(f"{key} = {shown} (default {_text(defaults[key])})"), file=file)
+    for key in filter(INPUTS.__contains__, config):
+        for value in config[key] if isinstance(config[key], list | tuple) else [config[key]]:
+            _read_by.setdefault(str(value or "").rpartition("=")[2], key)
     return _unflatten(config)
 
 
@@ -88,8 +94,19 @@ def run(main: Callable[[], Any]) -> None:
             message = f"{error.strerror}: {error.filename}"
         if _is_out_of_memory(error):
             message = f"out of memory: fewer rows at once, such as batch_size, or a smaller model need less: {message}"
+        message = _missing_key(message, error) + message
         print(f"error: {escaped(shortened(' '.join(message.splitlines()), 1000))}", file=sys.stderr)
         sys.exit(2)
+
+
+def _missing_key(message: str, error: Exception) -> str:
+    """`init_from: ` for a message about a file that is not there, which this key or its folder names; else nothing."""
+    for name, key in _read_by.items():
+        about = name and re.search(rf"(?<![\w/.-]){re.escape(name)}(?![\w-])", message)
+        gone = isinstance(error, FileNotFoundError) or not os.path.lexists(name)
+        if about and gone and f"{key}=" not in message and not message.startswith(key):
+            return f"{key}: "
+    return ""
 
 
 def _is_users(error: Exception) -> bool:

