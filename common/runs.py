@@ -108,7 +108,10 @@ def n_parameters(config: dict) -> int:
 
 
 def find_folders(root: Path) -> dict[str, tuple[Path, list[str]]]:
-    """{name: (folder, its files)} of the root and all below it, but for .new and .saved of a run at its start."""
+    """{name: (folder, its files)} of the root and all below it, but for .new and .saved of a run at its start.
+
+    What is no file is left out: to open a named pipe would wait for ever.
+    """
     found, seen = {}, set()
     for folder, inner, files in os.walk(root, followlinks=True):
         inner[:] = sorted(name for name in inner if not name.startswith("."))
@@ -117,6 +120,7 @@ def find_folders(root: Path) -> dict[str, tuple[Path, list[str]]]:
             continue
         seen.add(real)
         name = Path(folder).relative_to(root).as_posix()
+        files = [file for file in files if os.path.isfile(os.path.join(folder, file))]
         found[Path(real).name if name == "." else name] = Path(folder), files
     return found
 

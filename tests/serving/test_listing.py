@@ -1,11 +1,13 @@
 """common.runs and serving.runs: names of checkpoints, their family tree, samples."""
 
+import os
+
 import pytest
 from tiny import tiny
 
 from common import checkpoint
 from common.metrics import MetricLog
-from common.runs import n_parameters, parse_samples
+from common.runs import find_folders, n_parameters, parse_samples
 from serving.protocol import ApiError
 from serving.runs import Runs
 
@@ -46,6 +48,19 @@ def test_names_kinds_and_problems(tmp_path):
             runs.model(name)
         assert error.value.status == status
     assert list(Runs(tmp_path / "demo" / "sft").entries()) and "sft" in Runs(tmp_path / "demo" / "sft").entries()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_what_is_no_file_is_not_listed(tmp_path):
+    """To open a pipe that nobody writes to would wait for ever, and the whole server with it."""
+    for name in ("ckpt.pt", "metrics.jsonl", "samples.txt", "loss.png"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "best.pt").symlink_to(tmp_path / "gone.pt")
+    (tmp_path / "ckpt-1.pt").symlink_to(save(tmp_path / "sft"))
+    assert {name: files for name, (_, files) in find_folders(tmp_path).items()} == {
+        tmp_path.name: ["ckpt-1.pt"],
+        "sft": ["ckpt.pt"],
+    }
 
 
 def test_tree_follows_the_hash_not_the_path(tmp_path):
