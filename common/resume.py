@@ -45,6 +45,7 @@ SAFE_ON_RESUME = """
 UNWRITTEN = dict(schedule="cosine", mask_documents=False)
 UNWRITTEN |= dict(loss="sigmoid", label_smoothing=0.1, margin=0.0, centring=0.0)  # dpo and rm
 UNWRITTEN |= dict(packing=False, pack_len=0)  # sft
+UNWRITTEN |= dict(momentum=0.95, embedding_rate=1.0)  # with optimizer=muon
 UNWRITTEN |= dict(reward="model", reward_length=[20, 60], rule_weight=1.0, score_clip=0.0, entropy_coef=0.0)  # ppo
 
 
@@ -161,6 +162,7 @@ def _refuse_changes(ckpt: Checkpoint, config: dict) -> None:
     known["reward_model"] = (training.get("extra") or {}).get("reward_model")
     if here.get("tokenizer") not in (None, there.get("tokenizer")):
         known["tokenizer"] = Tokenizer.load(here["tokenizer"]).model_bytes == ckpt.tokenizer
+    known |= dict.fromkeys(("momentum", "embedding_rate"), here.get("optimizer") == "adamw")  # which has neither
     may_change = SAFE_ON_RESUME + [key for key, found in known.items() if found]
     for key in sorted(there.keys() | here.keys()):
         safe = any(fnmatch(key, pattern) for pattern in may_change)

@@ -330,3 +330,13 @@ def test_only_damage_is_a_reason_to_fall_back(tmp_path):
 def test_a_run_from_before_keep_last_is_resumed(tmp_path):
     write(tmp_path, keep_last=1)
     assert begin(run_config(tmp_path, resume=True, keep_last=2), "sft").step == 7
+
+
+def test_a_run_from_before_muons_keys_is_resumed_as_it_was(tmp_path):
+    now = dict(momentum=0.9, embedding_rate=4.0, resume=True)
+    for optimizer in ("adamw", "muon"):
+        (tmp_path / optimizer).mkdir()
+        write(tmp_path / optimizer, config=run_config(tmp_path / optimizer, optimizer=optimizer))
+    assert begin(run_config(tmp_path / "adamw", optimizer="adamw", **now), "sft").step == 7
+    with pytest.raises(CheckpointError, match="embedding_rate is 1.0 in .* and 4.0 in this run's config"):
+        begin(run_config(tmp_path / "muon", optimizer="muon", **now), "sft")
