@@ -151,9 +151,11 @@ def draw(runs, theta, sizes_at, predicted, between, path):
     for color, trunk in enumerate(dict.fromkeys(runs[:, 0])):
         D, L = runs[runs[:, 0] == trunk][:, 1:].T
         many = np.geomspace(D.min(), D.max(), 50)
-        left.plot(D, L, f"C{color}o", markersize=4, label=f"{trunk / 1e6:.2f}M")
-        left.plot(many, loss_at(theta, trunk, many), f"C{color}-", linewidth=1)
-    left.set_xlabel("training tokens")
+        left.plot(D / 1e6, L, f"C{color}o", markersize=4, label=f"{trunk / 1e6:.2f}M")
+        left.plot(many / 1e6, loss_at(theta, trunk, many), f"C{color}-", linewidth=1)
+    left.set_xscale("log", base=2)
+    left.xaxis.set_major_formatter("{x:g}")
+    left.set_xlabel("million training tokens")
     left.legend(frameon=False, title="trunk", fontsize="small")
     trunks = np.array([trunk for trunk, _ in sizes_at.values()])
     right.plot(trunks, predicted, "C0o-", markersize=4, label="poems, 6,144 pieces: the fit, 5 to 95 %")
@@ -161,10 +163,10 @@ def draw(runs, theta, sizes_at, predicted, between, path):
     for color, (text, ends) in enumerate(PUBLISHED.items(), 1):
         xs = [sizes_at[size][0] for size in ends]
         right.plot(xs, list(ends.values()), f"C{color}s:", markersize=4, label=f"{text}, 64,793 rows: published")
-    right.set_xlabel("parameters of the trunk, tokens as in the recipes")
+    right.set_xscale("log")
+    right.set_xlabel("parameters of the trunk; of the fit, tokens of the recipes")
     right.legend(frameon=False, fontsize="small")
     for axes in (left, right):
-        axes.set_xscale("log")
         axes.set_ylabel("loss (nats per token)")
         axes.grid(alpha=0.25)
     write_file(path, png(figure))
@@ -216,7 +218,7 @@ def main():
     print(f"{R} runs, at most {D.max() / train_text['tokens']:.2f} epochs; the fit is off by {error:.4f} nats")
     for name, value in zip(NAMES, theta, strict=True):
         print(f"{name}: {value:.4g} ({between[name][0]:.4g} to {between[name][1]:.4g})")
-    print(f"largest model by a fit without it: off by {', '.join(f'{x:+.4f}' for x in surprise)} nats")
+    print(f"largest model, said by a fit without it less measured: {', '.join(f'{x:+.4f}' for x in surprise)} nats")
     print(f"compute C is best spent on parameters ~ C^{theta[4] / (theta[3] + theta[4]):.2f}")
 
     to_bits = val_text["tokens"] / val_text["characters"] / np.log(2)  # of a character, from nats of a token
