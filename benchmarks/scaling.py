@@ -75,11 +75,14 @@ def losses(dim, n_layers, longest, options):
     while halves[-1] // 2 >= max(5, round(FEWEST * options.scale)):
         halves.append(halves[-1] // 2)
     for steps in reversed(halves):
-        out, part = folder / str(steps), folder / "part"
+        out, stable, part = folder / str(steps), folder / "stable", folder / "part"
         if not out.exists():
-            train(folder / "stable", dim, n_layers, round((1 - DECAY) * steps), longest, options)
+            until = round((1 - DECAY) * steps)
+            train(stable, dim, n_layers, until, longest, options)
+            if (last := read_metrics(stable / "metrics.jsonl")[-1]["step"]) > until:
+                raise SystemExit(f"{stable} went on to step {last}: remove {folder} to train this width again")
             shutil.rmtree(part, ignore_errors=True)
-            shutil.copytree(folder / "stable", part)
+            shutil.copytree(stable, part)
             part.rename(out)
         train(out, dim, n_layers, steps, steps, options)
         found[steps] = next(row["val/loss"] for row in read_metrics(out / "metrics.jsonl")[::-1] if "val/loss" in row)

@@ -70,7 +70,7 @@ def vocabularies(options):
             print(f"vocabulary of {name}", flush=True)
             keys = dict(input=text / "corpus.txt", out=tokenizer, vocab_size=name, character_coverage=PIECES[name])
             run_python("-m", "tokenizer.train", *flags(**keys))
-        if not any(folder.glob("data/val.*.bin")):
+        if not (folder / "data/report.md").exists():  # written last
             print(f"data of {name}", flush=True)
             keys = dict(parts="pretrain", out=folder / "data", tokenizer=tokenizer)
             run_python(ROOT / "data_process.py", options.text, *flags(**keys))
