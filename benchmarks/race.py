@@ -32,6 +32,7 @@ from dataset.batches import Examples, PackedOrder
 from dataset.corpus import Corpus
 from dataset.formats import load_pkl
 from interop.vocabulary import tokenizer_config, tokenizer_json
+from model import Llama, ModelConfig
 from tokenizer import Tokenizer
 
 RACERS = ("ours", "minimind", "transformers")
@@ -50,7 +51,7 @@ ADDED = ("<think>", "</think>", "user", "assistant")
 def candidates(racer, stage, options):
     """The settings that a sweep compares, [{key: value}]."""
     config = options.configs[stage]
-    batch, rows = config["batch_size"], config.get("seq_len") or config["model"]["max_seq_len"]
+    batch, rows = config["batch_size"], config.get("seq_len", options.model["max_seq_len"])
     tried = [
         dict(batch_size=n * batch, learning_rate=rate) for n, rate in (TRIED if stage == "pretrain" else TRIED_SFT)
     ]
@@ -59,26 +60,31 @@ def candidates(racer, stage, options):
     return tried
 
 
-def prepare(options):
-    """The held-out rows of the scorer, and the training rows as minimind reads them, in options.out."""
+def hold_out(options):
+    """Write the rows that are scored, none longer than any racer's context, and how many characters they have."""
     tok, seq_len = options.tok, options.configs["pretrain"]["seq_len"]
-    train, val = Examples(load_pkl(options.data / "sft.pkl")).split()
-    sides = [dict(zip(("question", "answer", "prompt"), turn(val[i], tok), strict=True)) for i in spaced(val, options)]
+    _, val = Examples(load_pkl(options.data / "sft.pkl")).split()
+    turns = [dict(zip(("question", "answer", "prompt"), turn(val[i], tok), strict=True)) for i in spaced(val, options)]
     texts = documents(options.data, "val", tok.eos_id)
     texts = [[*texts[i], tok.eos_id][: seq_len - 1] for i in spaced(texts, options)]
     characters = dict(pretrain=sum(len(tok.decode([i for i in ids if i != tok.eos_id])) for ids in texts))
-    characters["sft"] = sum(len(tok.decode(side["answer"][:-1])) for side in sides)
-    write_json(options.out / "heldout.json", dict(pretrain=texts, sft=sides, characters=characters))
-    if not options.minimind or (options.out / "chats.jsonl").exists():
-        return
+    characters["sft"] = sum(len(tok.decode(each["answer"][:-1])) for each in turns)
+    write_json(options.out / "heldout.json", dict(pretrain=texts, sft=turns, characters=characters))
+
+
+def write_minimind_rows(options):
+    """The training text as minimind reads it: a document a row, rows packed with several, and conversations."""
+    tok, out, seq_len = options.tok, options.out, options.configs["pretrain"]["seq_len"]
     texts = documents(options.data, "train", tok.eos_id)
-    write_rows(options.out / "rows-340.jsonl", (dict(text=tok.decode(ids)) for ids in texts))
-    cut = [ids[: seq_len - 2] for ids in texts]
+    alone = (dict(text=tok.decode(ids)) for ids in texts)
+    write_rows(out / f"rows-{SHIPPED['pretrain']['max_seq_len']}.jsonl", alone)
+    cut = [ids[: seq_len - 2] for ids in texts]  # as its loader does
     packed = PackedOrder([len(ids) + 2 for ids in cut], seq_len, 1, seed=0)
     parted = f"{NAMES['</s>']}{NAMES['<s>']}"
     rows = (parted.join(tok.decode(cut[i]) for i in packed[n][0]) for n in range(packed.rows))
-    write_rows(options.out / f"rows-{seq_len}.jsonl", (dict(text=row) for row in rows))
-    write_rows(options.out / "chats.jsonl", (chat(*turn(train[i], tok)[:2], tok) for i in range(len(train))))
+    write_rows(out / f"rows-{seq_len}.jsonl", (dict(text=row) for row in rows))
+    train, _ = Examples(load_pkl(options.data / "sft.pkl")).split()
+    write_rows(out / "chats.jsonl", (chat(*turn(train[i], tok)[:2], tok) for i in range(len(train))))
 
 
 def documents(data, split, eos_id):
@@ -123,41 +129,52 @@ def copy_peer(options, folder):
 
 
 def run(folder, racer, stage, settings, seed, minutes, options, start=None):
-    """The curve of a run, {"minutes", "bits", ...}; start: the folder of the run whose last weights it begins with."""
-    pretrain = options.configs["pretrain"]
-    job = dict(racer=racer, stage=stage, settings=settings, seed=seed, seconds=60 * minutes, folder=folder.resolve())
-    job |= dict(run=job["folder"] / "run", peer=job["folder"] / "peer", heldout=options.out.resolve() / "heldout.json")
-    job |= dict(start=None, start_run=None, config=ROOT / f"configs/{options.corpus}/{stage}.py")
-    if start:
-        job |= dict(start=max(start.resolve().glob("*.pt")), start_run=start.resolve() / "run")
-    job |= dict(data=options.data.resolve(), tokenizer=options.tokenizer.resolve(), seq_len=pretrain["seq_len"])
-    job |= dict(model=pretrain["model"], vocab_size=options.tok.vocab_size + (racer == "minimind") * len(ADDED))
-    job |= dict(shape=dict(hidden_size=pretrain["model"]["dim"], num_hidden_layers=pretrain["model"]["n_layers"]))
-    rows = f"rows-{settings.get('max_seq_len')}.jsonl" if stage == "pretrain" else "chats.jsonl"
-    job = json.loads(json.dumps(job | dict(rows=options.out.resolve() / rows), default=str))
+    """The curve of a run, {"minutes", "bits", ...}; start: that of the run whose last weights it begins with."""
+    asked = dict(racer=racer, stage=stage, settings=settings, seed=seed, seconds=60 * minutes)
+    asked |= dict(after=start and start["bits"][-1])
     path = folder / "curve.json"
-    if not path.exists() or (kept := read_json(path))["job"] != job:
+    if not path.exists() or (curve := read_json(path))["asked"] != asked:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         if racer == "minimind":
             copy_peer(options, folder / "peer")
-        kept = dict(job=job) | work("train", job, folder, options)
-        kept |= dict(bits=work("score", job, folder, options))
+        job = asked | places(folder.resolve(), stage, settings, options, start)
+        job |= dict(vocab_size=options.tok.vocab_size + (racer == "minimind") * len(ADDED))
+        curve = dict(asked=asked, folder=str(folder.resolve())) | work("train", job, options)
+        curve |= dict(bits=work("score", job, options))
         for weights in sorted(folder.glob("*.pt"))[:-1]:
             weights.unlink()
-        write_json(path, kept)
+        write_json(path, curve)
+    ours = Llama(ModelConfig(**options.model, vocab_size=options.tok.vocab_size)).num_params()
+    if not ours / 1.05 < curve["parameters"] < ours * 1.05:
+        raise SystemExit(f"{racer} has {curve['parameters']:,} parameters, ours {ours:,}: no race on equal terms")
     said = " ".join(f"{key}={value}" for key, value in settings.items())
-    facts = f"{kept['parameters'] / 1e6:.2f}M parameters, {kept['steps']} steps, {kept['cores']} cores"
-    last = f"{kept['bits'][-1]:.3f} bits a character after {kept['minutes'][-1]:.2f} minutes"
+    facts = f"{curve['parameters'] / 1e6:.2f}M parameters, {curve['steps']} steps, {curve['cores']} cores"
+    last = f"{curve['bits'][-1]:.3f} bits a character after {curve['minutes'][-1]:.2f} minutes"
     print(f"{folder.relative_to(options.out)}: {last} ({facts}) {said}", flush=True)
-    return kept
+    return curve
 
 
-def work(call, job, folder, options):
+def places(folder, stage, settings, options, start):
+    """What a process of racers.py finds where, and the shapes of the models."""
+    out, model = options.out.resolve(), options.model
+    rows = f"rows-{settings.get('max_seq_len')}.jsonl" if stage == "pretrain" else "chats.jsonl"
+    found = dict(folder=folder, run=folder / "run", peer=folder / "peer", rows=out / rows)
+    found |= dict(heldout=out / "heldout.json", config=ROOT / f"configs/{options.corpus}/{stage}.py")
+    found |= dict(data=options.data.resolve(), tokenizer=options.tokenizer.resolve(), start=None)
+    if start:
+        before = Path(start["folder"])
+        found |= dict(start=max(before.glob("*.pt")), start_run=before / "run")
+    found |= dict(model=model, shape=dict(hidden_size=model["dim"], num_hidden_layers=model["n_layers"]))
+    return found | dict(seq_len=options.configs["pretrain"]["seq_len"])
+
+
+def work(call, job, options):
+    """What racers.py finds in a process of its own."""
     environment = dict(OMP_NUM_THREADS=str(options.threads), TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
     environment |= dict(HF_DATASETS_CACHE=str(options.out.resolve() / "datasets"))
-    command = [ROOT / "benchmarks/racers.py", call, json.dumps(job)]
-    return read_figures(run_python(*command, log=folder / f"{call}.log", **environment))
+    command = [ROOT / "benchmarks/racers.py", call, json.dumps(job, default=str)]
+    return read_figures(run_python(*command, log=job["folder"] / f"{call}.log", **environment))
 
 
 def sweep(options):
@@ -166,12 +183,12 @@ def sweep(options):
     for racer in options.racers[1:]:
         best[racer], start = {}, None
         for stage in STAGES:
-            minutes, ends = options.minutes[stage] * options.sweep_share, []
+            minutes, curves = options.minutes[stage] * options.sweep_share, []
             for n, settings in enumerate(candidates(racer, stage, options)):
                 folder = options.out / f"sweep/{racer}-{stage}-{n}"
-                curve = run(folder, racer, stage, settings, 0, minutes, options, start)
-                ends.append((curve["bits"][-1], n, folder, settings))
-            _, _, start, best[racer][stage] = min(ends)
+                curves.append(run(folder, racer, stage, settings, 0, minutes, options, start))
+            start = min(curves, key=lambda curve: np.nan_to_num(curve["bits"][-1], nan=np.inf))  # nan: it diverged
+            best[racer][stage] = start["asked"]["settings"]
             print(f"best of {racer}, {stage}: {best[racer][stage]}", flush=True)
     return best
 
@@ -240,14 +257,14 @@ def main():
     options.tokenizer = options.tokenizer or Path("out") / options.corpus / "tokenizer"
     options.out = options.out or Path(f"out/race_{options.corpus}")
     options.configs = {s: importlib.import_module(f"configs.{options.corpus}.{s}").config for s in STAGES}
-    options.configs["sft"] = options.configs["sft"] | dict(model=options.configs["pretrain"]["model"])
-    options.tok, options.minutes = (
-        Tokenizer.load(options.tokenizer),
-        dict(pretrain=options.minutes, sft=options.sft_minutes),
-    )
+    options.model = options.configs["pretrain"]["model"]
+    options.tok = Tokenizer.load(options.tokenizer)
+    options.minutes = dict(pretrain=options.minutes, sft=options.sft_minutes)
     options.racers = [racer for racer in RACERS if racer != "minimind" or options.minimind]
     options.out.mkdir(parents=True, exist_ok=True)
-    prepare(options)
+    hold_out(options)
+    if options.minimind and not (options.out / "chats.jsonl").exists():
+        write_minimind_rows(options)
     settings, curves = sweep(options), {}
     if options.sweep:
         print_figures(settings)
@@ -255,20 +272,15 @@ def main():
     for n, seed in enumerate(options.seeds):
         turns = n % len(options.racers)
         for racer in [*options.racers[turns:], *options.racers[:turns]]:
-            folder = options.out / f"seed-{seed}/{racer}"
+            curve = None
             for stage in STAGES:
-                start = folder / "pretrain" if stage == "sft" else None
-                how = settings[racer][stage], seed, options.minutes[stage], options, start
-                curves[racer, stage, seed] = run(folder / stage, racer, stage, *how)
-    sizes = [curve["parameters"] for curve in curves.values()]
-    if max(sizes) > 1.05 * min(sizes):
-        raise SystemExit(f"no race on equal terms: {min(sizes):,} to {max(sizes):,} parameters")
+                folder = options.out / f"seed-{seed}/{racer}/{stage}"
+                how = settings[racer][stage], seed, options.minutes[stage], options, curve
+                curve = curves[racer, stage, seed] = run(folder, racer, stage, *how)
     draw(curves, options)
     figures = compare(curves, "pretrain", options.racers)
     figures |= {f"sft_{key}": value for key, value in compare(curves, "sft", options.racers).items()}
-    print_figures(
-        figures | dict(minutes=list(options.minutes.values()), settings=settings, parameters=sorted({*sizes}))
-    )
+    print_figures(figures | dict(minutes=options.minutes, settings=settings))
 
 
 if __name__ == "__main__":
