@@ -241,15 +241,22 @@ def empty_model(job):
     return LlamaForCausalLM(llama_config(job)), exported if job.racer == "ours" else dict
 
 
+def load(model, weights):
+    """Fill a model with all of its weights; an output layer that is the embedding may be named but once."""
+    different = model.load_state_dict(weights, strict=False)
+    if different.unexpected_keys or set(different.missing_keys) - {"lm_head.weight"}:
+        raise SystemExit(f"the weights are not those of the model: {different}")
+    model.eval()
+
+
 def score(job):
     """Bits per character of the held-out rows under the weights of each mark."""
     heldout = json.loads(Path(job.heldout).read_text(encoding="utf-8"))
     model, exported = empty_model(job)
     forms, found = prompted(job, heldout), []
     for path in sorted(Path(job.folder).glob("*.pt")):
-        lacking = model.load_state_dict(exported(torch.load(path)), strict=False).missing_keys
-        assert set(lacking) <= {"lm_head.weight"}, lacking  # tied
-        best = min(nats(model.eval(), rows) for rows in forms)
+        load(model, exported(torch.load(path)))
+        best = min(nats(model, rows) for rows in forms)
         found.append(best / math.log(2) / heldout["characters"][job.stage])
     return found
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 from chains import ROOT
 
+from model import Llama
+
 
 @pytest.fixture
 def racers(monkeypatch):
@@ -34,6 +36,23 @@ def test_only_targets_are_scored_whatever_shares_their_batch(racers):
     assert racers.nats(likes_what_it_read, rows) == pytest.approx(sum(nats), abs=1e-5)  # float32: 6 ulp of each
     for row, expected in zip(rows, nats, strict=True):
         assert racers.nats(likes_what_it_read, [row]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_exported_weights_score_as_our_model_does(racers):
+    shape = dict(dim=16, n_layers=2, n_heads=2, n_kv_heads=1, max_seq_len=12)
+    job = SimpleNamespace(racer="ours", model=shape, vocab_size=50)
+    torch.manual_seed(1)
+    ours = Llama(racers.shape_of(job)).eval()
+    for weight in ours.parameters():
+        weight.data += torch.randn_like(weight) * 0.3
+    exported, turned = racers.empty_model(job)
+    racers.load(exported, turned(ours.state_dict()))
+    ids = torch.randint(3, 50, (4, 12))
+    rows = [([2], row[1:].tolist()) for row in ids.masked_fill_(torch.arange(12) == 0, 2)]
+    expected = ours(ids[:, :-1], ids[:, 1:]).item() * ids[:, 1:].numel()
+    assert racers.nats(exported, rows) == pytest.approx(expected, rel=1e-5)  # float32, a sum of 44 terms
+    with pytest.raises(SystemExit, match="not those of the model"):
+        racers.load(exported, {"norm.weight": torch.ones(16)})
 
 
 def test_the_clock_stands_in_the_first_step_and_while_it_writes(racers, monkeypatch, tmp_path):
