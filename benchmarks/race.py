@@ -28,8 +28,9 @@ from harness import ROOT, argument_parser, launch, print_figures, read_figures, 
 
 from common.files import read_json, write_json, write_rows
 from common.plots import new_figure, png
-from dataset.batches import Examples, PackedOrder
+from dataset.batches import PackedOrder
 from dataset.corpus import Corpus
+from dataset.examples import Examples
 from dataset.formats import load_pkl
 from interop.vocabulary import tokenizer_config, tokenizer_json
 from model import Llama, ModelConfig

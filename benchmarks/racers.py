@@ -170,7 +170,7 @@ def blocks(job):
 
 def answers(job):
     """The conversations of sft.pkl with labels on the answers alone."""
-    from dataset.batches import Examples
+    from dataset.examples import Examples
     from dataset.formats import load_pkl
 
     train, _ = Examples(load_pkl(Path(job.data) / "sft.pkl")).split()
