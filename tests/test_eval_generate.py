@@ -23,6 +23,7 @@ from alignment.rollout import rollout
 from common import checkpoint
 from common.checkpoint import CheckpointError
 from common.config import ConfigError, UserError
+from common.files import signed
 from common.metrics import distinct_2
 from dataset.formats import BinWriter, DataError, save_meta, save_pkl, token_dtype
 from model import Llama, ModelConfig
@@ -263,7 +264,7 @@ def test_the_script_with_piped_input(tmp_path, tok):
     assert (done.returncode, done.stdout.decode()) == (0, "很好看\n很好看\n")
     missing = subprocess.run([*command, f"--ckpt={tmp_path / 'none'}"], input=b"", **piped)
     assert (missing.returncode, missing.stdout) == (2, b"")
-    assert missing.stderr.decode().splitlines()[-1].startswith("error: no checkpoint at")
+    assert missing.stderr.decode().splitlines()[-1].startswith("error: ckpt: no checkpoint at")
 
 
 # reward models
@@ -329,10 +330,7 @@ def test_perplexity_per_source(tmp_path, tok, capsys):
     for _ in range(2):  # what it wrote itself it replaces
         out, err = run(capsys, f"--ckpt={ckpt}", "--ppl", f"--data={data}", f"--report={report}")
     markdown, _, figures = out.rstrip("\n").rpartition("\n\n")
-    assert (
-        report.read_text(encoding="utf-8") == markdown + "\n\n<!-- written by tiny-llama2-zh -->\n"
-        and "ppl = true" in err
-    )
+    assert report.read_bytes() == signed(markdown + "\n\n") and "ppl = true" in err
     rows = json.loads(figures)["perplexity"]
     assert [row["source"] for row in rows] == ["book_reviews", "hotels", "all"]
     for row in rows[:2]:
@@ -382,7 +380,7 @@ def test_comparison_by_hand(tmp_path, tok, capsys):
     markdown, figures = compare(
         capsys, paths, data, "--max_new_tokens=12", "--batch_size=2", "--compare_samples=2", f"--report={report}"
     )
-    assert report.read_text(encoding="utf-8") == markdown + "\n\n<!-- written by tiny-llama2-zh -->\n"
+    assert report.read_bytes() == signed(markdown + "\n\n")
     good, bad, endless = figures["replies"]
     assert figures["prompts"] == 5 and [row["checkpoint"] for row in (good, bad)] == list(map(str, paths[:2]))
 
