@@ -1,8 +1,8 @@
 """What benchmarks/race.py starts, each in a process of its own: three ways to train by the clock, and the one scorer.
 
-Of each way the real program runs: pretrain.py and sft.py, minimind's trainer/train_pretrain.py and train_full_sft.py,
-transformers' Trainer. Only three of their names are replaced: what makes the model, so that its weights can be kept on
-the way; the learning rate, whose schedule ends when the time does; minimind's fixed seed and vocabulary size.
+Of each way the real program runs: pretrain.py and sft.py, minimind's two scripts for the same, transformers' Trainer.
+Only three of their names are replaced: what makes the model, so that its weights can be kept on the way; the learning
+rate, whose schedule ends when the time does; minimind's fixed seed and vocabulary size.
 
     python benchmarks/racers.py train_ours '{"stage": "pretrain", ...}'
 """
@@ -119,7 +119,7 @@ def train_minimind(job, clock):
 
 
 def train_transformers(job, clock):
-    """Trainer with AdamW and a cosine: packed blocks as in transformers' run_clm.py, or answers padded a batch."""
+    """Trainer with AdamW and a cosine: packed blocks as in transformers' own example, or answers padded a batch."""
     from torch.optim.lr_scheduler import LambdaLR
     from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
