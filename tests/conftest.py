@@ -1,5 +1,6 @@
 """What every test shares: few threads, float64 on demand, sample files, and a chain of small runs."""
 
+import importlib
 import signal
 import sys
 
@@ -16,6 +17,13 @@ from tokenizer.train import train_bpe
 # where the tests run in the background Ctrl-C is ignored, which scripts that they start would inherit
 signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(min(2, torch.get_num_threads()))  # the models here are too small for more
+
+
+@pytest.fixture
+def from_benchmarks(monkeypatch):
+    """Imports a module of benchmarks/ by its name."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module
 
 
 @pytest.fixture

@@ -16,18 +16,13 @@ from generate import KVCache
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import gpu
-
-    return gpu
+def gpu(from_benchmarks):
+    return from_benchmarks("gpu")
 
 
 @pytest.fixture
-def checks(gpu):
-    import gpu_checks
-
-    return gpu_checks
+def checks(from_benchmarks):
+    return from_benchmarks("gpu_checks")
 
 
 @pytest.mark.slow

@@ -5,24 +5,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from chains import ROOT
 
 from model import Llama
 
 
 @pytest.fixture
-def racers(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import racers
-
-    return racers
+def racers(from_benchmarks):
+    return from_benchmarks("racers")
 
 
 @pytest.fixture
-def race(racers):
-    import race
-
-    return race
+def race(from_benchmarks):
+    return from_benchmarks("race")
 
 
 def likes_what_it_read(input_ids, use_cache):

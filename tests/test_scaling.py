@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from chains import ROOT
 
 LAW = np.array([1.7, 400.0, 1500.0, 0.34, 0.45])  # E, A, B, alpha, beta
 N, D = (grid.ravel() for grid in np.meshgrid(np.geomspace(3e5, 1e7, 6), np.geomspace(4e5, 6e6, 4)))
@@ -10,11 +9,8 @@ EVEN = np.ones((1, len(N)))
 
 
 @pytest.fixture
-def scaling(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import scaling
-
-    return scaling
+def scaling(from_benchmarks):
+    return from_benchmarks("scaling")
 
 
 def test_loss_at_by_hand(scaling):
