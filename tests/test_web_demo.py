@@ -244,7 +244,8 @@ def test_a_hundred_turns_take_no_more_memory(server, client):
         if n == 20:
             before = objects()
     after = objects()
-    assert after[1] == before[1] and after[0] < before[0] + 400  # 80 turns leave fewer than five objects each
+    # 80 turns leave no tensor and fewer than five objects each; what tests before this one left may go meanwhile
+    assert after[1] <= before[1] and after[0] < before[0] + 400
     assert not server.site.worker.waiting and server.site.worker.job is None
 
 
