@@ -185,7 +185,13 @@ FOREIGN = {"tokenizer.py", "grpo_trainer.py", "rloo_trainer.py", "gguf.md", "doc
 # made by the scripts or by the reader
 MADE = ("out/", "data/", "README.md", "report.md", "compare.md", "quantize.md", "samples.md", "config.py")
 TRACKED = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.*") if ".venv" not in path.parts]
-TEXTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("runs/*"), *ROOT.glob("requirements*.txt")]
+TEXTS = [
+    *ROOT.glob("*.md"),
+    *ROOT.glob("docs/**/*.md"),
+    *ROOT.glob("docs/**/*.py"),
+    *ROOT.glob("runs/*"),
+    *ROOT.glob("requirements*.txt"),
+]
 TEXTS += [ROOT / path for path in FILES] + [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("tests/**/*.py")]
 
 
