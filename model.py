@@ -280,11 +280,11 @@ def product(a, b, out=None):
 
 
 def logits_buffer(h, V):
-    """Room for the logits of a chunk of h's rows (rows, Vp), for logits_of; None on a GPU, which makes its own.
+    """Room for the logits of a chunk of h's rows (rows, Vp), for logits_of; None but on a CPU: others make their own.
 
     Each row begins at a multiple of 64 bytes: at others MKL works at three quarters of the speed (on AMD's Zen 3).
     """
-    if h.is_cuda or len(h) == 0 or torch.compiler.is_compiling():  # which takes no such rows as `out`
+    if not h.is_cpu or len(h) == 0 or torch.compiler.is_compiling():  # which takes no such rows as `out`
         return None
     return upcast(h).new_empty(row_chunks(h)[0].stop, -(-V // 16) * 16)
 

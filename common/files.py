@@ -129,7 +129,7 @@ def new_folder(out: str | Path, overwrite: bool, names: Iterable[str]) -> Iterat
         written = {path.name: _known_by(path) for path in sorted(map(new.joinpath, names)) if path.exists()}
         write_json(new / MARK, {"files": written})
         for path in new.iterdir():
-            with open(path, "rb") as file:
+            with open(path, "r+b") as file:  # Windows syncs only what may be written
                 os.fsync(file.fileno())
         if out.exists() and overwrite:
             lock(out)

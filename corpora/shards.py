@@ -182,6 +182,7 @@ class ShardWriter:
         for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
+            file.close()  # Windows renames no folder with an open file in it
         columns = {name: np.concatenate(batches) for name, batches in self.columns.items()}
         lengths = {f"{stream}_lengths": np.concatenate(batches) for stream, batches in self.lengths.items()}
         with open(self.temporary / "index.npz", "wb") as file:

@@ -43,6 +43,8 @@ def shortened(text, most=200):
 
 
 def is_running(pid):
+    if os.name == "nt":  # where os.kill(pid, 0) would send a Ctrl-C; what was left then stays
+        return True
     try:
         os.kill(pid, 0)  # sends nothing
     except (ProcessLookupError, OverflowError):

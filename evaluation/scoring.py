@@ -132,7 +132,7 @@ def score_batch(model, rows):
             predicted += [(n_states + i, target, b, c) for i, target in enumerate(targets)]
             n_states += len(ids)
     which, targets, b, c = torch.tensor(predicted).T.contiguous()
-    logps = picked_logps(model, torch.cat(states), which.to(device), targets.to(device)).double().cpu()
+    logps = picked_logps(model, torch.cat(states), which.to(device), targets.to(device)).cpu().double()
     found = logps.new_zeros(len(rows), n_choices).index_put_((b, c), logps, accumulate=True)
     return [found[i, : len(row.tails)].tolist() for i, row in enumerate(rows)]
 

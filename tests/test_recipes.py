@@ -1,4 +1,5 @@
-"""The recipes of runs/general.sh and runs/novels.sh: their configs at all sizes, and two of them run in miniature."""
+"""The recipes of runs/general.sh and runs/novels.sh: their configs at all sizes, and two of them, and the demo, run in
+miniature."""
 
 import io
 import json
@@ -166,3 +167,20 @@ def test_a_recipe_runs_in_miniature(script, size, tmp_path):
         assert code == 0, (out + err)[-4000:]
         assert out.count("nothing to do") == 8 and out.count(", skipped") == 7
         assert (runs / "gguf/model.gguf").is_file()
+
+
+@pytest.mark.slow
+def test_the_demo_runs_in_miniature(tmp_path):
+    """On its real corpus, from a copy without data, runs and network; into folders that are not the demo's."""
+    clone = tmp_path / "clone"
+    shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(".*", "data", "out", "tests", "docs", "__pycache__"))
+    code, out, err = shell("demo", cwd=clone, SMOKE="1")
+    assert code == 0, (out + err)[-4000:]
+    assert os.listdir(clone / "data") == os.listdir(clone / "out") == ["demo_smoke"]
+    runs = clone / "out/demo_smoke"
+    for stage in ("pretrain", "sft", "rm", "dpo", "ppo", "grpo"):
+        assert (runs / stage / "loss.png").is_file() and f"its curves: out/demo_smoke/{stage}/loss.png" in out
+    written = ("quantize/ckpt.pt", "report.md", "report.html", "compare.png")
+    assert [name for name in written if not (runs / name).is_file()] == []
+    code, out, err = shell("demo", cwd=clone, SMOKE="1")
+    assert (code, out.count("nothing to do"), out.count(", skipped")) == (0, 7, 4)

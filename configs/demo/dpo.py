@@ -1,9 +1,10 @@
+from configs.demo import DATA, OUT, few
 from configs.dpo_train import config as base
 
 config = base | dict(
-    data="data/demo",
-    init_from="out/demo/sft",
-    out="out/demo/dpo",
+    data=DATA,
+    init_from=f"{OUT}/sft",
+    out=f"{OUT}/dpo",
     beta=0.2,  # with 0.1 and a learning rate of 2e-4 the KL passes 40 nats a reply and the language falls apart
     batch_size=16,
     grad_accumulation_steps=1,
@@ -19,3 +20,4 @@ config = base | dict(
     keep_last=1,  # minutes to train again
     log_interval=5,
 )
+config |= few(eval_pairs=32, eval_prompts=8, eval_new_tokens=40)

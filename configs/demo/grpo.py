@@ -1,10 +1,11 @@
+from configs.demo import DATA, OUT, few
 from configs.grpo_train import config as base
 
 config = base | dict(
-    data="data/demo",
-    init_from="out/demo/sft",
-    reward_model="out/demo/rm",
-    out="out/demo/grpo",
+    data=DATA,
+    init_from=f"{OUT}/sft",
+    reward_model=f"{OUT}/rm",
+    out=f"{OUT}/grpo",
     loss="dr_grpo",  # grpo makes as much of a group's small differences in score as of large ones
     rollout_size=128,
     group_size=8,
@@ -22,4 +23,13 @@ config = base | dict(
     eval_prompts=64,
     save_interval=20,
     keep_last=1,  # minutes to train again
+)
+config |= few(
+    max_steps=4,
+    rollout_size=32,
+    minibatch_size=16,
+    micro_batch_size=16,
+    max_new_tokens=40,
+    norm_prompts=32,
+    eval_prompts=8,
 )

@@ -1,10 +1,11 @@
+from configs.demo import DATA, OUT, few
 from configs.ppo_train import config as base
 
 config = base | dict(
-    data="data/demo",
-    init_from="out/demo/sft",
-    reward_model="out/demo/rm",
-    out="out/demo/ppo",
+    data=DATA,
+    init_from=f"{OUT}/sft",
+    reward_model=f"{OUT}/rm",
+    out=f"{OUT}/ppo",
     rollout_size=128,
     minibatch_size=64,
     micro_batch_size=64,
@@ -21,4 +22,13 @@ config = base | dict(
     eval_prompts=64,
     save_interval=20,
     keep_last=1,  # minutes to train again
+)
+config |= few(
+    max_steps=4,
+    rollout_size=32,
+    minibatch_size=16,
+    micro_batch_size=16,
+    max_new_tokens=40,
+    norm_prompts=32,
+    eval_prompts=8,
 )

@@ -1,10 +1,11 @@
+from configs.demo import DATA, OUT, few
 from configs.pretrain import config as base
 
 # 2.25M parameters: a few minutes on two CPU cores
 config = base | dict(
-    data="data/demo",
-    tokenizer="out/demo/tokenizer",
-    out="out/demo/pretrain",
+    data=DATA,
+    tokenizer=f"{OUT}/tokenizer",
+    out=f"{OUT}/pretrain",
     model=base["model"] | dict(dim=160, n_layers=4, n_heads=5, n_kv_heads=5, max_seq_len=256),
     seq_len=256,
     batch_size=4,
@@ -25,3 +26,4 @@ config = base | dict(
     sample_prompts=["", "这本书", "酒店的", "笔记本"],
     sample_tokens=60,
 )
+config |= few(max_steps=60, warmup_steps=10, eval_tokens=4096, eval_all=False, sample_tokens=20)

@@ -1,9 +1,10 @@
+from configs.demo import DATA, OUT, few
 from configs.rm_train import config as base
 
 config = base | dict(
-    data="data/demo",
-    init_from="out/demo/sft",
-    out="out/demo/rm",
+    data=DATA,
+    init_from=f"{OUT}/sft",
+    out=f"{OUT}/rm",
     batch_size=16,
     max_steps=240,  # one pass over the pairs; in a second the validation loss rises again
     learning_rate=5e-4,
@@ -16,3 +17,4 @@ config = base | dict(
     keep_last=1,  # minutes to train again
     log_interval=5,
 )
+config |= few(eval_pairs=64, eval_all=False)

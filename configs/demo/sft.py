@@ -1,9 +1,10 @@
+from configs.demo import DATA, OUT, few
 from configs.sft import config as base
 
 config = base | dict(
-    data="data/demo",
-    init_from="out/demo/pretrain",
-    out="out/demo/sft",
+    data=DATA,
+    init_from=f"{OUT}/pretrain",
+    out=f"{OUT}/sft",
     batch_size=16,
     grad_accumulation_steps=1,
     example_weight="example",  # else the answers of one word are drowned by the reviews
@@ -18,3 +19,4 @@ config = base | dict(
     keep_last=1,  # minutes to train again
     log_interval=5,
 )
+config |= few(max_steps=60, warmup_steps=10, eval_examples=32, eval_prompts=16, eval_new_tokens=40)

@@ -13,7 +13,7 @@ from chains import ROOT
 from packing import make_bins
 
 from dataset.corpus import Corpus
-from dataset.formats import OURS, BinWriter, DataError, atomic_write, load_pkl, save_pkl
+from dataset.formats import OURS, BinWriter, DataError, atomic_write, is_running, load_pkl, save_pkl
 
 
 @pytest.mark.parametrize("vocab_size, size", [(1 << 16, 2), ((1 << 16) + 1, 4)])
@@ -60,6 +60,14 @@ def test_atomic_write_removes_what_one_that_was_killed_left(tmp_path):
     with atomic_write(path) as file:
         file.write(b"whole")
     assert {each.name for each in tmp_path.iterdir()} == {*others, "a[1].bin"}
+
+
+def test_whether_a_process_runs_is_asked_without_a_signal_on_windows(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "name", "nt")
+        patch.setattr(os, "kill", lambda *_: pytest.fail("a Ctrl-C was sent"))
+        asked = is_running(os.getpid())
+    assert asked
 
 
 def test_pkl_round_trip(tmp_path):
