@@ -1,6 +1,6 @@
 """ckpt.pt: one file that says what model it holds, where it came from and how to go on training it.
 
-It is a plain dict of tensors and builtin values, read with `weights_only=True`: loading runs no code from it.
+It is a plain dict of tensors and builtin values, read by archive.py: loading runs no code from it.
 How it is written and read is in checkpoint_file.py: a full disk or a kill leaves the previous one intact.
 """
 
