@@ -9,10 +9,10 @@ if [ "$out" = out/demo ]; then
     echo 'About 16 minutes and 1.7 GB of memory on two CPU cores (Intel Xeon, AVX-512), after the requirements are installed.'
     echo 'In seconds: data and tokenizer 12, pretraining 201, fine-tuning 351, reward model 29, DPO 39, PPO 145, GRPO 130,'
     echo 'int8 5, comparison 52. SMOKE=1 bash runs/demo.sh walks all of it in at most three minutes, in few steps.'
-    few=()
+    shown=(--best_of=2,4,8)
 else
     echo 'SMOKE=1: every stage in few steps, at most three minutes on two CPU cores; what the models say means nothing.'
-    few=(--compare_prompts=16 --compare_samples=2 --compare_examples=8 --best_of=2 --max_new_tokens=20)
+    shown=(--compare_prompts=16 --compare_samples=2 --compare_examples=8 --best_of=2 --max_new_tokens=20)
 fi
 echo "Data goes to $data, models and plots to $out."
 . runs/setup.sh requirements.txt
@@ -36,7 +36,7 @@ train grpo grpo_train.py
 stage quantize python quantize.py configs/demo/quantize.py --resume
 once "$out/report.md" compare python eval_generate.py --data="$data" --report="$out/report.md" \
     --compare="$out/sft,$out/dpo,$out/ppo,$out/grpo,$out/quantize,$out/pretrain" \
-    --best_of=2,4,8 --reward_model="$out/rm" --picture="$out/compare.png" "${few[@]}"
+    --reward_model="$out/rm" --picture="$out/compare.png" "${shown[@]}"
 stage report python -m common.report "$out"
 
 printf '\nDone in %d s. Loss plots: %s/*/loss.png; samples: %s/*/samples.txt; comparison: %s/report.md\n' \
