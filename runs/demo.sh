@@ -39,8 +39,8 @@ once "$out/report.md" compare python eval_generate.py --data="$data" --report="$
     --reward_model="$out/rm" --picture="$out/compare.png" "${shown[@]}"
 stage report python -m common.report "$out"
 
-printf '\nDone in %d s. Loss plots: %s/*/loss.png; samples: %s/*/samples.txt; comparison: %s/report.md\n' \
-    $((SECONDS - began)) "$out" "$out" "$out"
+printf '\nDone in %d s. ' $((SECONDS - began))
+echo "Loss plots: $out/*/loss.png; samples: $out/*/samples.txt; comparison: $out/report.md"
 echo "All of it on one page: $out/report.html"
 echo "Chat with it: python eval_generate.py --ckpt=$out/ppo, or in a browser: python web_demo.py --runs=$out"
 echo 'Next, a poet whose rewards are rules: bash runs/poems.sh'
