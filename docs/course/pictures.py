@@ -12,6 +12,7 @@ import numpy as np
 from common.optim import learning_rate
 from common.plots import new_figure, png
 from configs.pretrain import config as pretrain_config
+from docs.course import pictures_alignment
 
 
 def pretrain():
@@ -28,7 +29,7 @@ def pretrain():
     return figure
 
 
-PICTURES = dict(pretrain=pretrain)
+PICTURES = dict(pretrain=pretrain) | pictures_alignment.PICTURES
 
 
 def main(names):
