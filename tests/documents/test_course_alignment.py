@@ -7,12 +7,14 @@ import pytest
 import torch
 
 import dpo_train
+import grpo_train
+import ppo_train
 import rm_train
-from alignment.objective import wins
+from alignment.objective import policy_loss, wins
 from common.config import parse_config
 from docs.links import ROOT
 
-PAGES = ["rm", "dpo"]
+PAGES = ["rm", "dpo", "ppo", "grpo"]
 STAGE_OF = {"alignment.ranked": "ranked"}
 
 
@@ -66,3 +68,51 @@ def test_dpo_page():
     holds("dpo", row("cdpo", f"0.9 × {losses['sigmoid']} + 0.1 × {wrong:.4f}", losses["cdpo"]))
     assert starts["sigmoid"] == starts["cdpo"]
     holds("dpo", f"sigmoid 和 cdpo 的损失都是 ln 2 = {starts['cdpo']}，ipo 是 (1/2β)² = {starts['ipo']}")
+
+
+def test_ppo_page():
+    mask = torch.tensor([[0, 1.0, 1, 1, 0]])
+    logps, ref, values = (torch.tensor([[0, *x, 0]]) for x in ([-1.0, -2, -0.5], [-1.5, -1.5, -0.5], [0.2, 0.4, 0.6]))
+    rewards = ppo_train.penalised_rewards(torch.ones(1), logps, ref, mask, 0.1)
+    deltas, _ = ppo_train.gae(rewards, values, mask, 1.0, 0.0)
+    advantages, returns = ppo_train.gae(rewards, values, mask, 1.0, 0.5)
+    white = ppo_train.masked_whiten(advantages, mask)
+    columns = (logps, ref, rewards, values, deltas, advantages, returns, white)
+    forms = ".1f .1f .3f .1f .3f .4f .4f .4f".split()
+    for i in (1, 2, 3):
+        holds("ppo", row(i, *(format(x[0, i].item(), form) for x, form in zip(columns, forms, strict=True))))
+    whole = ppo_train.gae(rewards, values, mask, 1.0, 1.0)[1][0, 1:4].tolist()
+    holds("ppo", "往后的奖励之和：" + "、".join(f"{each:.4f}" for each in whole))
+    one = torch.ones(1, 1)
+    for advantage in (1.0, -1.0):
+        losses = [policy_loss((ratio * one).log(), 0 * one, advantage * one, one, 0.2) for ratio in (1.5, 0.9, 0.5)]
+        holds("ppo", row(advantage, *(f"{loss.item():.2f}" for loss in losses)))
+    loss = ppo_train.value_loss(0.9 * one, 0.2 * one, 0.3 * one, one, 0.2)
+    holds(
+        "ppo",
+        f"旧值 0.2、新值 0.9、回报 0.3、截断 0.2。截到 0.4，误差 0.01；没截的 0.36 更大，取它的一半：{loss.item():.4f}",
+    )
+    above, little, none = (ppo_train.adapt_kl_coef(0.02, kl, 6.0, 50.0) for kl in (9, 6.6, 0))
+    holds("ppo", f"KL 为 9 时变成 {above:.4f}，为 6.6 时 {little:.4f}，为 0 时 {none:.4f}")
+
+
+def test_grpo_page():
+    scores, mask = torch.tensor([1.0, 0.5, -0.5, 1.0]), torch.ones(4, 1)
+    logps, ref = (torch.tensor(x)[:, None] for x in ([-3.0, -4, -5, -6], [-4.0, -4, -4, -8]))
+    rewards = grpo_train.penalised_rewards(scores, logps, ref, mask, 0.1)
+    kinds = ("grpo", "dr_grpo", "rloo")
+    advantages = [grpo_train.group_advantages(rewards, 4, loss) for loss in kinds]
+    for i in range(4):
+        given = (scores[i].item(), logps[i].item(), ref[i].item(), f"{rewards[1, i].item() + 0:.2f}")
+        holds("grpo", row(i + 1, *given, *(f"{each[i].item():.4f}" for each in advantages)))
+    holds("grpo", f"平均惩罚 −{-rewards[1].mean().item():.2f}，得分的标准差 {scores.std().item():.4f}")
+    mask, logps = torch.tensor([[1.0, 0, 0], [1, 1, 1]]), torch.zeros(2, 3, requires_grad=True)
+    weights = dict(grpo=("1/2", "1/6"), dr_grpo=("1/8", "1/8"), rloo=("整条 1/2", "整条 1/2"))
+    for loss in kinds:
+        config = dict(loss=loss, max_new_tokens=4, cliprange=0.2)
+        value, _ = grpo_train.group_loss(logps, torch.zeros(2, 3), torch.ones(2, 1), mask, 2, config)
+        (grad,) = torch.autograd.grad(value, logps)  # at a ratio of 1 the weight of each token, negated
+        top, bottom = (each.removeprefix("整条 ").split("/") for each in weights[loss]), (-grad[0, 0], -grad[1, 0])
+        for (a, b), weight in zip(top, bottom, strict=True):
+            torch.testing.assert_close(weight.item(), int(a) / int(b), rtol=1e-6, atol=0)
+        holds("grpo", row(loss, *weights[loss], f"{value.item():.4f}"))
