@@ -3,6 +3,7 @@
 import re
 import shlex
 
+import gguf
 import pytest
 import torch
 
@@ -13,8 +14,13 @@ import rm_train
 from alignment.objective import policy_loss, wins
 from common.config import parse_config
 from docs.links import ROOT
+from interop.gguf import tensor_type
+from interop.hf import pairs_to_halves
+from lowbit.gptq import dequantize, gptq, inverse_factor, quantize_int4
+from model import ModelConfig, Rope, rope_table
+from quantize import input_hessian, output_error, quantize_int8
 
-PAGES = ["rm", "dpo", "ppo", "grpo"]
+PAGES = ["rm", "ppo", "grpo", "dpo", "quantize", "export"]
 STAGE_OF = {"alignment.ranked": "ranked"}
 
 
@@ -116,3 +122,55 @@ def test_grpo_page():
         for (a, b), weight in zip(top, bottom, strict=True):
             torch.testing.assert_close(weight.item(), int(a) / int(b), rtol=1e-6, atol=0)
         holds("grpo", row(loss, *weights[loss], f"{value.item():.4f}"))
+
+
+def test_quantize_page():
+    weight = torch.tensor([[0.30, -0.55, 0.10, 1.27]])
+
+    def numbers(q, restored):
+        return [f"{n} ({w:.4f})" for n, w in zip(q.flatten().tolist(), restored.flatten().tolist(), strict=True)]
+
+    q, scale = quantize_int8(weight)
+    restored = q.float() * scale.float()[:, None]
+    holds("quantize", row("int8", f"{scale.item():.4f}", 0, *numbers(q, restored)), f"是 {scale.item():.5f}。")
+    for name, size in (("int4，一组四列", 4), ("int4，一组两列", 2)):
+        q, scale, zero = quantize_int4(weight, size, False)
+        scales, zeros = "、".join(f"{s:.4f}" for s in scale[0].tolist()), "、".join(map(str, zero[0].tolist()))
+        restored = dequantize(q.float().unflatten(1, (-1, size)), scale, zero)
+        holds("quantize", row(name, scales, zeros, *numbers(q, restored)))
+
+    weight, hessian = torch.tensor([[0.9375, 0.30]]), input_hessian([torch.tensor([[1.0, 1], [1, 1], [1, 1], [1, -1]])])
+    holds("quantize", f"H = {hessian.int().tolist()}；")
+    u = inverse_factor(hessian, 0.0)
+    holds("quantize", f"第一行是 {u[0, 0]:.4f}、{u[0, 1]:.4f}。", f"0.30 + 0.0625 × {-u[0, 1]:.4f}/{u[0, 0]:.4f} = ")
+    updated = weight[0, 1] - (0.9375 - 0.875) / u[0, 0] * u[0, 1]
+    nearest = quantize_int4(weight, 2, True)
+    better = gptq(weight, hessian, 2, True, damping=0.0, act_order=False, search=False)
+    restored = [dequantize(q.float()[:, None], s, z)[:, 0] for q, s, z in (nearest, better)]
+    said = (
+        f"取 {nearest[0][0, 1]}，还原 {restored[0][0, 1].item():g}。",
+        f"还原 {restored[0][0, 0].item():g}，差 0.0625",
+    )
+    holds("quantize", *said, f"= {updated.item():.5f}，", f"取 {better[0][0, 1]}，还原 {restored[1][0, 1].item():g}。")
+    before, after = (output_error(weight, each, hessian) for each in restored)
+    holds("quantize", f"输出的相对误差从 {before:.4f} 降到 {after:.4f}")
+
+
+def test_export_page():
+    order = pairs_to_halves(torch.arange(8.0)[:, None], 2).flatten().int().tolist()
+    holds("export", "次序是 " + " ".join(map(str, order)))
+    config = ModelConfig(dim=4, n_layers=1, n_heads=1, n_kv_heads=1, vocab_size=8, max_seq_len=2)
+    cos, sin = (table[1:] for table in rope_table(config))
+    q = torch.tensor([1.0, 0, 2, 1])
+    ours = Rope.apply(q.view(1, 1, 1, 4), cos, sin).flatten()
+    halves = pairs_to_halves(q[:, None], 1).flatten()
+    angles = torch.tensor([1.0, 0.01]).repeat(2)
+    theirs = halves * angles.cos() + torch.cat([-halves[2:], halves[:2]]) * angles.sin()  # transformers' rotate_half
+    for name, before, after in (("本项目", q, ours), ("transformers", halves, theirs)):
+        numbers = ", ".join(f"{x:g}" for x in before.tolist()), ", ".join(f"{x:.4f}" for x in after.tolist())
+        holds("export", row(name, *numbers))
+    torch.testing.assert_close(pairs_to_halves(ours[:, None], 1).flatten(), theirs)
+    weight = torch.ones(160, 160)
+    for dtype in ("float32", "bfloat16", "float16", "q8_0", "q4_0"):
+        kind = tensor_type("layers.0.attention.wq.weight", weight, config, dtype)
+        holds("export", row(dtype, f"{gguf.quants.quantize(weight.numpy(), kind).nbytes:,}"))
