@@ -1,0 +1,141 @@
+"""Commands of the documents: README's run, letter by letter, and of all others every file and every option exists."""
+
+import argparse
+import contextlib
+import io
+import json
+import re
+
+import pytest
+from chains import OPTIONS, write_corpora
+from commands import MARKS, ROOT, STAGE, call, commands, inline, main_of, read, script, words
+
+from common.config import parse_config
+from docs.links import documents
+
+PAGES = [path.relative_to(ROOT).as_posix() for path in documents()]
+# programs of others, of which only the name is known here
+FOREIGN = {"pip", "curl", "cd", "transformers", "llama-server", "llama-cli", "ollama", "vllm", "./run", "lm_eval"}
+SHAPE = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=64)
+SMALL = dict(pretrain=OPTIONS["pretrain"], sft=OPTIONS["sft"], rm=OPTIONS["rm"], dpo=OPTIONS["dpo"])
+SMALL |= dict(ppo=OPTIONS["ppo"], quantize=OPTIONS["quantize"])
+SMALL["grpo"] = {k: v for k, v in OPTIONS["ppo"].items() if k not in ("kl_target",)} | dict(group_size=4)
+SMALL = {name: options | ({} if name == "quantize" else dict(max_steps=2)) for name, options in SMALL.items()}
+SMALL["quantize"] = SMALL["quantize"] | dict(calibration_tokens=256)
+CORPORA = dict(positive="positive.txt", negative="negative.txt", people_daily="paper.txt")
+SMALL["data"] = CORPORA | dict(val_share=0.2, max_seq_len=64, rm_length_bin=8, prompts_train=24, prompts_val=8)
+SMALL["tokenizer"] = dict(vocab_size=540)
+
+
+class Known(Exception):
+    """The options have been read, and were right."""
+
+
+def check(command):
+    """AssertionError, or the error of the script's own parser, if a file or an option of a command is not there."""
+    found = words(command)
+    if found[0] == "bash":
+        assert (ROOT / found[1]).is_file(), found[1]
+        return
+    assert found[0] in FOREIGN | {"python", "torchrun"}, found[0]
+    if found[0] in FOREIGN:
+        return
+    path, arguments = script(found)
+    if found[1:3] == ["-m", "pip"]:
+        return
+    assert (ROOT / path).is_file(), path
+    stage = STAGE.search((ROOT / path).read_text(encoding="utf-8"))
+    with contextlib.redirect_stdout(io.StringIO()), pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        if "--help" in arguments:
+            return
+        if stage:
+            parse_config(stage[1], arguments, "")
+        elif arguments:
+            parse = argparse.ArgumentParser.parse_args
+
+            def read_only(self, args=None, namespace=None):
+                parse(self, args, namespace)
+                raise Known
+
+            patch.setattr(argparse.ArgumentParser, "parse_args", read_only)
+            if path == "runs/datatrove_minhash.py":  # of a package that is not among the requirements
+                pytest.importorskip("datatrove", reason="its options are not read without datatrove")
+            with pytest.raises(Known):
+                call(main_of(path, patch), path, arguments, patch)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_of_a_page_exist(page, monkeypatch):
+    monkeypatch.setenv("RECIPE", "general")  # what runs/recipe.sh says to configs/recipes
+    monkeypatch.setenv("SIZE", "58m")
+    text = read(page)
+    for command in [command for command, _ in commands(text)] + inline(text):
+        try:
+            check(command)
+        except (Exception, SystemExit) as error:
+            raise AssertionError(f"{page}: {command}: {error}") from error
+
+
+def test_a_wrong_command_is_found():
+    wrong = ["python sft.py --max_step=3", "python no.py", "python benchmarks/gpu.py --fast", "bash runs/no.sh"]
+    for command in [*wrong, "python -m common.compare --outs=a b", "python sft.py configs/no.py", "unknown --here"]:
+        with pytest.raises((Exception, SystemExit)):
+            check(command)
+
+
+def checkout(folder):
+    """Links to all of the project, but for the demo's configs, which are small here; and the corpora that they name."""
+    for path in ROOT.iterdir():
+        if path.name not in (".git", "out", "data", "configs"):
+            (folder / path.name).symlink_to(path)
+    (folder / "configs" / "demo").mkdir(parents=True)
+    for path in (ROOT / "configs").iterdir():
+        if path.name != "demo":
+            (folder / "configs" / path.name).symlink_to(path)
+    for path in (ROOT / "configs/demo").glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        small = f"\nconfig = config | {SMALL[path.stem]!r}\n" if path.stem in SMALL else ""
+        small = re.sub(r"'model\.\w+': \d+, ", "", small)
+        if path.stem == "pretrain":
+            small += f"config['model'] = config['model'] | {SHAPE!r}\n"
+        (folder / "configs/demo" / path.name).write_text(text + small, encoding="utf-8")
+    write_corpora(folder)
+
+
+def own_files(folder):
+    """What a reader brings: wiki.json, books/, sft.json, pairs.jsonl and tokenizer.model."""
+    lines = (folder / "positive.txt").read_text(encoding="utf-8").splitlines()
+    long = ["".join(lines[i : i + 8]) for i in range(0, len(lines) - 8)]
+    rows = [{"completion": text} for text in long]
+    (folder / "wiki.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    (folder / "books").mkdir()
+    (folder / "books/one.txt").write_text("\n".join(reversed(long)), encoding="utf-8")
+    rows = [dict(instruction=f"写第{i}条好评。", input="", output=line) for i, line in enumerate(lines)]
+    (folder / "sft.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    bad = (folder / "negative.txt").read_text(encoding="utf-8").splitlines()
+    rows = [
+        dict(prompt=f"写第{i}条评价。", chosen=a, rejected=b) for i, (a, b) in enumerate(zip(lines, bad, strict=False))
+    ]
+    (folder / "pairs.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    (folder / "tokenizer.model").write_bytes((folder / "out/demo/tokenizer/tokenizer.model").read_bytes())
+
+
+@pytest.mark.slow
+def test_commands_of_the_readme_run_in_order(tmp_path, monkeypatch, capsys):
+    checkout(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))  # a chat that ends at once
+    text = read("README.md")
+    for command, comment in commands(text):
+        if any(mark in comment for mark in MARKS):
+            continue
+        if "wiki.json" in command:
+            own_files(tmp_path)
+        path, arguments = script(words(command))
+        call(main_of(path, monkeypatch), path, arguments, monkeypatch)
+        said = capsys.readouterr().out
+        assert said or path == "eval_generate.py", command
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert capsys.readouterr().out
