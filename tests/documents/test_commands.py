@@ -11,20 +11,36 @@ from chains import OPTIONS, write_corpora
 from commands import MARKS, ROOT, STAGE, call, commands, inline, main_of, read, script, words
 
 from common.config import parse_config
+from docs.course.pictures import PICTURES
 from docs.links import documents
 
 PAGES = [path.relative_to(ROOT).as_posix() for path in documents()]
 # programs of others, of which only the name is known here
-FOREIGN = {"pip", "curl", "cd", "transformers", "llama-server", "llama-cli", "ollama", "vllm", "./run", "lm_eval"}
+FOREIGN = {
+    "pip",
+    "curl",
+    "cd",
+    "transformers",
+    "llama-server",
+    "llama-cli",
+    "ollama",
+    "vllm",
+    "./run",
+    "lm_eval",
+    "ruff",
+    "git",
+    "docker",
+}
 SHAPE = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=64)
-SMALL = dict(pretrain=OPTIONS["pretrain"], sft=OPTIONS["sft"], rm=OPTIONS["rm"], dpo=OPTIONS["dpo"])
-SMALL |= dict(ppo=OPTIONS["ppo"], quantize=OPTIONS["quantize"])
-SMALL["grpo"] = {k: v for k, v in OPTIONS["ppo"].items() if k not in ("kl_target",)} | dict(group_size=4)
-SMALL = {name: options | ({} if name == "quantize" else dict(max_steps=2)) for name, options in SMALL.items()}
-SMALL["quantize"] = SMALL["quantize"] | dict(calibration_tokens=256)
-CORPORA = dict(positive="positive.txt", negative="negative.txt", people_daily="paper.txt")
-SMALL["data"] = CORPORA | dict(val_share=0.2, max_seq_len=64, rm_length_bin=8, prompts_train=24, prompts_val=8)
+# what is appended to each file of configs/demo: the miniature of tests/chains.py
+SMALL = {stage: options | dict(max_steps=2) for stage, options in OPTIONS.items() if stage != "quantize"}
+SMALL["grpo"] = {key: value for key, value in SMALL["ppo"].items() if key != "kl_target"} | dict(group_size=4)
+SMALL["pretrain"] = {key: value for key, value in SMALL["pretrain"].items() if "." not in key} | dict(model=SHAPE)
+SMALL["pretrain"] |= dict(sample_prompts=["酒店", "这本书"])
+SMALL["quantize"] = dict(calibration_tokens=256, sample_tokens=8)
 SMALL["tokenizer"] = dict(vocab_size=540)
+SMALL["data"] = dict(positive="positive.txt", negative="negative.txt", people_daily="paper.txt", val_share=0.2)
+SMALL["data"] |= dict(max_seq_len=64, rm_length_bin=8, prompts_train=24, prompts_val=8)
 
 
 class Known(Exception):
@@ -51,6 +67,8 @@ def check(command):
             return
         if stage:
             parse_config(stage[1], arguments, "")
+        elif path == "docs/course/pictures.py":
+            assert set(arguments) <= PICTURES.keys()
         elif arguments:
             parse = argparse.ArgumentParser.parse_args
 
@@ -94,12 +112,10 @@ def checkout(folder):
         if path.name != "demo":
             (folder / "configs" / path.name).symlink_to(path)
     for path in (ROOT / "configs/demo").glob("*.py"):
-        text = path.read_text(encoding="utf-8")
-        small = f"\nconfig = config | {SMALL[path.stem]!r}\n" if path.stem in SMALL else ""
-        small = re.sub(r"'model\.\w+': \d+, ", "", small)
-        if path.stem == "pretrain":
-            small += f"config['model'] = config['model'] | {SHAPE!r}\n"
-        (folder / "configs/demo" / path.name).write_text(text + small, encoding="utf-8")
+        changes = dict(SMALL.get(path.stem, {}))
+        small = f"\nconfig['model'] = config['model'] | {changes.pop('model')!r}" if "model" in changes else ""
+        small = f"{path.read_text(encoding='utf-8')}{small}\nconfig = config | {changes!r}\n"
+        (folder / "configs/demo" / path.name).write_text(small, encoding="utf-8")
     write_corpora(folder)
 
 
@@ -119,6 +135,11 @@ def own_files(folder):
     ]
     (folder / "pairs.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
     (folder / "tokenizer.model").write_bytes((folder / "out/demo/tokenizer/tokenizer.model").read_bytes())
+
+
+def test_the_readme_has_every_stage_of_the_demo():
+    stages = {f"configs/demo/{path.name}" for path in (ROOT / "configs/demo").glob("[!_]*.py")}
+    assert stages == {word for command, _ in commands(read("README.md")) for word in words(command) if word in stages}
 
 
 @pytest.mark.slow
