@@ -19,7 +19,7 @@ def read(name):
 def commands(text):
     """(command, comment) of each command in a text's blocks of bash, lines that go on joined."""
     found = []
-    for block in re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S):
+    for block in re.findall(r"^ *```bash\n(.*?)^ *```", text, re.M | re.S):
         for line in block.replace("\\\n", "").splitlines():
             command, _, comment = re.sub(r"(^|\s)# ", r"\1\0", line).partition("\0")
             if command.strip():
@@ -29,9 +29,8 @@ def commands(text):
 
 def inline(text):
     """Commands within a line of text, but for those with a gap that the reader fills."""
-    spans = re.findall(
-        r"`((?:\w+=\S+ )*(?:python|bash|torchrun) [^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
-    )
+    prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.M | re.S)
+    spans = re.findall(r"`((?:\w+=\S+ )*(?:python|bash|torchrun) [^`\n]+)`", prose)
     return [span for span in spans if not re.search(r"[<…]|\.\.\.", span)]
 
 
