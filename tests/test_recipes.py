@@ -1,18 +1,15 @@
-"""The recipes of runs/general.sh and runs/novels.sh: their configs at all sizes, and two of them, and the demo, run in
-miniature."""
+"""The recipes of runs/general.sh and runs/novels.sh: their configs at all sizes, and two of them run in miniature."""
 
 import io
 import json
-import os
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from chains import ROOT, failure
 from rows import adapt
+from scripts import VARIABLES, shell
 
 import data_process
 from common import checkpoint
@@ -36,7 +33,6 @@ CONFIGS = {  # of a stage's defaults: its file
     "eval_generate": "compare",
 }
 SIZES = [name.removeprefix("tiny-llama2-") for name in sizes]
-VARIABLES = "RECIPE SIZE SMOKE SPLIT WORLD_SIZE VOCAB TOKENIZER SOURCES HUB QUESTIONS".split()
 
 
 @pytest.fixture
@@ -102,17 +98,6 @@ def test_all_stages_fit_16_gb(config_of, size):
         assert peak + RESERVED <= 16e9, (stage, peak)
 
 
-def shell(script, *arguments, cwd=ROOT, **environment):
-    """Run a script of runs/ with these variables alone, in the environment of the tests and without a network."""
-    env = {key: value for key, value in os.environ.items() if key not in VARIABLES}
-    env |= dict(VIRTUAL_ENV=sys.prefix, PATH=f"{Path(sys.executable).parent}:{env['PATH']}", OMP_NUM_THREADS="1")
-    env |= dict(PIP_NO_INDEX="1", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
-    done = subprocess.run(
-        ["bash", f"runs/{script}.sh", *arguments], cwd=cwd, env=env | environment, capture_output=True, text=True
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
 @pytest.mark.parametrize(
     "arguments, environment, words",
     [
@@ -167,20 +152,3 @@ def test_a_recipe_runs_in_miniature(script, size, tmp_path):
         assert code == 0, (out + err)[-4000:]
         assert out.count("nothing to do") == 8 and out.count(", skipped") == 7
         assert (runs / "gguf/model.gguf").is_file()
-
-
-@pytest.mark.slow
-def test_the_demo_runs_in_miniature(tmp_path):
-    """On its real corpus, from a copy without data, runs and network; into folders that are not the demo's."""
-    clone = tmp_path / "clone"
-    shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(".*", "data", "out", "tests", "docs", "__pycache__"))
-    code, out, err = shell("demo", cwd=clone, SMOKE="1")
-    assert code == 0, (out + err)[-4000:]
-    assert os.listdir(clone / "data") == os.listdir(clone / "out") == ["demo_smoke"]
-    runs = clone / "out/demo_smoke"
-    for stage in ("pretrain", "sft", "rm", "dpo", "ppo", "grpo"):
-        assert (runs / stage / "loss.png").is_file() and f"its curves: out/demo_smoke/{stage}/loss.png" in out
-    written = ("quantize/ckpt.pt", "report.md", "report.html", "compare.png")
-    assert [name for name in written if not (runs / name).is_file()] == []
-    code, out, err = shell("demo", cwd=clone, SMOKE="1")
-    assert (code, out.count("nothing to do"), out.count(", skipped")) == (0, 7, 4)
