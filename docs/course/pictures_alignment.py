@@ -91,7 +91,7 @@ def quantize():
     inputs = torch.randn(2048, 64, generator=generator) @ torch.randn(64, 256, generator=generator)
     inputs = inputs + 2 * torch.randn(2048, 256, generator=generator)
     hessian = 2 * inputs.T @ inputs / len(inputs)
-    figure, sizes = new_figure(6.4, 3.2), [16, 32, 64, 128, 256]
+    figure, sizes = new_figure(6.4, 3.2), [32, 64, 128]
     axes = figure.add_subplot()
     made = dict(rtn=lambda g: quantize_int4(weight, g, False), gptq=lambda g: gptq(weight, hessian, g, False))
     for name, make in made.items():
