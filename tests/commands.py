@@ -6,7 +6,8 @@ import shlex
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from docs.links import ROOT
+
 # what a comment behind a command says of it, if it is not to be run
 MARKS = ("需要显卡", "八张显卡", "要联网", "几小时", "一直运行", "的检查点", "约十五分钟", "运行全部测试", "几分钟")
 STAGE = re.compile(r'parse_config\(\s*"(\w+)"')

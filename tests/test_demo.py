@@ -21,3 +21,5 @@ def test_the_demo_runs_in_miniature(tmp_path):
         assert (runs / stage / "loss.png").is_file() and f"its curves: out/demo_smoke/{stage}/loss.png" in out
     written = ("quantize/ckpt.pt", "report.md", "report.html", "compare.png")
     assert [name for name in written if not (runs / name).is_file()] == []
+    code, out, err = shell("demo", cwd=clone, SMOKE="1")
+    assert (code, out.count("nothing to do"), out.count(", skipped")) == (0, 7, 4)

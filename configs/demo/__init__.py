@@ -4,6 +4,8 @@ import os
 
 SMOKE = os.environ.get("SMOKE") == "1"
 DATA, OUT = ("data/demo_smoke", "out/demo_smoke") if SMOKE else ("data/demo", "out/demo")
+FEW_REPLIES = dict(max_steps=4, rollout_size=32, minibatch_size=16, micro_batch_size=16)  # PPO's and GRPO's trial
+FEW_REPLIES |= dict(max_new_tokens=40, norm_prompts=32, eval_prompts=8)
 
 
 def in_smoke(**changes):

@@ -1,4 +1,4 @@
-from configs.demo import DATA, OUT, few
+from configs.demo import DATA, FEW_REPLIES, OUT, few
 from configs.ppo_train import config as base
 
 config = base | dict(
@@ -23,12 +23,4 @@ config = base | dict(
     save_interval=20,
     keep_last=1,  # minutes to train again
 )
-config |= few(
-    max_steps=4,
-    rollout_size=32,
-    minibatch_size=16,
-    micro_batch_size=16,
-    max_new_tokens=40,
-    norm_prompts=32,
-    eval_prompts=8,
-)
+config |= few(**FEW_REPLIES)
