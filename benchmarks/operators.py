@@ -58,7 +58,7 @@ def profile_step(shape, optimizer, steps=5):
     """[operator with its shapes], all of `steps` steps, and the seconds of one."""
     arguments, B, T = SHAPES[shape]
     config = ModelConfig(**arguments)
-    step = make_ours(config, T, optimizer)
+    step = make_ours(config, optimizer)
     ids = torch.randint(3, config.vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(0))
     for _ in range(2):
         step(ids)

@@ -1,7 +1,8 @@
 """A training step beside a plain Hugging Face loop: tokens a second, memory, and what share of the machine's matrix
 product speed the step reaches; then, by benchmarks/parallel.py, two processes beside one.
 
-Both train the same shape on the same random tokens with AdamW, each in a process of its own, in turns; of the speeds
+On a CPU that multiplies bfloat16 in hardware ours is also measured with products in it, beside their float32 loop.
+All train the same shape on the same random tokens with AdamW, each in a process of its own, in turns; of the speeds
 the best round counts. A step's floating-point operations are those of its matrix products (common/plan.py).
 
     python benchmarks/train.py
@@ -11,13 +12,16 @@ in:  transformers (requirements-dev.txt)
 out: a table and, last, one line of JSON on standard output
 """
 
+import platform
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from harness import argument_parser, fastest, hf_config, launch, print_figures, read_figures, run_python, take_turns
 
+from common.distributed import setup
 from common.optim import build_optimizer
 from common.plan import flops_per_token, measured_peak
 from common.progress import peak_memory_gb
@@ -35,19 +39,21 @@ PARALLEL = Path(__file__).with_name("parallel.py")
 SECONDS = 12  # of steps in one round, after two that warm up
 
 
-def make_ours(config, T, optimizer="adamw"):
-    """A step function of our model, with the optimizer that pretrain.py would build."""
-    model = Llama(config)
+def make_ours(config, optimizer="adamw", dtype="float32"):
+    """A step function of our model, with the optimizer and the precision that pretrain.py would take."""
+    env, model = setup("cpu", dtype), Llama(config)
     optimizer = build_optimizer(model, defaults | dict(optimizer=optimizer))
 
     def step(ids):
-        model(ids[:, :-1], ids[:, 1:]).backward()
+        with env.autocast():
+            loss = model(ids[:, :-1], ids[:, 1:])
+        loss.backward()
         finish(model, optimizer)
 
     return step
 
 
-def make_hf(config, T):
+def make_hf(config):
     """The loop one finds in tutorials: LlamaForCausalLM computes its own loss, torch's AdamW as it comes."""
     from transformers import LlamaForCausalLM
 
@@ -91,6 +97,14 @@ def finish(model, optimizer):
     optimizer.zero_grad(set_to_none=True)
 
 
+def cpu_name():
+    """As Linux names it, else as Python does; and the instructions that torch uses."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def measure_peak():
     """Floating-point operations a second of large matrix products."""
     return dict(rate=measured_peak(2048, seconds=2))
@@ -100,7 +114,7 @@ def measure_step(kind, shape):
     """Tokens a second, their floating-point operations, and the peak memory of this process."""
     arguments, B, T = SHAPES[shape]
     config = ModelConfig(**arguments)
-    step = (make_ours if kind == "ours" else make_hf)(config, T)
+    step = KINDS[kind][1](config)
     ids = torch.randint(3, config.vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(0))
     for _ in range(2):
         step(ids)
@@ -112,6 +126,14 @@ def measure_step(kind, shape):
     return dict(rate=rate, flops=rate * flops_per_token(config, T), megabytes=peak_memory_gb() * 1e9 / 2**20)
 
 
+# a program's name and what makes its step
+KINDS = {
+    "hf": ("Hugging Face", make_hf),
+    "ours": ("ours", make_ours),
+    "bfloat16": ("ours, bfloat16", partial(make_ours, dtype="bfloat16")),
+}
+
+
 def main():
     parser = argument_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
@@ -120,15 +142,16 @@ def main():
     if options.losses:
         print_figures({shape: compare_losses(shape) for shape in SHAPES})
         return
+    has_bfloat16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    kinds = list(KINDS) if has_bfloat16 else ["hf", "ours"]
     jobs = {}
     for shape in SHAPES:
-        jobs |= {(kind, shape): (measure_step, kind, shape) for kind in ("hf", "ours")}
+        jobs |= {(kind, shape): (measure_step, kind, shape) for kind in kinds}
         jobs["peak", shape] = (measure_peak,)
     best = fastest(jobs, options.rounds)
     peak = max(best.pop(("peak", shape))["rate"] for shape in SHAPES)
-    names = dict(hf="Hugging Face", ours="ours")
     rows = [
-        dict(shape=shape, name=names[kind], share=found["flops"] / peak) | found
+        dict(shape=shape, name=KINDS[kind][0], share=found["flops"] / peak) | found
         for (kind, shape), found in best.items()
     ]
     columns = {
@@ -136,17 +159,22 @@ def main():
         "": "{name}",
         "tokens/s": "{rate:,.0f}",
         "peak memory (MB)": "{megabytes:,.0f}",
-        "of the matrix product peak": "{share:.1%}",
+        "of float32's matrix product peak": "{share:.1%}",
     }
     print(f"{torch.get_num_threads()} threads; matrix product peak {peak / 1e9:,.0f} GFLOP/s")
     print(format_table(columns, rows))
     ours, hf = (best[kind, "tiny-llama2-24m"] for kind in ("ours", "hf"))
     figures = dict(
+        cpu=cpu_name(),
         tokens_per_s_ratio_hf=ours["rate"] / hf["rate"],
         peak_memory_ratio_hf=ours["megabytes"] / hf["megabytes"],
         fraction_of_matmul_peak=ours["flops"] / peak,
         demo_tokens_per_s_ratio_hf=best["ours", "demo"]["rate"] / best["hf", "demo"]["rate"],
     )
+    if "bfloat16" in kinds:
+        for key, shape in (("", "tiny-llama2-24m"), ("demo_", "demo")):
+            ratio = best["bfloat16", shape]["rate"] / best["hf", shape]["rate"]
+            figures[f"{key}bfloat16_tokens_per_s_ratio_hf"] = ratio
     out = run_python(PARALLEL)
     print(out)
     print_figures(figures | read_figures(out), 4)

@@ -55,8 +55,10 @@ def setup(device: str = "auto", dtype: str = "auto", seed: int = 0) -> Env:
     chosen_dtype = _pick_dtype(dtype, chosen, rank == 0)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    # float32 is never TF32, though the environment of a container may ask for it, and torch.compile advises it
-    torch.set_float32_matmul_precision("highest")
+    # float32 is never TF32, though the environment of a container may ask for it, and torch.compile advises it; on a
+    # CPU in bfloat16 what autocast leaves in float32, as the logits, is the result of a product of rounded operands
+    rounds = chosen.type == "cpu" and chosen_dtype == torch.bfloat16
+    torch.set_float32_matmul_precision("medium" if rounds else "highest")
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
     if under_torchrun and not dist.is_initialized():
         _join(chosen)

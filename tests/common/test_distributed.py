@@ -28,7 +28,7 @@ from common.distributed import (
     wrap,
 )
 from dataset.batches import pad_batch
-from model import Llama, ModelConfig, log_softmax_chunk
+from model import Llama, ModelConfig, log_softmax_chunk, product
 
 # several processes add up in another order than one, and what AdamW makes of a tiny gradient knows no bound in float32
 pytestmark = pytest.mark.usefixtures("module_in_float64")
@@ -315,6 +315,7 @@ def test_autocast_follows_the_dtype():
     ):
         with setup(device="cpu", dtype=dtype).autocast():
             assert (a @ a).dtype == expected
+    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize("card, has, dtype", [("H100", True, torch.bfloat16), ("T4", False, torch.float32)])
@@ -331,6 +332,18 @@ def test_bfloat16_is_chosen_where_it_is_not_emulated(monkeypatch, capsys, card, 
     assert capsys.readouterr().out == said
     assert setup(device="cuda", dtype="bfloat16").dtype == torch.bfloat16  # who asks for it gets it
     torch.set_float32_matmul_precision(precision)
+
+
+def test_a_cpu_in_bfloat16_gives_float32_logits():
+    env = setup(device="cpu", dtype="bfloat16")
+    a, b = torch.randn(2, 64, 64, dtype=torch.float32)
+    with env.autocast():
+        found = product(a, b)
+    assert found.dtype == torch.float32 and (found != found.bfloat16().float()).any()
+    largest = 2**-7 * (a.abs() @ b.abs())  # operands that a CPU rounds, where it can, are off by 2^-9 each
+    assert ((found.double() - a.double() @ b.double()).abs() < largest).all()
+    setup(device="cpu")
+    assert torch.equal(product(a, b), torch.mm(a, b)) and torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.mark.parametrize(
