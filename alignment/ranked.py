@@ -13,7 +13,6 @@ import common.early  # noqa: F401 - before what takes seconds to import
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from alignment.functions import fields_taken
 from alignment.rewards import Reward
@@ -22,6 +21,7 @@ from common import checkpoint, resume
 from common.config import ConfigError, UserError, parse_config, run
 from common.distributed import setup
 from common.files import write_rows
+from common.progress import Progress
 from dataset.batches import load_prompts
 from dataset.formats import load_meta
 
@@ -37,13 +37,16 @@ def answers(model, reward, prompts, config):
     """(prompt, rewards, texts) of each prompt, its replies sampled at the temperature of training."""
     samples, tokenizer = config["samples"], reward.tokenizer
     size = max(config["batch_size"] // samples, 1)
-    for start in tqdm(range(0, len(prompts), size), desc="batches of replies"):
+    progress = Progress(len(prompts), desc="prompts", counted="replies")
+    for start in range(0, len(prompts), size):
         some = prompts[start : start + size]
         sampling = config["max_new_tokens"], config["temperature"], tokenizer.eos_id, config["seed"] + start
         batch = rollout(model, [prompt for prompt in some for _ in range(samples)], *sampling)
         raw = np.where(batch.ended, reward.raw(batch).cpu(), -np.inf).reshape(-1, samples)  # (prompts, samples)
         texts = np.array([tokenizer.decode(reply) for reply in batch.replies], object).reshape(-1, samples)
         yield from zip(some, raw.tolist(), texts.tolist(), strict=True)
+        progress.update(start + len(some), len(batch.replies))
+    progress.close()
 
 
 def ranked_rows(model, reward, prompts, config):

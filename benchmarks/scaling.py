@@ -42,6 +42,7 @@ from model import ModelConfig
 # width, blocks, steps of its longest run; the others have halves of them, down to FEWEST
 MODELS = [(96, 3, 2880), (128, 4, 1440), (160, 4, 720), (224, 4, 360), (288, 5, 360), (320, 8, 360)]
 FEWEST = 180
+BATCH = 16  # rows in a step
 DECAY = 0.2  # share of a run
 EVAL_TOKENS = 65_536
 HUBER = 1e-3  # of log L, as in the paper
@@ -61,6 +62,7 @@ def train(out, dim, n_layers, max_steps, decay_steps, options):
     keys |= {"model.dim": dim, "model.n_layers": n_layers, "model.n_heads": dim // 32, "model.n_kv_heads": dim // 32}
     keys |= dict(schedule="wsd", decay_steps=decay_steps, decay_share=DECAY, min_learning_rate=0.0)
     keys |= dict(learning_rate=min(5e-3, 0.8 / dim), save_interval=50, sample_prompts="")  # as configs/recipes
+    keys |= dict(batch_size=BATCH, warmup_steps=50)
     keys |= dict(eval_interval=max_steps, eval_tokens=round(EVAL_TOKENS * options.scale), eval_all=False)
     command = [ROOT / "pretrain.py", ROOT / "configs/poems/pretrain.py", "--resume", *flags(**keys)]
     run_python(*command, log=out.with_suffix(".log"))
@@ -204,7 +206,7 @@ def main():
     parser.add_argument("--scale", type=float, default=1.0, help="of all steps")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    meta, per_step = load_meta(options.data), base["batch_size"] * base["seq_len"]
+    meta, per_step = load_meta(options.data), BATCH * base["seq_len"]
     train_text, val_text = (meta["sources"]["poems"][split] for split in ("train", "val"))
     runs = [
         (trunk_of(dim=dim, n_layers=n_layers, n_heads=dim // 32, n_kv_heads=dim // 32), steps * per_step, loss)

@@ -38,7 +38,8 @@ from model import ModelConfig
 PIECES = {6144: 0.995, 12288: 0.9995, 32000: 0.9998}  # and the share of characters that get a piece, as rows allow
 TRAINED = dict(dim=128, n_layers=4, n_heads=4)  # 0.79M parameters; 9.1M with ChatGLM3's vocabulary
 SIZES = {"10M": TRAINED, "50M": sizes["tiny-llama2-58m"], "250M": sizes["tiny-llama2-256m"]}
-PER_STEP = base["batch_size"] * base["seq_len"]  # tokens
+BATCH = 16  # rows in a step
+PER_STEP = BATCH * base["seq_len"]  # tokens
 SPEED_STEPS = 6
 LOGITS = 2048  # rows, of which --arithmetic tells the bytes of the logits
 
@@ -122,7 +123,8 @@ def train(out, vocabulary, shape, max_steps, *more, **changes):
     keys = dict(out=out, data=vocabulary["data"], tokenizer=vocabulary["tokenizer"], max_steps=max_steps)
     keys |= {"model.dim": shape["dim"], "model.n_layers": shape["n_layers"], "model.n_heads": heads}
     keys |= {"model.n_kv_heads": heads, "sample_prompts": "", "schedule": "wsd", "min_learning_rate": 0.0}
-    keys |= dict(learning_rate=min(5e-3, 0.8 / shape["dim"]), warmup_steps=min(50, max_steps // 4)) | changes
+    keys |= dict(learning_rate=min(5e-3, 0.8 / shape["dim"]), warmup_steps=min(50, max_steps // 4))
+    keys |= dict(batch_size=BATCH) | changes
     command = [ROOT / "pretrain.py", ROOT / "configs/poems/pretrain.py", *more, *flags(**keys)]
     run_python(*command, log=out.with_suffix(".log"))
     return read_metrics(out / "metrics.jsonl")
