@@ -14,11 +14,13 @@ import random
 
 from harness import argument_parser, print_figures
 
-from common.config import run
+from common.config import ConfigError, run
+from corpora.poems import is_text
 from dataset.formats import DataError
-from verse import FORMS, ends_of, judge, render, rhyme_class, right_patterns
+from verse import FORMS, ends_of, form_of, judge, render, rhyme_class, right_patterns
 from verse.tables import LEVEL, OBLIQUE, load_tables
 
+DRAWS = 100_000  # after which no character is like the one that is sought
 RULES = ("form", "rhyme", "tones", "all_right")
 
 
@@ -39,7 +41,10 @@ class Breaker:
 
     def one_of(self, characters, fits):
         """One of the characters, as often as each is used, that fits."""
-        return next(c for c in iter(lambda: self.rng.choice(characters), None) if fits(c))
+        drawn = (self.rng.choice(characters) for _ in range(DRAWS))
+        if (found := next(filter(fits, drawn), None)) is None:
+            raise DataError(f"{len(self.ends)} rhyme words: too few poems to break the rules of one with another's")
+        return found
 
     def tone(self, tone):
         return self.one_of(self.characters, lambda c: self.tables.tones.get(c) == tone)
@@ -125,11 +130,22 @@ def shuffled(poems, seed):
 
 def read_heldout(folder):
     path = f"{folder}/heldout.jsonl"
+    rows, number = [], 0
     try:
         with open(path, encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+            for line in file:
+                number += 1
+                rows.append(row := json.loads(line))
+                lines, tones = row["lines"], row["tones"]
+                if not is_text(lines, list) or form_of(lines) is None:
+                    raise ValueError("lines of a regular poem are needed")
+                if tones is not None and not (is_text(tones, list) and list(map(len, tones)) == list(map(len, lines))):
+                    raise ValueError("tones: null or a sign a character is needed")
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}; corpora/poems.py writes it") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{path}:{number}: not a poem that corpora/poems.py wrote: {error}") from None
+    return rows
 
 
 def main(argv=None):
@@ -138,8 +154,12 @@ def main(argv=None):
     parser.add_argument("--poems", type=int, default=5000, help="how many")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
+    if options.poems < 1:
+        raise ConfigError(f"poems={options.poems}: at least 1 is needed")
     tables, rows = load_tables(f"{options.data}/verse.json"), read_heldout(options.data)
     regulated = [row for row in rows if row["tones"] and all(right_patterns(row["tones"]))][: options.poems]
+    if not regulated:
+        raise DataError(f"{options.data}/heldout.jsonl: no poem in it whose tones keep the rules")
     accepted, finds = measure(regulated, tables, options.seed)
     table = {f"{len(regulated):,} that keep the rules": by_rule(regulated, tables)}
     table[f"all {len(rows):,} held out"] = by_rule(rows, tables)

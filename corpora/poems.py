@@ -34,6 +34,9 @@ from verse.tables import as_json, count_tables
 
 MEMBER = re.compile(r"(?:^|/)(strains/json|quantangshi|全唐诗|json)/(poet\.(?:tang|song)\.\d+)\.json$")
 WANTED = "the npm package chinese-poetry, as .tgz or unpacked, or a clone of its repository is needed"
+POEM = dict(id=str, title=str, author=str, paragraphs=list)  # what a row has of poems, and of tones
+TONES = dict(id=str, strains=list)
+HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
 NOTE = re.compile(r"[（(].*?[)）]|[\[\]]")  # [] are round a character that the editors added
 NUMBER = "[一二三四五六七八九十百千○〇]+"
 PART = re.compile(f" 其?{NUMBER}$|{NUMBER}首$")  # 八首 其一: several poems of one title
@@ -73,16 +76,12 @@ def read_poems(path):
     if importlib.util.find_spec("opencc") is None:
         raise DataError(f"{escaped(path)}: its characters are traditional, so opencc is needed (pip install opencc)")
     found = False
-    for name, rows, tones in pairs(path):
+    for rows, tones in pairs(path):
         found = True
-        for i, row in enumerate(rows):
-            try:
-                lines = parse("".join(row["paragraphs"]))
-                if form_of(lines):
-                    yield simplified(row["title"], row["author"], lines, tones.get(row.get("id")))
-            except (TypeError, KeyError, AttributeError):
-                what = "needs title, author and paragraphs, all text"
-                raise DataError(f"{escaped(path)}: {escaped(name)}: poem {i + 1} {what}") from None
+        for row in rows:
+            lines = parse("".join(row["paragraphs"]))
+            if form_of(lines):
+                yield simplified(row["title"], row["author"], lines, tones.get(row["id"]))
     if not found:
         raise DataError(f"{escaped(path)}: no poet.tang.0.json or the like in it; {WANTED}")
 
@@ -96,21 +95,44 @@ def simplified(title, author, lines, signs):
 
 
 def pairs(path):
-    """(name, rows, {id: strains}) of every file of poems and the file of tones that belongs to it, if there is one."""
+    """(rows, {id: strains}) of every file of poems and the file of tones that belongs to it, if there is one."""
     waiting = {}
     for name, data in members(path):
         kind, stem = MEMBER.search(name).groups()
-        try:
-            rows = list(json.loads(data))
-            if kind == "strains/json":
-                rows = {row["id"]: row["strains"] for row in rows}
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{escaped(path)}: {escaped(name)}: not JSON of poems or tones: {error!r}") from None
-        waiting.setdefault(stem, {})[kind == "strains/json"] = name, rows
+        rows = read_rows(f"{escaped(path)}: {escaped(name)}", data, TONES if kind == "strains/json" else POEM)
+        if kind == "strains/json":
+            rows = {row["id"]: row["strains"] for row in rows}
+        waiting.setdefault(stem, {})[kind == "strains/json"] = rows
         if len(waiting[stem]) == 2:
             both = waiting.pop(stem)
-            yield *both[False], both[True][1]
-    yield from ((*found[False], {}) for found in waiting.values() if False in found)
+            yield both[False], both[True]
+    yield from ((found[False], {}) for found in waiting.values() if False in found)
+
+
+def read_rows(where, data, keys):
+    """The rows of a file of JSON, each with these keys: text, or a list of texts; DataError that names the first that
+    is not."""
+    try:
+        rows = json.loads(data)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: byte {error.start} is not {error.encoding}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON: {error}") from None
+    if not isinstance(rows, list):
+        raise DataError(f"{where}: a list is needed, not {type(rows).__name__}")
+    for i, row in enumerate(rows):
+        for key, kind in keys.items():
+            if not isinstance(row, dict) or not is_text(row.get(key), kind):
+                what = "text is needed" if kind is str else "a list of text is needed"
+                raise DataError(f"{where}: row {i + 1}: {key}: {what}")
+    return rows
+
+
+def is_text(value, kind=str):
+    """Whether it is text, or if kind is list a list of text, that can be written: JSON can tell half a character."""
+    if kind is list:
+        return isinstance(value, list) and all(map(is_text, value))
+    return isinstance(value, str) and not HALF.search(value)
 
 
 def members(path):

@@ -84,8 +84,10 @@ def judge(text, tables, form=None, rhyme=None, heads=None, words=None):
     lines, rhymes, right_tones: shares of lines of the right length, of rhyme words that rhyme (of the asked class, else
     with the first of them) and of lines with right tones, for partial credit.
     heads, words: the shares of the asked first characters and words that are there; asked: form, rhyme, all heads and
-    words.
+    words. ValueError for a form that is none of FORMS.
     """
+    if form and form not in FORMS:
+        raise ValueError(f"form {form!r}: one of {', '.join(FORMS)} is needed")
     lines = parse(text)
     name = form_of(lines)
     shape = FORMS[form] if form else max(FORMS.values(), key=lambda shape: _fitting(lines, shape))

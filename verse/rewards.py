@@ -16,7 +16,7 @@ TABLES = "data/poems/rows/verse.json"
 
 def judged(replies, form, rhyme, heads, words):
     """What verse.judge finds in each reply."""
-    tables = load_tables(os.environ.get("VERSE_TABLES", TABLES))
+    tables = load_tables(os.environ.get("VERSE_TABLES") or TABLES)
     asked = zip(replies, form, rhyme, heads, words, strict=True)
     return [judge(text, tables, *wishes) for text, *wishes in asked]
 
@@ -24,7 +24,7 @@ def judged(replies, form, rhyme, heads, words):
 def rules(prompts, replies, form, rhyme, heads, words):
     """From 0 to 7, with credit for every part: the shares of lines of the right length, of rhyme words in the asked
     class (three times: they are the hardest), of lines with right tones, and of the first characters and words that
-    were asked for."""
+    were asked for, all of them where none were."""
     return [credit(found) for found in judged(replies, form, rhyme, heads, words)]
 
 

@@ -110,7 +110,10 @@ def load_tables(path):
     """The Tables of a file that corpora/poems.py wrote."""
     try:
         with open(path, encoding="utf-8") as file:
-            return from_json(json.load(file))
+            tables = from_json(json.load(file))
+        if not all(tables):  # which would find every line right
+            raise ValueError
+        return tables
     except OSError as error:
         raise DataError(f"{escaped(path)}: cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):

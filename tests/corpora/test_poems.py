@@ -152,6 +152,26 @@ def test_a_damaged_file_is_named(tmp_path, name, data):
     assert "poet.tang.0.json" in refused(path)
 
 
+@pytest.mark.parametrize(
+    "kind, data, says",
+    [
+        ("全唐诗", json.dumps([dict(TOWER, title="\ud800")]).encode(), "row 1: title: text is needed"),
+        ("全唐诗", json.dumps([TOWER, dict(NIGHT, paragraphs={"a": 1})]).encode(), "row 2: paragraphs: a list of text"),
+        ("全唐诗", json.dumps([dict(TOWER, paragraphs="白日依山盡")]).encode(), "row 1: paragraphs: a list of text"),
+        ("全唐诗", json.dumps([dict(TOWER, id=["a"])]).encode(), "row 1: id: text is needed"),
+        ("全唐诗", json.dumps(dict(TOWER)).encode(), "a list is needed, not dict"),
+        ("全唐诗", b"[" * 100_000, "not JSON"),
+        ("全唐诗", b'["' + b"\xff" * 9000, "byte 2 is not utf-8"),
+        ("strains/json", b'[{"id": "a", "strains": 5}]', "row 1: strains: a list of text is needed"),
+        ("strains/json", b'[{"id": "a", "strains": [1, 2]}]', "row 1: strains: a list of text is needed"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named(tmp_path, kind, data, says):
+    name = f"{kind}/poet.tang.0.json"
+    said = refused(write(tmp_path, "clone", files("clone") | {name: data}))
+    assert name in said and says in said and len(said) < 500
+
+
 def test_without_opencc(tmp_path, monkeypatch):
     monkeypatch.setattr(poems.importlib.util, "find_spec", lambda name: None)
     assert "opencc is needed (pip install opencc)" in refused(write(tmp_path, "clone"))

@@ -6,6 +6,7 @@ import pytest
 
 from alignment.functions import call, fields_taken, reward_function
 from common.config import ConfigError
+from dataset.formats import DataError
 from verse.rewards import figures, rules
 from verse.tables import Tables, as_json
 
@@ -50,3 +51,20 @@ def test_the_reward_takes_the_fields_of_the_requests(tables, monkeypatch, tmp_pa
     monkeypatch.setenv("VERSE_TABLES", str(tmp_path / "none.json"))
     with pytest.raises(ConfigError, match=r"reward raised DataError: .*none\.json: cannot be read"):
         call("reward", function, [""], [GOOD], {key: [value] for key, value in ASKED.items()})
+
+
+def test_tables_that_would_find_all_right_are_refused(tables, tmp_path, monkeypatch):
+    path = tmp_path / "empty_tables.json"
+    path.write_text(json.dumps(as_json(Tables({}, {}))), encoding="utf-8")
+    monkeypatch.setenv("VERSE_TABLES", str(path))
+    with pytest.raises(DataError, match=r"empty_tables\.json: not tables of tones and rhymes"):
+        reward(GOOD)
+    monkeypatch.setenv("VERSE_TABLES", "")  # as if it were not set
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"data/poems/rows/verse\.json: cannot be read"):
+        reward(GOOD)
+
+
+def test_a_form_that_is_none_is_named(tables):
+    with pytest.raises(ValueError, match="form '词': one of 五绝, 七绝, 五律, 七律 is needed"):
+        reward(GOOD, form="词")
