@@ -3,6 +3,7 @@
 # resumes what was interrupted; remove data/poems and out/poems to start anew.
 # POEMS=... names the npm package chinese-poetry, as .tgz or unpacked, or a clone of its repository; else it is fetched.
 set -euo pipefail
+case ${POEMS:-} in '' | /*) ;; *) POEMS=$PWD/$POEMS ;; esac
 cd "$(dirname "$0")/.."
 . runs/setup.sh requirements.txt
 . runs/stages.sh
