@@ -1,5 +1,9 @@
-"""Ctrl-C while modules are still being imported, which takes seconds: one line. A script imports this before torch."""
+"""Ctrl-C while modules are still being imported, which takes seconds, or none to import: one line.
 
+A script imports this before torch.
+"""
+
+import importlib.util
 import os
 import signal
 import sys
@@ -20,6 +24,11 @@ def is_ours() -> bool:
     folder = os.path.dirname(os.path.realpath(getattr(__main__, "__file__", os.sep)))
     return folder in (root, os.path.join(root, "tokenizer"))
 
+
+if is_ours() and importlib.util.find_spec("torch") is None:
+    ours = ". .venv/bin/activate" if os.path.exists(".venv") else "pip install -r requirements.txt"
+    print(f"error: {sys.executable} has no torch: {ours}", file=sys.stderr)
+    sys.exit(2)
 
 # where a shell ignores it, for what runs in the background, that stays so
 if is_ours() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:

@@ -115,6 +115,9 @@ class Stage:
         checkpoint.refuse_quantized(parent)
         if parent.model_config["scalar_head"]:
             raise UserError(f"{parent.path} is a reward model (stage {parent.stage}): init_from wants a language model")
+        steps = (parent.config or {}).get("max_steps", 0)
+        if parent.path.name == "ckpt.pt" and parent.step < steps and self.env.is_main:
+            print(f"note: {parent.path} is of step {parent.step} of {steps}: that run has not finished")
         tokenizer, data = checkpoint.tokenizer_of(parent), Path(self.config["data"])
         checkpoint.check_data(tokenizer, parent.path, load_meta(data), data / "meta.json")
         return parent, tokenizer

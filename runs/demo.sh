@@ -43,5 +43,5 @@ stage report python -m common.report "$out"
 printf '\nDone in %d s. ' $((SECONDS - began))
 echo "Loss plots: $out/*/loss.png; samples: $out/*/samples.txt; comparison: $out/report.md"
 echo "All of it on one page: $out/report.html"
-echo "Chat with it: python eval_generate.py --ckpt=$out/ppo, or in a browser: python web_demo.py --runs=$out"
+echo "Chat with it${to_activate:-}: python eval_generate.py --ckpt=$out/ppo, or in a browser: python web_demo.py --runs=$out"
 echo 'Next, a poet whose rewards are rules: bash runs/poems.sh'

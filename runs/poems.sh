@@ -72,5 +72,5 @@ stage report python -m common.report out/poems
 printf '\nDone in %d s. Loss plots: out/poems/*/loss.png; samples: out/poems/*/samples.txt; comparison: out/poems/report.md\n' \
     $((SECONDS - began))
 echo 'All of it on one page: out/poems/report.html'
-echo 'Ask it: python eval_generate.py --ckpt=out/poems/grpo --prompt=以《春夜》为题写一首七绝，押人韵。'
+echo "Ask it${to_activate:-}: python eval_generate.py --ckpt=out/poems/grpo --prompt=以《春夜》为题写一首七绝，押人韵。"
 echo 'Or in a browser: python web_demo.py --runs=out/poems'

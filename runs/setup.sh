@@ -3,5 +3,6 @@
 if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
     [ -x .venv/bin/python ] || python3 -m venv .venv
     . .venv/bin/activate
+    to_activate=' (after . .venv/bin/activate)' # what a script adds to the commands that it names at its end
 fi
 python -m pip install --quiet --disable-pip-version-check -r "$1"

@@ -49,6 +49,24 @@ def test_interrupt_asks_first_and_raises_on_the_second_ctrl_c():
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+def test_python_without_torch_is_told_where_it_is():
+    command = [sys.executable, "-S", str(ROOT / "eval_generate.py"), "--ckpt=docs/poet.pt"]  # without its packages
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith(f"error: {sys.executable} has no torch: ")
+
+
+def test_a_parent_that_has_not_finished_is_told(chain, tmp_path, capsys):
+    train(chain, "pretrain", tmp_path / "whole", max_steps=2, save_interval=1, keep_last=2)
+    (tmp_path / "part").mkdir()
+    shutil.copy(tmp_path / "whole" / "ckpt-1.pt", tmp_path / "part" / "ckpt.pt")
+    for name, note in (("whole", ""), ("part", f"note: {tmp_path / 'part' / 'ckpt.pt'} is of step 1 of 2: ")):
+        capsys.readouterr()
+        train(chain, "sft", tmp_path / f"sft-{name}", init_from=tmp_path / name, max_steps=1)
+        said = capsys.readouterr().out
+        assert note in said and ("has not finished" in said) == bool(note)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to another process")
 @pytest.mark.parametrize(
     "script",
