@@ -7,7 +7,7 @@ config = base | dict(
     out="out/poems/pretrain",
     model=base["model"] | dict(dim=160, n_layers=4, n_heads=5, n_kv_heads=5, max_seq_len=160),
     seq_len=128,
-    batch_size=8,  # twice the steps of 16 rows: the form is written more surely after as many tokens (docs/poems.md)
+    batch_size=8,  # twice the steps of 16 rows, as many tokens: more poems have a form (docs/poems.md)
     grad_accumulation_steps=1,
     max_steps=2600,
     optimizer="muon",
