@@ -28,7 +28,7 @@ from common.files import file_sha256, new_folder, read_json, write_json, write_r
 from corpora.clean import char_ngrams, simplify, text_hash
 from corpora.encodings import BLOCK, open_bytes, reading
 from corpora.poem_tasks import write_tasks
-from dataset.formats import DataError, escaped
+from dataset.formats import DataError, escaped, writable
 from verse import form_of, parse, render
 from verse.tables import as_json, count_tables
 
@@ -36,7 +36,6 @@ MEMBER = re.compile(r"(?:^|/)(strains/json|quantangshi|全唐诗|json)/(poet\.(?
 WANTED = "the npm package chinese-poetry, as .tgz or unpacked, or a clone of its repository is needed"
 POEM = dict(id=str, title=str, author=str, paragraphs=list)  # what a row has of poems, and of tones
 TONES = dict(id=str, strains=list)
-HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
 NOTE = re.compile(r"[（(].*?[)）]|[\[\]]")  # [] are round a character that the editors added
 NUMBER = "[一二三四五六七八九十百千○〇]+"
 PART = re.compile(f" 其?{NUMBER}$|{NUMBER}首$")  # 八首 其一: several poems of one title
@@ -132,7 +131,7 @@ def is_text(value, kind=str):
     """Whether it is text, or if kind is list a list of text, that can be written: JSON can tell half a character."""
     if kind is list:
         return isinstance(value, list) and all(map(is_text, value))
-    return isinstance(value, str) and not HALF.search(value)
+    return isinstance(value, str) and writable(value) == value
 
 
 def members(path):
