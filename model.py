@@ -1,9 +1,8 @@
-"""Llama 2 (Touvron et al., 2023, arXiv:2307.09288) in one file, as published.
+"""Llama 2 (Touvron et al., 2023, arXiv:2307.09288), as published.
 
 RMSNorm before each block, rotary positions on interleaved pairs (Meta's layout), grouped-query attention, SwiGLU, no
 biases, tied embeddings unless `tied=False`. The loss is computed inside `model(ids, targets)` and the per-token
-log-probabilities inside `model.token_logps(ids)`, both a chunk of rows at a time, so that the (B*T, V) logits of a
-large vocabulary never exist at once in training.
+log-probabilities inside `model.token_logps(ids)`, both by head.py, which never holds the (B*T, V) logits at once.
 """
 
 import math
@@ -15,8 +14,16 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from generate import generate
-
-FEW_ROWS, UNCACHED = 8, 2**22  # rows, weights: where product_turned is faster than F.linear
+from head import (
+    LinearCrossEntropy,
+    LinearLogps,
+    at,
+    log_softmax_chunk,
+    logits_without_gradient,
+    product_dtype,
+    row_chunks,
+    upcast,
+)
 
 
 @dataclass
@@ -82,17 +89,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-def upcast(x):
-    """x in float32 at least, for sums, softmax and rotations; float64 stays, in which tests compare closely."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def product_dtype(x):
-    """What products with x are computed in: autocast's dtype where it is on, else that of x."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def written(y):
@@ -243,169 +239,6 @@ class Block(nn.Module):
         return h + self.dropout(self.feed_forward(x.to(product_dtype(x))))
 
 
-def at(keep, h, targets, weights):
-    """States (B, T, D), targets and weights (B, T) at the flat positions `keep` (N,): (N, D), (N,), (N,).
-
-    A position of B * T, one past the end, fills `keep` up to a round number and weighs nothing. None keeps all. The
-    positions are told by the caller, who knows them on the host: to look for them would make it wait for the device.
-    """
-    h, targets, weights = h.flatten(0, 1), targets.flatten(), weights.flatten()
-    if keep is None:
-        return h, targets, weights
-    inside = keep.clamp(max=len(h) - 1)
-    return h.index_select(0, inside), targets[inside], F.pad(weights, (0, 1))[keep]
-
-
-def row_chunks(h):
-    """Slices of rows whose logits take at most 256 MB on a GPU, 64 MB on a CPU, where more gain little."""
-    rows = 256 if h.device.type == "cpu" else 1024
-    return [slice(i, min(i + rows, len(h))) for i in range(0, len(h), rows)]
-
-
-def padded(W, dtype):
-    """W (V, D) in dtype; on a GPU with rows of zeros up to a multiple of 128: of odd shapes it multiplies slowly."""
-    if W.device.type == "cpu":
-        return W.to(dtype)
-    low = W.new_zeros(-(-len(W) // 128) * 128, W.size(1), dtype=dtype)
-    low[: len(W)] = W
-    return low
-
-
-def product(a, b, out=None):
-    """a (M, K) times b (K, N) with sums and result in float32 at least, also where a and b are bfloat16."""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16) and not torch.version.hip:  # only CUDA's has out_dtype
-        return torch.mm(a, b, out_dtype=torch.float32)
-    with torch.autocast(a.device.type, enabled=False):  # which else rounds operands and result of a product on a CPU
-        return torch.mm(upcast(a), upcast(b), out=out)
-
-
-def logits_buffer(h, V):
-    """Room for the logits of a chunk of h's rows (rows, Vp), for logits_of; None but on a CPU: others make their own.
-
-    Each row begins at a multiple of 64 bytes: at others MKL works at three quarters of the speed (on AMD's Zen 3).
-    """
-    if not h.is_cpu or len(h) == 0 or torch.compiler.is_compiling():  # which takes no such rows as `out`
-        return None
-    return upcast(h).new_empty(row_chunks(h)[0].stop, -(-V // 16) * 16)
-
-
-def logits_of(h, W, buffer):
-    """h (rows, D) times W (V, D) turned: the logits (rows, Vp), of which columns from V on mean nothing."""
-    if buffer is None:
-        return product(h, W.T)
-    product(h, W.T, buffer[: len(h), : len(W)])
-    return buffer[: len(h)]
-
-
-def product_turned(h, weight):
-    """h (..., D) times weight (V, D), for few rows of h and a weight that no CPU's cache holds: (..., V).
-
-    F.linear reads such a weight at a half to a quarter of the memory's speed (MKL on AMD's Zen 3). The other way round
-    it does not, but for a single row, which therefore stands there twice.
-    """
-    rows = h.reshape(-1, h.size(-1))
-    wide = rows.repeat(2, 1) if len(rows) == 1 else rows
-    return (weight @ wide.T)[:, : len(rows)].T.contiguous().view(*h.shape[:-1], -1)
-
-
-def add_product(total, a, b):
-    """total (M, N) and a times b, as `product`, written over total."""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
-        return total.add_(product(a, b))
-    return total.addmm_(upcast(a), upcast(b))
-
-
-def log_softmax_chunk(logits, targets, V, grad_dtype=None):
-    """log softmax over the first V columns at the targets (rows, 1); the logits (rows, Vp) are overwritten.
-
-    With grad_dtype also softmax - onehot (rows, Vp), its derivative with respect to the logits but for the sign.
-    """
-    logits[:, V:] = -torch.inf
-    logps, targets = torch.log_softmax(logits, -1, out=logits), targets[:, None]
-    picked = logps.gather(1, targets)
-    if grad_dtype is None:
-        return picked
-    # p - 1 of the target is computed in float32: where p is nearly 1, little of it would be left in bfloat16
-    logps.scatter_add_(1, targets, torch.full_like(picked, -torch.inf))
-    grad = torch.exp(logps, out=logps if logps.dtype == grad_dtype else torch.empty_like(logps, dtype=grad_dtype))
-    return picked, grad.scatter_add_(1, targets, picked.expm1().to(grad_dtype))
-
-
-def fused_log_softmax_chunk(logits, targets, V, grad_dtype=None):
-    """The same for torch.compile, which reads the logits twice for it and writes the derivative once."""
-    columns, targets = torch.arange(logits.size(1), device=logits.device), targets[:, None]
-    logits = torch.where(columns < V, logits, -torch.inf)
-    largest = logits.amax(1, keepdim=True)
-    lse = (logits - largest).exp().sum(1, keepdim=True).log() + largest  # as logsumexp, but in one kernel
-    picked = logits.gather(1, targets) - lse
-    if grad_dtype is None:
-        return picked
-    return picked, torch.where(columns == targets, picked.expm1(), (logits - lse).exp()).to(grad_dtype)
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """sum_n weights[n] * -log softmax(h[n] W^T)[targets[n]], the gradients computed with the loss, chunk by chunk.
-
-    `chunk` is log_softmax_chunk or, compiled, fused_log_softmax_chunk.
-    """
-
-    @staticmethod
-    def forward(ctx, h, W, targets, weights, chunk=log_softmax_chunk):  # (N, D), (V, D), (N,), (N,)
-        low = product_dtype(h) if h.is_cuda else h.dtype
-        h_low, W_low = h.to(low), padded(W, low)
-        loss = upcast(h.new_zeros(()))
-        weights = weights.to(loss.dtype)
-        grad_h = torch.empty_like(h)
-        grad_W = torch.zeros_like(W_low, dtype=loss.dtype)
-        buffer = logits_buffer(h, len(W_low))
-        for rows in row_chunks(h):
-            hr, w = h_low[rows], weights[rows, None]
-            picked, grad = chunk(logits_of(hr, W_low, buffer), targets[rows], len(W), low)
-            loss -= (picked * w).sum()
-            grad = grad[:, : len(W_low)]
-            grad_h[rows] = product(grad, W_low) * w
-            add_product(grad_W, grad.T, (hr * w).to(low))
-            del grad  # before the next logits
-        ctx.save_for_backward(grad_h, grad_W[: len(W)].to(W.dtype))
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        grad_h, grad_W = ctx.saved_tensors
-        return grad_h.mul_(grad_loss), grad_W.mul_(grad_loss), None, None, None
-
-
-class LinearLogps(torch.autograd.Function):
-    """log softmax(h W^T / temperature)[targets]; backward recomputes the logits chunk by chunk."""
-
-    @staticmethod
-    def forward(ctx, h, W, targets, temperature, chunk=log_softmax_chunk):  # (N, D), (V, D), (N,)
-        low = product_dtype(h) if h.is_cuda else h.dtype
-        h_low, W_low = (h / temperature).to(low), padded(W, low)
-        buffer = logits_buffer(h, len(W_low))
-        logps = [chunk(logits_of(h_low[rows], W_low, buffer), targets[rows], len(W)) for rows in row_chunks(h)]
-        ctx.save_for_backward(h_low, W, targets)
-        ctx.temperature, ctx.chunk, ctx.dtype = temperature, chunk, h.dtype
-        return torch.cat(logps).squeeze(1) if logps else upcast(h.new_zeros(0))  # (N,)
-
-    @staticmethod
-    def backward(ctx, grad_logps):
-        h_low, W, targets = ctx.saved_tensors
-        low = h_low.dtype
-        W_low = padded(W, low)
-        grad_h = torch.empty_like(h_low, dtype=ctx.dtype)
-        grad_W = torch.zeros_like(W_low, dtype=grad_logps.dtype)
-        buffer = logits_buffer(h_low, len(W_low))
-        for rows in row_chunks(h_low):
-            hr, g = h_low[rows], -grad_logps[rows, None]
-            _, grad = ctx.chunk(logits_of(hr, W_low, buffer), targets[rows], len(W), low)
-            grad = grad[:, : len(W_low)]
-            grad_h[rows] = product(grad, W_low) * (g / ctx.temperature)
-            add_product(grad_W, grad.T, (hr * g).to(low))
-            del grad  # before the next logits
-        return grad_h, grad_W[: len(W)].to(W.dtype), None, None, None
-
-
 class Llama(nn.Module):
     generate = generate  # model.generate(prompts, max_new_tokens, ...)
 
@@ -445,23 +278,17 @@ class Llama(nn.Module):
         return self.tok_embeddings.weight if self.output is None else self.output.weight
 
     def head(self, h):
-        """(..., D) -> logits (..., V); on a GPU in float32, as bfloat16 would make different ones equal."""
-        dense = isinstance(self.output or self.tok_embeddings, nn.Linear | nn.Embedding)
-        plain = dense and not torch.is_grad_enabled()
-        if plain and h.is_cuda:
-            low = product_dtype(h)
-            return product(h.flatten(0, -2).to(low), self.head_weight.to(low).T).unflatten(0, h.shape[:-1])
-        if plain and h.is_cpu and 0 < h.numel() <= FEW_ROWS * h.size(-1) and self.head_weight.numel() >= UNCACHED:
-            return product_turned(h, self.head_weight)
+        """(..., D) -> logits (..., V)."""
+        if isinstance(self.output or self.tok_embeddings, nn.Linear | nn.Embedding) and not torch.is_grad_enabled():
+            return logits_without_gradient(h, self.head_weight)
         return self.tok_embeddings.linear(h) if self.output is None else self.output(h)
 
     def hidden(self, ids, cache=None, documents=None):
         """The trunk: ids (B, T) -> final normalised states (B, T, D); with a cache, T tokens more for every row.
 
         With documents (B, T), the number of the document that each token is of, none attends to another document; those
-        of one stand side by side. Rotary
-        positions need no reset, as attention sees only their differences. Their document_starts, computed on the CPU,
-        do as well, and on a GPU without its waiting for the host.
+        of one stand side by side. Rotary positions need no reset, as attention sees only their differences. Their
+        document_starts, computed on the CPU, do as well, and on a GPU without its waiting for the host.
         """
         B, T = ids.shape
         if T > self.config.max_seq_len:

@@ -24,7 +24,8 @@ from configs.grpo_train import config as grpo_defaults
 from configs.ppo_train import config as ppo_defaults
 from configs.pretrain import config as pretrain_defaults
 from configs.sizes import sizes
-from model import Llama, ModelConfig, log_softmax_chunk
+from head import log_softmax_chunk
+from model import Llama, ModelConfig
 
 ORDER = [f"tiny-llama2-{size}" for size in ("134m", "24m", "256m", "58m", "9m")]  # the most wanted first
 REAL = dict(

@@ -29,7 +29,8 @@ from common.tables import format_table
 from configs.demo.pretrain import config as demo
 from configs.pretrain import config as defaults
 from configs.sizes import sizes
-from model import LinearCrossEntropy, Llama, ModelConfig
+from head import LinearCrossEntropy
+from model import Llama, ModelConfig
 
 SHAPES = {
     "tiny-llama2-24m": (sizes["tiny-llama2-24m"], 4, 512),

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 
 from common.config import ConfigError, UserError
-from model import Llama, fused_log_softmax_chunk
+from head import fused_log_softmax_chunk
+from model import Llama
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from common.optim import build_optimizer
-from model import Llama, ModelConfig, row_chunks
+from head import row_chunks
+from model import Llama, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def loss_bytes(shape: ModelConfig, n_tokens: int, size: int, on_gpu: bool, head:
     states = (3 if head == "loss" else 2) * 4 * n_tokens * D  # the states, their gradients
     if size == 4:  # the gradient of the projection; the logits, which everything is written over
         return 4 * V * D + 4 * rows * V + states
-    V = -(-V // 128) * 128 if on_gpu else V  # as model.padded
+    V = -(-V // 128) * 128 if on_gpu else V  # as head.padded
     # the weight, its gradient and what a chunk adds to that; logits and their gradient; the states
     return (size + 4 + 4) * V * D + (4 + size) * rows * V + states + size * n_tokens * D
 

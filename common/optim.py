@@ -5,7 +5,7 @@ import math
 import torch
 
 from common.config import ConfigError
-from model import upcast
+from head import upcast
 
 # Newton-Schulz coefficients of Muon (Jordan et al., 2024): fast to singular values in about [0.7, 1.2], not exactly 1
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)

@@ -12,7 +12,7 @@ import torch
 from common.progress import Progress
 from dataset.formats import DataError, shortened
 from generate import KVCache
-from model import row_chunks, upcast
+from head import row_chunks, upcast
 
 BATCH_TOKENS = dict(cpu=4096, cuda=32768)  # read at once; what is kept of them, keys and values, is most of the memory
 

@@ -28,7 +28,8 @@ from common.distributed import (
     wrap,
 )
 from dataset.batches import pad_batch
-from model import Llama, ModelConfig, log_softmax_chunk, product
+from head import log_softmax_chunk, product
+from model import Llama, ModelConfig
 
 # several processes add up in another order than one, and what AdamW makes of a tiny gradient knows no bound in float32
 pytestmark = pytest.mark.usefixtures("module_in_float64")

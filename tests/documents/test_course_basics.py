@@ -21,7 +21,8 @@ from corpora.clean import content_key, is_validation, text_hash
 from corpora.dedup import near_duplicates, signature
 from dataset.corpus import Corpus, document_numbers
 from docs.links import ROOT
-from model import Attention, LinearCrossEntropy, ModelConfig, RMSNorm, Rope, SwiGLU, rope_table
+from head import LinearCrossEntropy
+from model import Attention, ModelConfig, RMSNorm, Rope, SwiGLU, rope_table
 from tokenizer import Tokenizer, encode_example, encode_prompt
 from tokenizer.train import Corpus as TrainingText
 from tokenizer.train import characters_per_token, train_bpe
