@@ -224,6 +224,8 @@ def main(argv=None):
     loaded = load(config["ckpt"], env, data if config["ppl"] else None, scores=config["reply"] is not None)
     if config["system"] is not None and loaded.continues:
         raise ConfigError(f"--system: {loaded.ckpt.path} only continues text, it was pretrained and no more")
+    if not loaded.continues and config["prompt"] is not None and not config["prompt"].strip():
+        raise ConfigError(f"--prompt is empty: {loaded.ckpt.path} (stage {loaded.ckpt.stage}) needs a question")
     opening = [] if config["system"] is None else [dict(role="system", content=config["system"])]
     question = [*opening, dict(role="user", content=config["prompt"])]
     if config["ppl"]:

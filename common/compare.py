@@ -80,9 +80,10 @@ def table(runs: list[Run], metric: str) -> str:
     for run in runs:
         steps, values = run.val
         at = best(values)
-        row = dict(run=run.name, steps=run.steps, final=values[-1], best=values[at], at=steps[at], speed=run.speed)
-        rows.append(row | dict(tokens=run.tokens[1][-1] if len(run.tokens[1]) else math.nan))
-    columns = {"run": "{run}", "steps": "{steps:,}", "tokens": "{tokens:,.0f}", f"final {metric}": "{final:.4g}"}
+        row = dict(run=run.name, steps=run.steps, last=values[-1], last_at=steps[-1], best=values[at], at=steps[at])
+        rows.append(row | dict(speed=run.speed, tokens=run.tokens[1][-1] if len(run.tokens[1]) else math.nan))
+    columns = {"run": "{run}", "steps": "{steps:,}", "tokens": "{tokens:,.0f}"}
+    columns |= {f"last {metric} (step)": "{last:.4g} ({last_at:,})"}
     columns |= {f"best {metric} (step)": "{best:.4g} ({at:,})", "tokens/s": "{speed:,.0f}"}
     return format_table(columns, rows)
 

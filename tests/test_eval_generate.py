@@ -128,6 +128,16 @@ def test_pretrained_continue_and_others_answer(tmp_path, tok, capsys, stage, par
     assert out.rstrip("\n") == expected.rstrip("\n")
 
 
+def test_an_empty_prompt_begins_a_document_and_is_no_question(tmp_path, tok, capsys):
+    words = tok.encode("很好看")
+    begins = chain_model(tok.vocab_size, [tok.eos_id, *words, tok.bos_id])
+    path = save(tmp_path / "pretrain", tok, begins, "pretrain")
+    assert run(capsys, f"--ckpt={path}", "--prompt=", f"--max_new_tokens={len(words)}").out == "很好看\n"
+    path = save(tmp_path / "sft", tok, begins)
+    with pytest.raises(ConfigError, match="--prompt is empty: .*sft.* needs a question"):
+        run(capsys, f"--ckpt={path}", "--prompt= ")
+
+
 def test_quantized_checkpoint_is_asked_like_its_parent(tmp_path, tok, env):
     for stage in ("pretrain", "sft"):
         parent = dict(path="x", sha256="y", stage=stage)

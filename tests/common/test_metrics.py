@@ -390,10 +390,10 @@ def test_compare_draws_runs_and_tells_what_they_reached(tmp_path, capsys):
         capsys.readouterr()
         compare.main([a, b, f"--out={out}"])
     table = capsys.readouterr().out.splitlines()
-    assert table[0] == "| run | steps | tokens | final val/loss | best val/loss (step) | tokens/s |"
+    assert table[0] == "| run | steps | tokens | last val/loss (step) | best val/loss (step) | tokens/s |"
     assert [line.replace("\\_", "_") for line in table[2:4]] == [
-        f"| {a} | 50 | 1,000 | 3.25 | 3 (20) | 100 |",
-        f"| {b} | 7 | nan | 4 | 4 (7) | nan |",
+        f"| {a} | 50 | 1,000 | 3.25 (45) | 3 (20) | 100 |",
+        f"| {b} | 7 | nan | 4 (7) | 4 (7) | nan |",
     ]
     assert png_size(out) == (1260, 960)  # training and validation, against steps and tokens
 
@@ -405,7 +405,7 @@ def test_compare_draws_runs_and_tells_what_they_reached(tmp_path, capsys):
     assert (only.x.tolist(), only.y.tolist()) == ([0, 400, 900], [9.0, 3.0, 3.25])
 
     compare.main([a, f"--out={out}", "--metric=val/accuracy"])
-    assert "| 0.25 | 0.5 (20) |" in capsys.readouterr().out  # of accuracies the largest is the best
+    assert "| 0.25 (45) | 0.5 (20) |" in capsys.readouterr().out  # of accuracies the largest is the best
 
 
 def test_compare_says_what_is_wrong_with_its_input(tmp_path):
