@@ -145,3 +145,33 @@ def test_commands_of_the_readme_run_in_order(tmp_path, monkeypatch, capsys):
     (snippet,) = re.findall(r"```python\n(.*?)```", text, re.S)
     exec(compile(snippet, "README.md", "exec"), {})
     assert capsys.readouterr().out
+
+
+FIGURE = re.compile(r"\d\.\d|\d,\d{3}|\d ?[%×]")
+SOURCE = re.compile(r"(?:python|bash|torchrun) +(?:-m +)?[\w./]+|https://github.com/")
+
+
+def without_a_source(text, opening_counts):
+    """The sections with figures in a table that name neither the command that printed them nor another project.
+
+    What stands before the first section may name it for all, if opening_counts.
+    """
+    text = re.sub(r"^ *```.*?^ *```", lambda block: block[0].replace("\n#", "\n"), text, flags=re.M | re.S)
+    opening, *sections = re.split(r"^## ", text, flags=re.M)
+    if opening_counts and SOURCE.search(opening):
+        return []
+    rows = [" ".join(line for line in section.splitlines() if line.startswith("|")) for section in sections]
+    shown = [section for section, row in zip(sections, rows, strict=True) if FIGURE.search(row)]
+    return [section.splitlines()[0] for section in shown if not SOURCE.search(section)]
+
+
+# the examples of the course are computed by tests of their own
+@pytest.mark.parametrize("page", [page for page in PAGES if not page.startswith("docs/course/")])
+def test_figures_have_the_command_that_printed_them(page):
+    assert without_a_source(read(page), page.startswith("docs/")) == []
+
+
+def test_figures_without_a_command_are_found():
+    sections = "B\n```bash\n# C\nbash b.sh\n```\n| 1.5 |", "D\n| 2,000 |", "E\n| 3 |"
+    page = "\n## ".join(["`python a.py`", *sections])
+    assert without_a_source(page, False) == ["D"] and without_a_source(page, True) == []
