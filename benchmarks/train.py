@@ -1,7 +1,8 @@
 """A training step beside a plain Hugging Face loop: tokens a second, memory, and what share of the machine's matrix
 product speed the step reaches; then, by benchmarks/parallel.py, two processes beside one.
 
-On a CPU that multiplies bfloat16 in hardware ours is also measured with products in it, beside their float32 loop.
+Ours is also measured by torch.compile where a C++ compiler is there, and, on a CPU that multiplies bfloat16 in
+hardware, with products in it, beside their float32 loop.
 All train the same shape on the same random tokens with AdamW, each in a process of its own, in turns; of the speeds
 the best round counts. A step's floating-point operations are those of its matrix products (common/plan.py).
 
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from harness import argument_parser, fastest, hf_config, launch, print_figures, read_figures, run_python, take_turns
 
-from common.distributed import setup
+from common.distributed import compiled, missing_to_compile, setup
 from common.optim import build_optimizer
 from common.plan import flops_per_token, measured_peak
 from common.progress import peak_memory_gb
@@ -40,9 +41,10 @@ PARALLEL = Path(__file__).with_name("parallel.py")
 SECONDS = 12  # of steps in one round, after two that warm up
 
 
-def make_ours(config, optimizer="adamw", dtype="float32"):
+def make_ours(config, optimizer="adamw", dtype="float32", compile=False):
     """A step function of our model, with the optimizer and the precision that pretrain.py would take."""
     env, model = setup("cpu", dtype), Llama(config)
+    compiled(model, env, dict(compile=compile))
     optimizer = build_optimizer(model, defaults | dict(optimizer=optimizer))
 
     def step(ids):
@@ -131,7 +133,9 @@ def measure_step(kind, shape):
 KINDS = {
     "hf": ("Hugging Face", make_hf),
     "ours": ("ours", make_ours),
+    "compiled": ("ours, compiled", partial(make_ours, compile=True)),
     "bfloat16": ("ours, bfloat16", partial(make_ours, dtype="bfloat16")),
+    "bfloat16_compiled": ("ours, bfloat16, compiled", partial(make_ours, dtype="bfloat16", compile=True)),
 }
 
 
@@ -144,21 +148,23 @@ def main():
         print_figures({shape: compare_losses(shape) for shape in SHAPES})
         return
     has_bfloat16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    kinds = list(KINDS) if has_bfloat16 else ["hf", "ours"]
+    can_compile = missing_to_compile(torch.device("cpu")) is None
+    kinds = [k for k in KINDS if (has_bfloat16 or "bfloat16" not in k) and (can_compile or "compiled" not in k)]
     jobs = {}
     for shape in SHAPES:
         jobs |= {(kind, shape): (measure_step, kind, shape) for kind in kinds}
         jobs["peak", shape] = (measure_peak,)
     best = fastest(jobs, options.rounds)
     peak = max(best.pop(("peak", shape))["rate"] for shape in SHAPES)
-    rows = [
-        dict(shape=shape, name=KINDS[kind][0], share=found["flops"] / peak) | found
-        for (kind, shape), found in best.items()
-    ]
+    rows, ratios = [], {}
+    for (kind, shape), found in best.items():
+        ratio = ratios[kind, shape] = found["rate"] / best["hf", shape]["rate"]
+        rows.append(found | dict(shape=shape, name=KINDS[kind][0], ratio=ratio, share=found["flops"] / peak))
     columns = {
         "shape": "{shape}",
         "": "{name}",
         "tokens/s": "{rate:,.0f}",
+        "of Hugging Face's": "{ratio:.2f}",
         "peak memory (MB)": "{megabytes:,.0f}",
         "of float32's matrix product peak": "{share:.1%}",
     }
@@ -167,15 +173,14 @@ def main():
     ours, hf = (best[kind, "tiny-llama2-24m"] for kind in ("ours", "hf"))
     figures = dict(
         cpu=cpu_name(),
-        tokens_per_s_ratio_hf=ours["rate"] / hf["rate"],
+        tokens_per_s_ratio_hf=ratios["ours", "tiny-llama2-24m"],
         peak_memory_ratio_hf=ours["megabytes"] / hf["megabytes"],
         fraction_of_matmul_peak=ours["flops"] / peak,
-        demo_tokens_per_s_ratio_hf=best["ours", "demo"]["rate"] / best["hf", "demo"]["rate"],
+        demo_tokens_per_s_ratio_hf=ratios["ours", "demo"],
     )
-    if "bfloat16" in kinds:
-        for key, shape in (("", "tiny-llama2-24m"), ("demo_", "demo")):
-            ratio = best["bfloat16", shape]["rate"] / best["hf", shape]["rate"]
-            figures[f"{key}bfloat16_tokens_per_s_ratio_hf"] = ratio
+    for kind in kinds[2:]:
+        figures[f"{kind}_tokens_per_s_ratio_hf"] = ratios[kind, "tiny-llama2-24m"]
+        figures[f"demo_{kind}_tokens_per_s_ratio_hf"] = ratios[kind, "demo"]
     out = run_python(PARALLEL)
     print(out)
     print_figures(figures | read_figures(out), 4)

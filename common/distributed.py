@@ -180,7 +180,7 @@ def compiled(model: Llama, env: Env, config: dict, **options) -> None:
     on a GPU that has all that it takes. True: anywhere, or one line of warning says what is missing.
     """
     wanted = config["compile"]
-    missing = _missing_to_compile(env.device) if wanted else None
+    missing = missing_to_compile(env.device) if wanted else None
     if missing and wanted != "auto":
         print(f"compile=True: {missing} is not here, training goes on without torch.compile", file=sys.stderr)
     if not wanted or missing or (wanted == "auto" and env.device.type != "cuda"):
@@ -204,7 +204,7 @@ def compiled(model: Llama, env: Env, config: dict, **options) -> None:
     model.chunk = chunk_of_any_rows
 
 
-def _missing_to_compile(device: torch.device) -> str | None:
+def missing_to_compile(device: torch.device) -> str | None:
     """What torch.compile would generate code with and does not find; Triton too compiles some C."""
     names = ("cc", "gcc", "clang") if device.type == "cuda" else ("c++", "g++", "clang++", "cl")
     compiler = os.environ.get("CC" if device.type == "cuda" else "CXX") or next(filter(shutil.which, names), None)
