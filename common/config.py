@@ -78,6 +78,8 @@ def parse_config(
 
 def run(main: Callable[[], Any]) -> None:
     """Call main(); bad input ends as one line on stderr and exit code 2, Ctrl-C as one line and 130."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be UTF-8
     if signal.getsignal(signal.SIGINT) is early.leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

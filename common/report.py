@@ -36,7 +36,6 @@ STAGES = dict(  # stage of a checkpoint: its name, its script
     grpo=("GRPO", "grpo_train"),
     quantize=("量化", "quantize"),
 )
-STAGES["import"] = "外来", "export"
 LABELS = {
     "val/loss": "验证损失",
     "val/bits_per_char": "每字比特",
@@ -306,6 +305,8 @@ def command_of(run: Run) -> str:
     _, script = STAGES.get(run.stage, ("", ""))
     if not script or not run.config:
         return ""
+    if run.config.get("import_hf") or run.config.get("import_llama2c"):
+        script = "export"
     try:
         asked = {key: value for key, value in run.config.items() if key not in ("resume", "overwrite")}
         options = options_of(script, asked)

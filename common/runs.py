@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common import checkpoint
 from common.archive import Archive, ArchiveError
-from dataset.formats import escaped
+from dataset.formats import escaped, writable
 
 NAME = re.compile(r"(ckpt|best|ckpt-(\d+))\.pt")
 PLOTS = ("loss.png", "score_kl.png", "calibration.png")
@@ -71,13 +71,13 @@ def read_entry(name: str, path: Path, key: tuple, whole: bool = False) -> Entry:
             name,
             path,
             key,
-            stage=str(content["stage"]),
-            step=int(content["step"]),
-            tokens_seen=int(content["tokens_seen"]),
-            context=int(config["max_seq_len"]),
-            parameters=n_parameters(config),
-            quant=quant and str(quant["method"]),
-            parent=parent and {name: str(parent[name]) for name in ("path", "stage", "sha256")},
+            stage=writable(str(content["stage"])),
+            step=count(content["step"]),
+            tokens_seen=count(content["tokens_seen"]),
+            context=count(config["max_seq_len"]),
+            parameters=count(n_parameters(config)),
+            quant=quant and writable(str(quant["method"])),
+            parent=parent and {name: writable(str(parent[name])) for name in ("path", "stage", "sha256")},
             config=dict(content["config"]),
             git_commit=str(content["git_commit"] or ""),
         )
@@ -86,6 +86,13 @@ def read_entry(name: str, path: Path, key: tuple, whole: bool = False) -> Entry:
     except (ArchiveError, OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         why = str(error) if isinstance(error, ArchiveError | OSError) else "not a checkpoint of this project"
         return Entry(name, path, key, problem=escaped(why))
+
+
+def count(n) -> int:
+    """A whole number that JSON and a page can hold; ValueError of any other."""
+    if type(n) is not int or not 0 <= n < 1 << 53:
+        raise ValueError(n)
+    return n
 
 
 def damage_of(archive: Archive) -> str | None:
@@ -121,7 +128,7 @@ def find_folders(root: Path) -> dict[str, tuple[Path, list[str]]]:
         seen.add(real)
         name = Path(folder).relative_to(root).as_posix()
         files = [file for file in files if os.path.isfile(os.path.join(folder, file))]
-        found[Path(real).name if name == "." else name] = Path(folder), files
+        found[writable(Path(real).name if name == "." else name)] = Path(folder), files
     return found
 
 

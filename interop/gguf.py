@@ -60,6 +60,11 @@ def export_gguf(ckpt, tok, folder, dtype):
     return parts["notes"]
 
 
+def plain_template(template):
+    """Without the marks of answers, which only transformers knows: other readers of jinja refuse the whole template."""
+    return template.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
+
+
 def add_vocabulary(writer, parts, tok, base, ids):
     """The keys of the tokenizer; llama.cpp puts bos first unless told, which our conversations do not."""
     writer.add_tokenizer_model(parts["model"])
@@ -75,4 +80,4 @@ def add_vocabulary(writer, parts, tok, base, ids):
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(parts["add_space_prefix"])
     if not base:
-        writer.add_chat_template(vocabulary.CHAT_TEMPLATE)
+        writer.add_chat_template(plain_template(vocabulary.CHAT_TEMPLATE))

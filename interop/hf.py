@@ -146,6 +146,8 @@ def sort_metadata(path):
 def weight_files(folder):
     """The files with the weights of a folder, one or the shards that an index names."""
     for name in WEIGHTS:
+        if (folder / name).exists():  # as transformers, which then reads no index
+            return [folder / name]
         index = folder / f"{name}.index.json"
         if index.exists():
             names = read_json(index).get("weight_map")
@@ -153,8 +155,6 @@ def weight_files(folder):
             if not names or not all(isinstance(each, str) and Path(each).name == each for each in names):
                 raise UserError(f"{index}: its weight_map names no files of this folder")
             return [folder / each for each in sorted(set(names))]
-        if (folder / name).exists():
-            return [folder / name]
     raise UserError(f"{folder / WEIGHTS[0]}: no such file, nor {', '.join(WEIGHTS[1:])} or an index of shards")
 
 
@@ -222,7 +222,7 @@ def read_config(path):
     rope = values.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise UserError(f"{path}: rope_parameters is {rope!a:.40}, no object")
-    if rope.get("rope_type", "default") != "default":
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
         values["rope_scaling"] = rope
     values["partial_rotary_factor"] = rope.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1
     for key, needed in (FIXED | dict(partial_rotary_factor=1)).items():

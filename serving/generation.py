@@ -192,6 +192,8 @@ def answer(loaded: Loaded, job: Job) -> None:
             loaded.model.generate([ids], **sampling, eos_id=stop_id, seed=wanted.seed, **hooks)
     except _Enough:
         pass
-    if not text.stopped and not job.cancelled and (piece := text.rest()):
+    if job.cancelled:  # by a server that stops; to a client that left nobody tells it
+        raise ApiError("the server is stopping", 503)
+    if not text.stopped and (piece := text.rest()):
         job.emit(piece)
     job.emit(Finished(reason, count))

@@ -53,12 +53,12 @@ class Guard:
 
     A page elsewhere can have its name resolved to this address (DNS rebinding), but not change the Host that a browser
     sends. So a Host must be a name of this server's: localhost, an address (on a loopback server a loopback one), or
-    one of `names`.
+    one of `names`. An Origin may be one of those at another port: of a proxy in front, which sends a Host of its own.
     """
 
     def __init__(self, app, host: str, names: list[str], api_key: str | None):
         self.app, self.api_key = app, api_key
-        self.loopback, self.names = is_loopback(host), {host.lower(), *(name.lower() for name in names)}
+        self.loopback, self.host, self.names = is_loopback(host), host.lower(), {name.lower() for name in names}
 
     async def __call__(self, scope, receive, send):
         if scope["type"] == "lifespan":
@@ -83,7 +83,8 @@ class Guard:
         if len(hosts) != 1 or not self.is_own(name_in(hosts[0])):
             shown = hosts[0][:100] if hosts else ""
             raise ApiError(f"Host {shown!a} is no name of this server", 403, code="wrong_host")
-        if origins and [urlsplit_host(origin) for origin in origins] != [hosts[0].lower()]:
+        origin = urlsplit_host(origins[0]) if len(origins) == 1 else ""
+        if origins and origin != hosts[0].lower() and name_in(origin) not in self.names:
             raise ApiError(f"Origin {origins[0][:100]!a} is another site", 403, code="wrong_origin")
         if self.api_key is not None and path.startswith(("/v1/", "/api/")):
             given = keys[0].partition(" ") if len(keys) == 1 else ("", "", "")
@@ -94,7 +95,7 @@ class Guard:
     def is_own(self, name: str) -> bool:
         address = _address(name)
         own_address = address is not None and (address.is_loopback or not self.loopback)
-        return bool(name) and (name == "localhost" or name in self.names or own_address)
+        return bool(name) and (name in {"localhost", self.host, *self.names} or own_address)
 
 
 def urlsplit_host(origin: str) -> str:

@@ -4,6 +4,7 @@ A key that is unknown, or would change the reply in a way that is not built, is 
 Source: https://platform.openai.com/docs/api-reference/chat and https://platform.openai.com/docs/api-reference/completions
 """
 
+import codecs
 import difflib
 import json
 import secrets
@@ -223,6 +224,7 @@ class Answer:
 
     def __init__(self, wanted: Wanted):
         self.wanted, self.chat, self.offset = wanted, wanted.messages is not None, 0
+        self.decoder = codecs.getincrementaldecoder("utf-8")("ignore")
         self.id = ("chatcmpl-" if self.chat else "cmpl-") + secrets.token_hex(12)
         self.created = int(time.time())
 
@@ -231,21 +233,23 @@ class Answer:
         name += ".chunk" * (stream and self.chat)
         return dict(id=self.id, object=name, created=self.created, model=self.wanted.model, choices=choices) | more
 
-    def logprobs(self, tokens):
-        """tokens: [(Token, [Token] it was drawn against)]."""
+    def logprobs(self, text, tokens):
+        """tokens: [(Token, [Token] it was drawn against)] of a text."""
         if self.wanted.top is None:
             return None
         if self.chat:
             content = [token.json() | dict(top_logprobs=[each.json() for each in top]) for token, top in tokens]
             return dict(content=content, refusal=None)
         offsets = []
+        if not self.offset and tokens and tokens[0][0].bytes.startswith(b" ") and not text.startswith(" "):
+            self.offset = -1  # the space that some tokenizers put before a text, and take away from it
         for token, _ in tokens:
-            offsets.append(self.offset)
-            self.offset += len(token.bytes.decode(errors="ignore"))
+            offsets.append(max(0, self.offset))
+            self.offset += len(self.decoder.decode(token.bytes))
         return dict(
             tokens=[token.text for token, _ in tokens],
             token_logprobs=[token.logp for token, _ in tokens],
-            top_logprobs=[{each.text: each.logp for each in top} for _, top in tokens],
+            top_logprobs=[{each.text: each.logp for each in (token, *top)} for token, top in tokens],
             text_offset=offsets,
         )
 
@@ -258,7 +262,7 @@ class Answer:
         return [self._chunk(dict(role="assistant", content=""))] if self.chat else []
 
     def chunk(self, text, tokens):
-        return self._chunk(dict(content=text), self.logprobs(tokens))
+        return self._chunk(dict(content=text), self.logprobs(text, tokens))
 
     def closing(self, reason, usage, facts):
         """The last chunks. facts: what is told beside OpenAI's fields (seed; note, where turns were left out)."""
@@ -267,7 +271,7 @@ class Answer:
 
     def whole(self, text, tokens, reason, usage, facts):
         body = dict(message=dict(role="assistant", content=text, refusal=None)) if self.chat else dict(text=text)
-        choice = dict(index=0) | body | dict(logprobs=self.logprobs(tokens), finish_reason=reason)
+        choice = dict(index=0) | body | dict(logprobs=self.logprobs(text, tokens), finish_reason=reason)
         return self._object(False, [choice], usage=usage, **facts)
 
 

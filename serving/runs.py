@@ -10,7 +10,7 @@ from pathlib import Path
 
 from common import runs
 from common.files import file_sha256
-from common.metrics import plain, read_metrics
+from common.metrics import is_number, read_metrics
 from common.runs import PLOTS, Entry
 from serving.protocol import ApiError
 
@@ -92,7 +92,7 @@ class Runs:
             id=name,
             stage=entry.stage if entry else "",
             step=max((row["step"] for row in rows), default=0),
-            figures=plain({key: value for key, value in last.items() if isinstance(value, int | float)}),
+            figures={key: value for key, value in last.items() if is_number(value)},
             plots=[plot for plot in PLOTS if plot in names],
             samples="samples.txt" in names,
         )

@@ -11,6 +11,7 @@ from web import ask, client_of, raw, served, until, user
 
 from common import checkpoint
 from serving import guard
+from serving.protocol import ApiError
 from tokenizer import encode_prompt
 
 
@@ -71,6 +72,22 @@ def test_requests_of_other_sites_are_refused(server, headers, status, code):
     found, said, _ = raw(server, body, **headers)
     assert (found, said["error"]["code"]) == (status, code)
     assert raw(server, body, Host="localhost:9", Origin="http://localhost:9")[0] == 200
+
+
+def test_a_named_host_may_stand_behind_a_proxy():
+    """Which sends a Host of its own, or one without the port of the page."""
+    checked = guard.Guard(None, "127.0.0.1", ["Demo.example.com"], None)
+    for host in ("127.0.0.1:8000", "demo.example.com"):
+        for origin in ("https://demo.example.com", "https://demo.example.com:8443"):
+            checked.check("/v1/models", [("host", host), ("origin", origin)])
+        for origin in (
+            "https://example.com",
+            "http://127.0.0.1:1",
+            "http://localhost:1",
+            "https://demo.example.com.evil",
+        ):
+            with pytest.raises(ApiError, match="another site"):
+                checked.check("/v1/models", [("host", host), ("origin", origin)])
 
 
 def test_every_answer_forbids_scripts_of_others(server):

@@ -140,6 +140,85 @@ def test_probabilities_by_pointer_and_keys(page):
     assert page.locator(".token.shown").count() == 1
 
 
+def test_escape_in_an_input_method_or_a_dialog_stops_nothing(page, server):
+    choose(page, "demo/sft")
+    limit(page, 8)
+    ask(page, "一")
+    finished(page)
+    page.press("#question", "ArrowUp")
+    page.fill(".edit textarea", "改过的")
+    dismiss = "new KeyboardEvent('keydown', {key: 'Escape', isComposing: true, keyCode: 229, bubbles: true})"
+    page.eval_on_selector(".edit textarea", f"field => field.dispatchEvent({dismiss})")
+    assert page.input_value(".edit textarea") == "改过的"
+    page.press(".edit textarea", "Escape")
+    assert page.locator(".edit").count() == 0
+    limit(page, 1024)
+    ask(page, "二")
+    until(lambda: page.locator(".turn >> nth=1").locator(".token").count() > 5)
+    page.eval_on_selector("#question", f"field => field.dispatchEvent({dismiss})")
+    page.keyboard.press("Alt+2")
+    page.click(".plot >> nth=0")
+    page.wait_for_selector("#picture-dialog[open]")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#picture-dialog:not([open])", state="attached")
+    assert server.site.worker.job is not None
+    page.keyboard.press("Alt+1")
+    page.keyboard.press("Escape")
+    finished(page)
+    assert page.locator(".facts").all_inner_texts()[1].count("已停止") == 1
+
+
+def test_a_finger_leaves_the_probabilities_open(browser, server):
+    context = browser.new_context(viewport=dict(width=400, height=700), has_touch=True)
+    page = context.new_page()
+    page.set_default_timeout(60_000)
+    page.goto(f"http://127.0.0.1:{server.port}/")
+    page.wait_for_selector("body[data-ready]")
+    page.evaluate("document.querySelector('#max_new_tokens').value = 16")
+    ask(page, "好")
+    finished(page)
+    page.tap(".token:not(:empty) >> nth=2")
+    page.wait_for_selector("#tip:not([hidden])")
+    page.wait_for_timeout(200)
+    assert page.is_visible("#tip")
+    context.close()
+
+
+def test_what_cannot_be_asked_is_told_and_loses_nothing(page):
+    choose(page, "demo/sft")
+    limit(page, 8)
+    page.fill("#seed", "１２")  # as an input method writes it
+    ask(page, "一")
+    finished(page)
+    assert "种子\u00a012" in page.inner_text(".facts")
+    text = page.inner_text(".text")
+    page.fill("#seed", "一二")
+    page.click("text=重新生成")
+    page.fill("#question", "二")
+    page.press("#question", "Enter")
+    assert page.inner_text("#status").startswith("种子要是") and page.inner_text(".text") == text
+    assert page.input_value("#question") == "二" and page.locator(".turn").count() == 1
+    page.fill("#seed", "")
+    page.evaluate("document.querySelector('#model').replaceChildren()")  # as where the only run was replaced meanwhile
+    page.click("text=重新生成")
+    assert page.inner_text("#status") == "先选一个检查点" and page.inner_text(".text") == text
+    page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")  # as on http:// addresses
+    page.click("text=复制")
+    until(lambda: page.inner_text("#status") == "浏览器不让复制")
+
+
+def test_the_servers_defaults_can_be_chosen_whatever_they_are(browser, runs):
+    odd = dict(temperature=0.77, top_p=0.97, top_k=500, repetition_penalty=0.9, max_new_tokens=2048)
+    with served(runs, **odd) as server:
+        page = browser.new_page()
+        page.goto(f"http://127.0.0.1:{server.port}/")
+        page.wait_for_selector("body[data-ready]")
+        for _ in range(2):
+            assert {key: float(page.input_value(f"#{key}")) for key in odd} == odd
+            page.evaluate("document.querySelector('#defaults').click()")
+        page.close()
+
+
 def test_switch_compare_and_continue(page):
     choose(page, "demo/sft", "demo/dpo")
     limit(page, 32)

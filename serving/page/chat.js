@@ -1,8 +1,8 @@
 // The conversation: questions, each with the replies of one or two checkpoints.
 
-import { $, make } from './dom.js';
+import { $, composing, make } from './dom.js';
 import { Reply } from './reply.js';
-import { chosen, sampling } from './settings.js';
+import { chosen, problem, sampling } from './settings.js';
 import { hide } from './tokens.js';
 
 const EXAMPLES = ['写一条酒店好评。', '写一条图书差评。', '这本书的内容很充实，值得一看。这是好评还是差评？'];
@@ -18,7 +18,7 @@ function history(n, place) {
   const messages = [];
   let size = 0;
   for (const { question, replies } of turns.slice(0, n).reverse()) {
-    const text = (replies[place] ?? replies[0]).text;
+    const text = (replies[place] ?? replies[0])?.text ?? '';
     size += question.length + text.length;
     if (size > limits.max_characters || messages.length + 4 > limits.max_messages) break;
     if (text) messages.unshift({ role: 'user', content: question }, { role: 'assistant', content: text });
@@ -62,7 +62,8 @@ function draw(turn) {
   const copy = make('button', { className: 'quiet', type: 'button' }, '复制');
   copy.onclick = async () => {
     const text = turn.replies.map((reply) => reply.text).join('\n\n');
-    status(await navigator.clipboard.writeText(text).then(() => '已复制', () => '浏览器不让复制'));
+    const done = await navigator.clipboard?.writeText(text).then(() => true, () => false); // none without HTTPS
+    status(done ? '已复制' : '浏览器不让复制');
   };
   turn.element.replaceChildren(
     make('div', { className: 'question' }, make('p', {}, turn.question), edit),
@@ -80,12 +81,14 @@ function showState() {
   document.body.classList.toggle('busy', busy);
 }
 
+/** Whether a question may be asked now; if not, the status says why. */
+function ready() {
+  if (problem()) status(problem());
+  return !running() && !problem();
+}
+
 export function ask(question) {
-  if (running() || !question.trim()) return;
-  if (chosen().length === 0) {
-    status('先选一个检查点');
-    return;
-  }
+  if (!question.trim() || !ready()) return;
   const turn = { question, replies: [], element: make('article', { className: 'turn' }) };
   turns.push(turn);
   $('turns').append(turn.element);
@@ -93,7 +96,7 @@ export function ask(question) {
 }
 
 function regenerate(turn) {
-  if (!running()) answer(turns.indexOf(turn));
+  if (ready()) answer(turns.indexOf(turn));
 }
 
 /** Puts the question of a turn into a field, to be asked anew. */
@@ -106,13 +109,13 @@ function change(turn) {
   leave.onclick = () => { draw(turn); $('question').focus(); };
   form.onsubmit = (event) => {
     event.preventDefault();
-    if (running() || !field.value.trim()) return;
+    if (!field.value.trim() || !ready()) return;
     turn.question = field.value;
     $('question').focus();
     answer(turns.indexOf(turn));
   };
   field.onkeydown = (event) => {
-    if (event.key === 'Escape') leave.click();
+    if (event.key === 'Escape' && !composing(event)) leave.click();
     if (sends(event)) { event.preventDefault(); form.requestSubmit(); }
   };
   turn.element.querySelector('.question').replaceChildren(form);
@@ -134,8 +137,8 @@ export function fresh() {
 
 export const again = () => turns.length && regenerate(turns.at(-1));
 
-/** Whether a key press sends, and is not one that chooses a character of an input method. */
-const sends = (event) => event.key === 'Enter' && !event.shiftKey && !event.isComposing && event.keyCode !== 229;
+/** Whether a key press sends. */
+const sends = (event) => event.key === 'Enter' && !event.shiftKey && !composing(event);
 
 function fit() {
   const field = $('question');
@@ -154,7 +157,7 @@ export function start(facts) {
   };
   $('ask').onsubmit = (event) => {
     event.preventDefault();
-    if (running() || !field.value.trim()) return;
+    if (!field.value.trim() || !ready()) return;
     ask(field.value);
     field.value = '';
     fit();

@@ -9,6 +9,9 @@ export function make(tag, properties = {}, ...children) {
   return element;
 }
 
+/** Whether a key is meant for an input method, as one that chooses a character or dismisses its window. */
+export const composing = (event) => event.isComposing || event.keyCode === 229;
+
 export function parameters(n) {
   if (n >= 1e8) return `${(n / 1e8).toPrecision(3)} 亿参数`;
   return n >= 1e4 ? `${(n / 1e4).toPrecision(3)} 万参数` : `${n} 参数`;
@@ -30,5 +33,4 @@ export const row = (facts) => facts.filter(Boolean).map((fact) => fact.replaceAl
 
 export const STAGES = {
   pretrain: '预训练', sft: '指令微调', rm: '奖励模型', dpo: 'DPO', ppo: 'PPO', grpo: 'GRPO', quantize: '量化',
-  import: '外来',
 };

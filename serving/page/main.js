@@ -2,7 +2,7 @@
 
 import { getJSON, load } from './api.js';
 import * as chat from './chat.js';
-import { $ } from './dom.js';
+import { $, composing } from './dom.js';
 import * as runs from './runs.js';
 import * as settings from './settings.js';
 import { hide } from './tokens.js';
@@ -56,7 +56,8 @@ function setTheme(name) {
 }
 
 document.addEventListener('keydown', (event) => {
-  if (event.key === 'Escape' && chat.running()) chat.stop();
+  const closes = composing(event) || document.querySelector('dialog[open]'); // Escape is for that
+  if (event.key === 'Escape' && !closes && chat.running()) chat.stop();
   if (!event.altKey || event.ctrlKey || event.metaKey) return;
   const digit = Number(event.code.replace('Digit', ''));
   const actions = { KeyR: chat.again, KeyN: chat.fresh };

@@ -94,6 +94,7 @@ function readTokens(logprobs) {
   return logprobs.tokens.map((token, i) => ({
     token,
     logprob: logprobs.token_logprobs[i],
-    top_logprobs: Object.entries(logprobs.top_logprobs[i]).map(([name, logprob]) => ({ token: name, logprob })),
+    top_logprobs: Object.entries(logprobs.top_logprobs[i]).map(([name, logprob]) => ({ token: name, logprob }))
+      .sort((a, b) => b.logprob - a.logprob), // of an object numbers come first
   }));
 }

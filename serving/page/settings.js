@@ -25,12 +25,19 @@ const describe = (model) => row([
 
 export const chosen = () => [find($('model').value), find($('other').value)].filter(Boolean);
 
+const seed = () => $('seed').value.normalize('NFKC').trim();
+
+/** Why nothing can be asked with these settings, or ''. */
+export function problem() {
+  if (chosen().length === 0) return '先选一个检查点';
+  return /^\d{0,15}$/.test(seed()) ? '' : '种子要是不超过 15 位的数字，或者空着';
+}
+
 /** What every request of these settings has. */
 export function sampling() {
   const values = Object.fromEntries(SLIDERS.map(([key]) => [key, Number(inputs[key].value)]));
   const { max_new_tokens: max_tokens, ...rest } = values;
-  const seed = $('seed').value.trim();
-  return { ...rest, max_tokens, ...(/^\d{1,15}$/.test(seed) ? { seed: Number(seed) } : {}) };
+  return { ...rest, max_tokens, ...(seed() ? { seed: Number(seed()) } : {}) };
 }
 
 function update() {
@@ -88,7 +95,11 @@ export function start(settings) {
   const before = { ...defaults, ...kept() };
   for (const [key, label, low, high, step, meaning] of SLIDERS) {
     const output = make('output');
-    const input = make('input', { type: 'range', id: key, min: low, max: high, step, value: before[key] });
+    // the server's default is one of its values, whatever it is
+    const range = { min: Math.min(low, defaults[key]), max: Math.max(high, defaults[key]), step };
+    const steps = (defaults[key] - range.min) / step;
+    if (Math.abs(steps - Math.round(steps)) > 1e-6) range.step = 'any';
+    const input = make('input', { type: 'range', id: key, ...range, value: before[key] });
     inputs[key] = Object.assign(input, { output });
     const name = make('span', { className: 'name' }, label, output);
     $('sliders').append(make('label', { className: 'field' }, name, input, make('small', {}, meaning)));

@@ -50,12 +50,15 @@ export function hide() {
 /** Makes the tokens of a container tell about themselves. */
 export function explain(container) {
   container.addEventListener('pointerover', (event) => facts.has(event.target) && show(event.target));
-  container.addEventListener('pointerleave', hide);
+  container.addEventListener('pointerleave', (event) => event.pointerType === 'mouse' && hide()); // a finger only lifts
   container.addEventListener('blur', hide);
   container.addEventListener('keydown', (event) => {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     const spans = [...container.querySelectorAll('.token')];
-    if (event.key === 'Escape') hide();
+    if (event.key === 'Escape' && !$('tip').hidden) {
+      hide();
+      event.stopPropagation(); // and does not stop a reply too
+    }
     if (!step || spans.length === 0) return;
     event.preventDefault();
     const at = spans.findIndex((each) => each.classList.contains('shown'));

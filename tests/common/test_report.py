@@ -192,6 +192,13 @@ def test_a_page_of_somebody_else_stays(runs):
         report.main([str(runs), f"--out={runs / 'page.txt'}"])
 
 
+def test_the_command_of_an_import_imports(runs):
+    save(runs / "foreign", "pretrain", seed=9, import_llama2c="stories.bin", tokenizer="tok.model", out="out/foreign")
+    page_of(runs)
+    text = (runs / "report.html").read_text(encoding="utf-8")
+    assert "python export.py --import_llama2c=stories.bin --tokenizer=tok.model --out=out/foreign" in text
+
+
 def test_options_give_the_config_back(tmp_path):
     given = ["--sample_prompts=['a, b', 'c']", "--model.dim=128", "--min_learning_rate=1e-05", "--eval_interval=7"]
     config = parse_config("pretrain", [*given, "--out=a b"], "")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 import export
 from common import checkpoint
@@ -187,6 +188,15 @@ def test_chat_template_renders_our_prompt_format(tmp_path, tok):
     for messages in (chat, longer):
         text = cpp.post("apply-template", messages=messages)["prompt"]
         assert cpp.encode(text, add_special=True, parse_special=True) == encode_prompt(tok, messages)
+
+
+def test_any_jinja_reads_the_chat_template(tmp_path, tok):
+    """Not only that of transformers, which knows a tag more: programs compile it when they open the file."""
+    reader = gguf.GGUFReader(convert(save(tmp_path, random_model(tok), tok, "sft"), tmp_path / "gguf") / "model.gguf")
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(reader.fields["tokenizer.chat_template"].contents())
+    chat = [dict(role=role, content=text) for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))]
+    assert template.render(messages=chat, bos_token="<s>", eos_token="</s>") == "a<s>b</s>c<s>"
 
 
 def test_bf16_weights_are_the_rounded_ones(tmp_path, tok, trained):

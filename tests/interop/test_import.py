@@ -152,6 +152,7 @@ def test_odd_files_of_a_folder_are_refused_by_their_name(tmp_path, tok, capsys):
     torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     options = [f"--import_hf={folder}", f"--out={tmp_path / 'out'}"]
     assert "pytorch_model.bin: of torch before 1.6: load it" in failure(capsys, export.main, options)
+    (folder / "pytorch_model.bin").unlink()
     index = folder / "pytorch_model.bin.index.json"
     for names in (("a.bin", "b.bin"), ("a" * 5000,)):
         index.write_text(json.dumps(dict(weight_map={str(i): name for i, name in enumerate(names)})))
@@ -196,6 +197,7 @@ def test_import_refuses_what_is_no_number_or_no_weight(tmp_path, tok, shared_dat
         (dict(num_hidden_layers=10**9), "config.json: n_layers=1000000000, but there are 21 weights"),
         (dict(max_position_embeddings=2**31 - 1), "config.json: max_seq_len=2147483647: its rotary tables would take"),
         (dict(rope_parameters=[1]), "config.json: rope_parameters is .1., no object"),
+        (dict(rope_parameters=dict(type="linear", factor=4.0)), "config.json: rope_scaling is .*linear"),
         (dict(rms_norm_eps=0), "config.json: norm_eps=0.0: not a value that it can have"),
         (dict(rms_norm_eps="a"), "config.json: rms_norm_eps is .a., no float"),
     ],
@@ -213,10 +215,19 @@ def test_import_refuses_forged_facts_and_shards_from_elsewhere(tmp_path, tok):
         save_file(tensors, folder / "model.safetensors", {exchange.FACTS: facts})
         with pytest.raises(UserError, match="hf: its metadata tiny_llama2_zh.provenance was changed"):
             run(import_hf=folder, out=tmp_path / "run")
+    (folder / "model.safetensors").unlink()
     for files in ({"a": "../model.safetensors"}, {"a": 1}, {}, [], "x"):
         change(folder, "model.safetensors.index.json", weight_map=files)
         with pytest.raises(UserError, match="index.json: its weight_map names no files of this folder"):
             run(import_hf=folder, out=tmp_path / "run")
+
+
+def test_a_whole_file_goes_before_an_index_that_was_left_there(tmp_path, tok):
+    folder, _ = foreign(tmp_path / "hf", tok)
+    wanted = checkpoint.load(run(import_hf=folder, out=tmp_path / "run")).weights
+    change(folder, "model.safetensors.index.json", weight_map={"a": "model-00001-of-00002.safetensors"})
+    found = checkpoint.load(run(import_hf=folder, out=tmp_path / "again")).weights
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_pytorch_model_bin_whole_and_in_shards(tmp_path, tok):

@@ -3,8 +3,11 @@
 import random
 
 import pytest
+from tiny import tiny
 
-from serving.generation import Text, named, overlap
+from common import checkpoint
+from serving.generation import Job, Started, Text, answer, load, named, overlap
+from serving.protocol import Answer, ApiError, Token, Wanted
 from tokenizer import Tokenizer
 
 
@@ -47,6 +50,41 @@ def test_bytes_of_tokens_are_those_of_the_text(tok):
     for text in ("甲乙", " a  b\n", "龘😀", "</s>"):
         assert b"".join(map(tok.bytes_of, tok.encode(text))) == text.encode()
     assert [tok.bytes_of(i) for i in (0, 1, 2, tok.n_pieces)] == [b""] * 4
+
+
+def test_a_reply_that_the_server_ends_is_not_called_finished(tok, tmp_path):
+    facts = dict(stage="sft", step=1, tokens_seen=9, config={}, tokenizer=tok.model_bytes)
+    checkpoint.save(tmp_path, model=tiny(vocab_size=tok.vocab_size), **facts)
+    sampling = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, max_new_tokens=8)
+    told = []
+
+    def emit(event):
+        told.append(event)
+        job.cancelled = True  # after the first, as a server does that closes
+
+    wanted = Wanted("m", [dict(role="user", content="好")], None, sampling, 1, [], None, True, True)
+    job = Job(tmp_path / "ckpt.pt", wanted, emit)
+    with pytest.raises(ApiError, match="the server is stopping"):
+        answer(load(job.path, "cpu"), job)
+    assert [type(event) for event in told] == [Started]
+
+
+def test_offsets_of_a_completion_count_the_characters_of_its_text(tok):
+    def offsets(text, *parts):
+        """Of the parts' bytes, in a reply that comes in one piece."""
+        tokens = [(Token("x", part, -1.0), []) for part in parts]
+        reply = Answer(Wanted("m", None, "p", {}, 1, [], 0, False, False))
+        return reply.logprobs(text, tokens)["text_offset"]
+
+    assert offsets("😀好", *(bytes([byte]) for byte in "😀".encode()), "好".encode()) == [0, 0, 0, 0, 1]
+    assert offsets("好吧", " 好".encode(), "吧".encode()) == [0, 1]  # ChatGLM3's first token begins with a space
+    assert offsets(" 好吧", " 好".encode(), "吧".encode()) == [0, 2]
+
+
+def test_the_token_that_was_drawn_is_among_those_named():
+    reply = Answer(Wanted("m", None, "p", {}, 1, [], 1, False, False))
+    tokens = [(Token("丙", "丙".encode(), -5.0), [Token("甲", "甲".encode(), -0.1)])]
+    assert reply.logprobs("丙", tokens)["top_logprobs"] == [{"丙": -5.0, "甲": -0.1}]
 
 
 def test_names_of_tokens(tok):

@@ -1,5 +1,6 @@
 """common.runs and serving.runs: names of checkpoints, their family tree, samples."""
 
+import json
 import os
 
 import pytest
@@ -50,6 +51,23 @@ def test_names_kinds_and_problems(tmp_path):
     assert list(Runs(tmp_path / "demo" / "sft").entries()) and "sft" in Runs(tmp_path / "demo" / "sft").entries()
 
 
+def test_what_json_cannot_hold_is_one_entrys_problem(tmp_path):
+    save(tmp_path / "good")
+    save(tmp_path / "many", step=10**5000)
+    save(tmp_path / "odd", stage="\ud800")
+    (huge := tiny()).config.max_seq_len = 1e200
+    (tmp_path / "huge").mkdir()
+    checkpoint.save(tmp_path / "huge", stage="sft", step=1, tokens_seen=9, config={}, tokenizer=b"x", model=huge)
+    os.mkdir(named := os.fsencode(tmp_path) + b"/\xc4\xff")
+    os.link(tmp_path / "good" / "ckpt.pt", named + b"/ckpt.pt")
+    runs = Runs(tmp_path)
+    said = json.dumps([[entry.json() for entry in runs.usable()], runs.tree(), runs.runs()], ensure_ascii=False)
+    assert said.encode()
+    problems = {name: entry.problem for name, entry in runs.entries().items()}
+    assert problems.pop("many") == problems.pop("huge") == "not a checkpoint of this project"
+    assert set(problems) == {"good", "odd", r"\udcc4\udcff"} and set(problems.values()) == {None}
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 def test_what_is_no_file_is_not_listed(tmp_path):
     """To open a pipe that nobody writes to would wait for ever, and the whole server with it."""
@@ -82,10 +100,12 @@ def test_runs_and_their_files(tmp_path):
     log.write(2, {"train/loss": 1.5, "val/loss": float("nan")})
     log.samples(2, [("一\n二", "step 3\n  reply: x"), ("", "三")])
     log.plot([("loss", ["train/loss"])])
+    with open(tmp_path / "demo" / "sft" / "metrics.jsonl", "a") as file:  # by somebody else
+        file.write('{"step": 3, "val/kl": NaN, "val/odd": true}\n')
     runs = Runs(tmp_path)
     (run,) = runs.runs()
-    assert (run["id"], run["step"], run["plots"], run["samples"]) == ("demo/sft", 2, ["loss.png"], True)
-    assert run["figures"]["train/loss"] == 1.5 and "val/loss" not in run["figures"]
+    assert (run["id"], run["step"], run["plots"], run["samples"]) == ("demo/sft", 3, ["loss.png"], True)
+    assert run["figures"]["train/loss"] == 1.5 and not {"val/loss", "val/kl", "val/odd"} & set(run["figures"])
     assert runs.plot("demo/sft", "loss.png").startswith(b"\x89PNG")
     pairs = [dict(prompt="一\n二", reply="step 3\n  reply: x"), dict(prompt="", reply="三")]
     assert runs.samples("demo/sft") == [dict(step=2, pairs=pairs)]
