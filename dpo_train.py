@@ -81,7 +81,7 @@ def pairs_met(order, batches):
     """The examples in the first batches of an order, sorted: a short run meets few of them."""
     if batches >= order.per_epoch:
         return np.arange(order.n)
-    return np.unique(np.concatenate([order[i] for i in range(batches)]))
+    return np.unique(np.concatenate([order[i] for i in range(max(1, batches))]))
 
 
 @torch.no_grad()

@@ -156,7 +156,8 @@ def score(loaded, messages, reply):
 
 def perplexity(loaded, val, config, env):
     """(Markdown, figures) of the loss on a Corpus."""
-    total, sources = source_losses(loaded.model, val, env, config["eval_tokens"] or None)
+    masked = loaded.tokenizer.eos_id if loaded.ckpt.config.get("mask_documents") else None  # as it was trained
+    total, sources = source_losses(loaded.model, val, env, config["eval_tokens"] or None, eos_id=masked)
     if not math.isfinite(total.perplexity):
         found = f"its perplexity is {total.perplexity}: weights are too large, or training diverged"
         raise CheckpointError(f"{loaded.ckpt.path}: {found}")

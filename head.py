@@ -4,13 +4,14 @@ Of a large vocabulary the (B*T, V) logits would take more memory than everything
 they never exist at once. model.py calls what stands here; a loss is nats, logits are float32 at least.
 """
 
-import time
+import functools
+import platform
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-FEW_ROWS, UNCACHED = 8, 2**22  # rows, weights: where product_turned may be faster than F.linear
-TURNED = {}  # whether it is, for a weight of some shape and dtype and so many threads
+FEW_ROWS, UNCACHED = 8, 2**22  # rows, weights: where product_turned is faster than F.linear, on AMD
 
 
 def upcast(x):
@@ -79,27 +80,21 @@ def logits_of(h, W, buffer):
 
 
 def product_turned(h, weight):
-    """h (..., D) times weight (V, D), as F.linear's, for few rows of h: (..., V). A single row stands there twice."""
+    """h (..., D) times weight (V, D), for few rows of h and a weight that no CPU's cache holds: (..., V).
+
+    F.linear reads such a weight at a half to a quarter of the memory's speed (MKL on AMD's Zen 3; on Intel's CPUs at
+    all of it). The other way round it does not, but for a single row, which therefore stands there twice.
+    """
     rows = h.reshape(-1, h.size(-1))
     wide = rows.repeat(2, 1) if len(rows) == 1 else rows
     return (weight @ wide.T)[:, : len(rows)].T.contiguous().view(*h.shape[:-1], -1)
 
 
-def turned_is_faster(weight):
-    """Whether one row times a weight that no CPU's cache holds is product_turned's task: measured once.
-
-    F.linear reads it at a half to a quarter of the memory's speed on an AMD EPYC (Zen 3), and on an Intel Xeon (AMX)
-    five times as fast as product_turned.
-    """
-    key = weight.shape, weight.dtype, torch.get_num_threads()
-    if key not in TURNED:
-        row, times = weight[:1].clone(), {F.linear: [], product_turned: []}
-        for call in 3 * list(times):
-            start = time.perf_counter()
-            call(row, weight)
-            times[call].append(time.perf_counter() - start)
-        TURNED[key] = min(times[product_turned]) < min(times[F.linear])
-    return TURNED[key]
+@functools.cache
+def is_amd():
+    """Whether this machine's CPU is AMD's."""
+    path = Path("/proc/cpuinfo")
+    return "AuthenticAMD" in (path.read_text() if path.exists() else platform.processor())
 
 
 def logits_without_gradient(h, weight):
@@ -108,7 +103,7 @@ def logits_without_gradient(h, weight):
         low = product_dtype(h)
         return product(h.flatten(0, -2).to(low), weight.to(low).T).unflatten(0, h.shape[:-1])
     few = h.is_cpu and 0 < h.numel() <= FEW_ROWS * h.size(-1) and weight.numel() >= UNCACHED
-    if few and turned_is_faster(weight):
+    if few and is_amd():
         return product_turned(h, weight)
     return F.linear(h, weight)
 

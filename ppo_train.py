@@ -158,6 +158,8 @@ def main(argv=None):
     config = parse_config("ppo_train", argv, __doc__)
     if config["parallel"] != "ddp":
         raise ConfigError(f"parallel={config['parallel']}: PPO trains a copy of its models per process; ddp is needed")
+    if config["kl_target"] > 0 and config["kl_coef"] == 0:
+        raise ConfigError(f"kl_target={config['kl_target']}: kl_coef above 0 is needed, which it multiplies")
     stage = Stage("ppo", config, PANELS)
     if stage.finished:
         return

@@ -45,12 +45,13 @@ def fetch(corpus, n, config, env, eos_id):
     return move((x, y, document_starts(document_numbers(x, eos_id))), env.device)
 
 
-def evaluate(model, val, env, max_tokens=None):
+def evaluate(model, val, env, max_tokens=None, eos_id=None):
     """Loss on about max_tokens validation tokens, evenly spaced (None: all of them), in rows of full context.
 
-    Returns {"val/loss", "val/bits_per_char"} over all sources and {"val/bits_per_char/<source>"}.
+    Given eos_id, which ends a document, none attends to another. Returns {"val/loss", "val/bits_per_char"} over all
+    sources and {"val/bits_per_char/<source>"}.
     """
-    total, sources = source_losses(model, val, env, max_tokens)
+    total, sources = source_losses(model, val, env, max_tokens, eos_id=eos_id)
     metrics = {f"val/bits_per_char/{name}": loss.bits_per_char for name, loss in sources.items()}
     return {"val/loss": total.per_token, "val/bits_per_char": total.bits_per_char} | metrics
 
@@ -92,7 +93,7 @@ def main(argv=None):
     meta, tokenizer = load_meta(data), Tokenizer.load(config["tokenizer"])
     check_data(tokenizer, config["tokenizer"], meta, data / "meta.json")
     train, val = Corpus(data, "train", mixture=config["mixture"]), Corpus(data, "val")
-    stage.check_data(*(split.file(source).name for source in train.sources for split in (train, val)))
+    stage.check_data(*(split.file(source).name for split in (train, val) for source in split.sources))
 
     shape, prompts = plan.shape_of(config, tokenizer.vocab_size), openings(tokenizer, config)
     plan.check_fits(shape, config, env)
@@ -108,7 +109,9 @@ def main(argv=None):
     if env.is_main:
         print(f"{model.num_params():,} parameters; {T * rows_per_step:,} tokens a step")
         last = ", at the end on all" if config["eval_all"] else ""
-        print(f"validation on {min(config['eval_tokens'], len(val)):,} of {len(val):,} tokens{last}")
+        print(f"validation on at most {min(config['eval_tokens'], len(val)):,} of {len(val):,} tokens{last}")
+        if T < shape.max_seq_len:
+            print(f"rows of {T} tokens are trained, of model.max_seq_len={shape.max_seq_len} validated")
         if prompts and config["sample_tokens"] >= shape.max_seq_len:
             print(
                 f"sample_tokens={config['sample_tokens']}: the context of {shape.max_seq_len} tokens ends them sooner"
@@ -123,7 +126,8 @@ def main(argv=None):
             lr = set_learning_rate(optimizer, learning_rate(step, config))
             if stage.due(step, "eval_interval"):
                 full = config["eval_all"] and step == config["max_steps"]
-                metrics = evaluate(stage.whole, val, env, None if full else config["eval_tokens"])
+                shown = None if full else config["eval_tokens"]
+                metrics = evaluate(stage.whole, val, env, shown, eos_id if config["mask_documents"] else None)
                 stage.report(step, metrics, continue_prompts(stage.whole, tokenizer, prompts, config, env))
                 if step == 0:
                     warn_unless_uniform(metrics["val/loss"], tokenizer.vocab_size)

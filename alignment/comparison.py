@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from alignment.functions import call, fields_taken, find_function
-from alignment.rewards import check_rows, checked, score_rows
+from alignment.rewards import asked, check_rows, checked, score_rows
 from alignment.rollout import in_batches, rollout
 from alignment.tradeoff import best_of, best_of_kl, draw
 from common import checkpoint, resume
@@ -81,10 +81,11 @@ def own_judge(name, prompts, tokenizer, taken=TAKEN):
     label = f"judge={name}"
     function, _ = find_function(label, name)
     passed = fields_taken(label, function, prompts[0].fields)
-    asked, fields = [tokenizer.decode(p) for p in prompts], {key: [p.fields[key] for p in prompts] for key in passed}
+    questions = [asked(tokenizer, prompt) for prompt in prompts]
+    fields = {key: [prompt.fields[key] for prompt in prompts] for key in passed}
 
     def judge(texts):
-        found = call(label, function, asked, texts, fields)
+        found = call(label, function, questions, texts, fields)
         if not (isinstance(found, list) and found and all(isinstance(row, dict) and row for row in found)):
             raise ConfigError(f"{label} must return a list of dicts of numbers, one a reply")
         if any(row.keys() != found[0].keys() for row in found):

@@ -2,7 +2,7 @@
 
 Answers training prompts of `data` several times each, and pairs the best reply with the worst, the second best with the
 second worst and so on, as far as `pairs` says and as their rewards differ. Writes a row a pair, {"prompt", "chosen",
-"rejected"}, which data_process.py reads as layout `pairs`.
+"rejected"} or with "messages" where the prompt has several turns, which data_process.py reads as layout `pairs`.
 
     python -m alignment.ranked --ckpt=out/zh/sft --data=data/zh --reward=my_rewards:score --out=data/ranked.jsonl
     python data_process.py --sources=ranked:pairs=data/ranked.jsonl --parts=rm --out=data/ranked
@@ -24,6 +24,7 @@ from common.files import write_rows
 from common.progress import Progress
 from dataset.batches import load_prompts
 from dataset.formats import load_meta
+from tokenizer import prompt_turns
 
 
 def rank_pairs(rewards, n):
@@ -55,14 +56,24 @@ def ranked_rows(model, reward, prompts, config):
     for prompt, rewards, texts in answers(model, reward, prompts, config):
         for better, worse in rank_pairs(rewards, config["pairs"]):
             if texts[better].strip() and texts[worse].strip() and texts[better] != texts[worse]:
-                rows.append(dict(prompt=reward.tokenizer.decode(prompt), chosen=texts[better], rejected=texts[worse]))
+                rows.append(question_of(reward.tokenizer, prompt) | dict(chosen=texts[better], rejected=texts[worse]))
     return rows
+
+
+def question_of(tokenizer, prompt):
+    """The fields that layout `pairs` reads of a prompt's ids: a prompt, or the messages of several turns."""
+    turns = prompt_turns(tokenizer, prompt)
+    if len(turns) == 1:
+        return dict(prompt=turns[0])
+    return dict(messages=[dict(role=("user", "assistant")[i % 2], content=text) for i, text in enumerate(turns)])
 
 
 def main(argv=None):
     config = parse_config("ranked", argv, __doc__)
     if config["pairs"] > config["samples"] // 2:
         raise ConfigError(f"pairs={config['pairs']}: at most samples / 2 = {config['samples'] // 2} is needed")
+    if Path(config["out"]).is_dir() or (Path(config["out"]).exists() and not config["overwrite"]):
+        raise ConfigError(f"out={config['out']} exists: choose another, or replace a file with --overwrite")
     env, data = setup(config["device"], "float32", config["seed"]), Path(config["data"])
     ckpt = checkpoint.load(config["ckpt"], training=False)
     if ckpt.model_config["scalar_head"]:

@@ -12,8 +12,14 @@ from alignment.rollout import in_batches, rollout, sequence_kl, sequence_scores
 from common import checkpoint, distributed, resume
 from common.config import ConfigError, UserError, said
 from common.metrics import distinct_2
+from tokenizer import prompt_turns
 
 LARGEST = 1e30  # reward: weighted by a million and less a mean it still fits float32
+
+
+def asked(tokenizer, prompt):
+    """A prompt as functions get it: its text, several turns a line each."""
+    return "\n".join(prompt_turns(tokenizer, prompt))
 
 
 def checked(name, rewards, n):
@@ -127,7 +133,7 @@ class Reward:
     def of_function(self, batch):
         """What the function gives the texts: (B,)."""
         rows = zip(batch.ids.tolist(), batch.lengths.tolist(), batch.replies, strict=True)
-        prompts = [self.tokenizer.decode(ids[: length - len(reply)]) for ids, length, reply in rows]
+        prompts = [asked(self.tokenizer, ids[: length - len(reply)]) for ids, length, reply in rows]
         replies = [self.tokenizer.decode(reply) for reply in batch.replies]
         fields = {name: [row[name] for row in batch.fields] for name in self.fields}
         rewards = checked(self.name, call(self.name, self.function, prompts, replies, fields), len(replies))

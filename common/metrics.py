@@ -18,6 +18,7 @@ from tqdm import tqdm
 from common.config import UserError
 from common.files import naming, write_file
 from common.plots import Line, draw
+from dataset.corpus import document_numbers
 from dataset.formats import DataError
 
 
@@ -204,22 +205,25 @@ class TextLoss:
 
 
 @torch.no_grad()
-def source_losses(model, corpus, env, max_tokens=None, batch_size=16) -> tuple[TextLoss, dict[str, TextLoss]]:
-    """Loss on about max_tokens of a Corpus (None: all of it) in rows of full context: over all, and by source.
+def source_losses(
+    model, corpus, env, max_tokens=None, batch_size=16, eos_id=None
+) -> tuple[TextLoss, dict[str, TextLoss]]:
+    """Loss on at most max_tokens of a Corpus (None: all of it) in rows of full context: over all, and by source.
 
     The rows are evenly spaced, so that each source has its share; its characters are in proportion to its tokens. No
-    more is read than is scored, a batch at a time.
+    more is read than is scored, a batch at a time. Given eos_id, no document attends to those before it.
     """
     was_training = model.training
     model.eval()
-    every = max(1, len(corpus) // (max_tokens or len(corpus)))
+    every = max(1, -(-len(corpus) // (max_tokens or len(corpus))))
     losses = {}
     for name, (start, stop) in corpus.segments.items():
         nats, scored = 0.0, 0
         for x, y in corpus.spaced_windows(start, stop, model.config.max_seq_len, every, batch_size):  # (B, T)
             n = int((y != -100).sum())
+            documents = None if eos_id is None else document_numbers(x, eos_id).to(env.device)
             with env.autocast():
-                nats += model(x.to(env.device), y.to(env.device)).item() * n
+                nats += model(x.to(env.device), y.to(env.device), documents=documents).item() * n
             scored += n
         if scored:
             counts = corpus.meta["sources"][name][corpus.split]

@@ -124,6 +124,8 @@ def contradiction(config: dict) -> str | None:
     for low, high in AT_MOST.items():
         if low in config and config[low] > config[high]:
             return f"{low}={config[low]}: at most {high}={config[high]} is needed"
+    if 0 < config.get("decay_steps", 0) < config.get("warmup_steps", 0):
+        return f"decay_steps={config['decay_steps']}: 0 or at least warmup_steps={config['warmup_steps']} is needed"
     return None
 
 

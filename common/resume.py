@@ -39,7 +39,7 @@ READ = "init_from reward_model tokenizer data".split()  # config keys of what a 
 # config keys that may change on --resume: where and how fast it runs, when it stops and what it reports
 SAFE_ON_RESUME = """
     out device dtype compile parallel resume overwrite keep_* max_steps *_interval eval_*
-    sample_prompts sample_tokens decay_share decay_steps logger plan recompute verify_data
+    sample_prompts sample_tokens decay_share decay_steps logger plan recompute verify_data micro_batch_size
 """.split()
 # what runs did before these keys were in their config
 UNWRITTEN = dict(schedule="cosine", mask_documents=False)

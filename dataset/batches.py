@@ -11,7 +11,10 @@ from dataset.formats import DataError, load_pkl
 
 
 def load_pairs(path, vocab_size, max_len=None):
-    """rm.pkl as (train, val), each [chosen, rejected] of Examples; DataError where none are held out."""
+    """rm.pkl as (train, val), each [chosen, rejected] of Examples; DataError where none are held out.
+
+    Those held out come in an order of chance, always the same, so that the first few are of every source.
+    """
     arrays = load_pkl(path)
     sides = [Examples(arrays, prefix, vocab_size, path, max_len) for prefix in ("chosen_", "rejected_")]
     train, val = zip(*(side.split() for side in sides), strict=True)
@@ -19,7 +22,8 @@ def load_pairs(path, vocab_size, max_len=None):
         raise DataError(
             f"{path}: no held-out pair, on which training is judged; more pairs or a larger val_share are needed"
         )
-    return list(train), list(val)
+    order = epoch_order(len(val[0]), 0, 0)
+    return list(train), [side.select(order) for side in val]
 
 
 class Prompt(list):
@@ -33,6 +37,8 @@ class Prompt(list):
 def load_prompts(path, vocab_size, context=None, new_tokens=0):
     """prompts.pkl as (train, val), lists of Prompt; all have the same fields, None where a row lacks one.
 
+    Both come in an order of chance, always the same, so that the first few are of every source.
+
     Given the context of the models that read prompts and replies, DataError unless both splits have prompts and the
     longest leaves room for a reply of `new_tokens`.
     """
@@ -41,7 +47,8 @@ def load_prompts(path, vocab_size, context=None, new_tokens=0):
     fields = read_fields(arrays.get("fields", [""] * len(prompts)), len(prompts), path)
     missing = dict.fromkeys(name for row in fields for name in row)
     found = [Prompt(prompts[i][0].tolist(), missing | row) for i, row in enumerate(fields)]
-    train, val = ([found[i] for i in part.index] for part in prompts.split(False))
+    shuffled = (part.index[epoch_order(len(part), 0, 0)] for part in prompts.split(False))
+    train, val = ([found[i] for i in index] for index in shuffled)
     if context is not None:
         if not (train and val):
             side = "held-out" if train else "training"
@@ -148,18 +155,17 @@ def epoch_order(n, seed, epoch, lengths=None, batch_size=None):
     """Order (n,) in which one epoch visits the examples; batches are its consecutive runs of batch_size.
 
     With lengths, each batch holds examples of similar length, so that little is padding: shuffled pools of 50
-    batches are sorted by length, then the batches are shuffled; a short last batch stays last.
+    batches are sorted by length, then the batches are shuffled. The last ones, too few for a batch, are of any length.
     """
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(n)
-    if lengths is None:
+    if lengths is None or n < batch_size:
         return order
     lengths = np.asarray(lengths)
-    pools = [order[i : i + 50 * batch_size] for i in range(0, n, 50 * batch_size)]
-    order = np.concatenate([p[np.argsort(lengths[p], kind="stable")] for p in pools]) if pools else order
-    full = n // batch_size * batch_size
-    batches = order[:full].reshape(-1, batch_size)
-    return np.concatenate([batches[rng.permutation(len(batches))].reshape(-1), order[full:]])
+    full, rest = np.split(order, [n // batch_size * batch_size])  # before sorting, or the longest were always the rest
+    pools = [full[i : i + 50 * batch_size] for i in range(0, len(full), 50 * batch_size)]
+    batches = np.concatenate([p[np.argsort(lengths[p], kind="stable")] for p in pools]).reshape(-1, batch_size)
+    return np.concatenate([batches[rng.permutation(len(batches))].reshape(-1), rest])
 
 
 class BatchOrder:

@@ -51,8 +51,8 @@ def mix(mixture, segments):
             weights[source] = float(text.encode("ascii"))
         except ValueError:
             weights[source] = math.nan
-        if not 0 < weights[source] < math.inf:
-            raise DataError(f"mixture: {item}: the weight must be a number above 0, as in {source}=1.5")
+        if not 0 < weights[source] <= 1e6:
+            raise DataError(f"mixture: {item}: a number above 0 and at most a million is needed, as in {source}=1.5")
     exact = BLOCK * np.array(list(weights.values())) / sum(weights.values())
     rows = np.floor(exact).astype(int)
     rows[np.argsort(rows - exact, kind="stable")[: BLOCK - rows.sum()]] += 1  # the largest remainders

@@ -48,6 +48,8 @@ def make_row(context, choices, limit):
     room = limit + 1 - max(map(len, choices))
     if room < 1 or not context:
         raise ValueError(f"no room for a choice of {limit + 1 - room} tokens in a context of {limit}")
+    if not all(choices):
+        raise ValueError("a choice adds no token to it")
     kept = context[-room:]
     read = [kept + choice[:-1] for choice in choices]
     n = next((i for i, column in enumerate(zip(*read, strict=False)) if len(set(column)) > 1), min(map(len, read)))

@@ -226,6 +226,7 @@ def test_reference_stands_in_the_order_of_the_pairs():
 def test_a_short_run_meets_few_pairs():
     order = BatchOrder(10, 3, seed=1)  # three batches an epoch
     assert dpo_train.pairs_met(order, 2).tolist() == sorted([*order[0], *order[1]])
+    assert dpo_train.pairs_met(order, 0).tolist() == sorted(order[0])  # max_steps=0 only validates
     assert dpo_train.pairs_met(order, 3).tolist() == dpo_train.pairs_met(order, 50).tolist() == list(range(10))
 
 

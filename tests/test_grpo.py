@@ -249,7 +249,7 @@ def test_first_step_costs_nothing_and_all_is_measured(small, tmp_path):
 
 
 def test_without_kl_penalty_the_reference_is_asked_in_validation_only(small, tmp_path, own_rewards):
-    changes = dict(kl_coef=0, max_new_tokens=25, reward="own_rewards:odd", reward_model=tmp_path / "none")
+    changes = dict(kl_coef=0, max_new_tokens=25, seed=2, reward="own_rewards:odd", reward_model=tmp_path / "none")
     grpo_train.main(options_of(small, tmp_path / "out", **changes))
     rows = metrics(tmp_path / "out")
     assert all(row["grpo/kl"] is None for row in rows if "grpo/kl" in row)

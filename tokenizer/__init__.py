@@ -228,6 +228,17 @@ def encode_prompt(tok: Tokenizer, messages: list[dict], max_len: int | None = No
     return ids
 
 
+def prompt_turns(tok: Tokenizer, ids: list[int]) -> list[str]:
+    """The texts of a prompt's turns, a question first and last: what encode_prompt was given, or what of it fitted."""
+    turns = [[]]
+    for i in ids:
+        if i in (tok.bos_id, tok.eos_id):
+            turns.append([])
+        else:
+            turns[-1].append(i)
+    return [tok.decode(turn) for turn in (turns if turns[-1] else turns[:-1])]
+
+
 def fit_prompt(tok: Tokenizer, messages: list[dict], max_len: int | None) -> tuple[list[int] | None, str | None]:
     """The ids of a prompt and what was done to make them fit in `max_len`; `messages` ends with a user's.
 

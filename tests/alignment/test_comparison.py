@@ -35,6 +35,8 @@ EXAMPLES = [
     ("write", "写", "很好看", -1, True),
 ]
 
+ESCAPED = str.maketrans({"|": r"\|", "\n": r"\n"})  # in a table
+
 
 @pytest.fixture(scope="module")
 def tok():
@@ -84,8 +86,10 @@ def test_comparison_by_hand(tmp_path, tok, capsys):
     assert "the judge finds 100.0% of the positive positive, 0.0% of the negative negative: 50.0%." in markdown
     assert f"| {paths[0]} | sft | 100.0% | 56.6% to 100.0% | 0.00 | 3.0 | 0.200 | 100.0% |" in markdown
     assert f"| prompt | {paths[0]} | {paths[1]} | {paths[2]} |" in markdown
-    assert "\n| 写\\|一条\\n | 很好看 | 差评 | " in markdown and "\n| 写一条评价 | 很好看 | 差评 | " in markdown
-    assert "\n| 酒店 | 很好看" not in markdown  # only two samples
+    shown = [
+        text for text, is_val in PROMPTS if is_val and f"\n| {text.translate(ESCAPED)} | 很好看 | 差评 | " in markdown
+    ]
+    assert len(shown) == 2  # samples
     assert f"| {paths[1]} | 0.0% of 2 | 100.0% of 1 | 50.0% | 75.0% of 4 | 100.0% |" in markdown
 
 

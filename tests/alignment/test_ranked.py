@@ -7,9 +7,10 @@ from chains import argv
 
 from alignment import ranked
 from alignment.ranked import rank_pairs
-from common.config import UserError
+from common.config import ConfigError, UserError
 from data_process import main as process
 from dataset.batches import load_pairs
+from tokenizer import Tokenizer, encode_prompt
 
 
 def test_pairs_go_from_the_ends_inwards():
@@ -46,12 +47,21 @@ def test_the_best_replies_are_chosen_over_the_worst_and_read_as_pairs(small, tmp
     assert 6 <= len(rows) <= 12 and all(len(row["chosen"]) > len(row["rejected"]) for row in rows)
     assert list(rows[0]) == ["prompt", "chosen", "rejected"]
     assert len({row["prompt"] for row in rows}) < len(rows)  # some have both pairs
-    ranked.main(options(small, tmp_path))
+    with pytest.raises(ConfigError, match="rows.jsonl exists: choose another"):
+        ranked.main(options(small, tmp_path))
+    ranked.main(options(small, tmp_path, overwrite=True))
     assert (tmp_path / "rows.jsonl").read_text(encoding="utf-8") == text
     data = dict(out=tmp_path / "pairs", tokenizer=small / "tokenizer", parts="rm", val_share=0.3, max_seq_len=64)
     process(argv(**data, sources=f"ranked:pairs={tmp_path / 'rows.jsonl'}"))
     (chosen, _), (held_out, _) = load_pairs(tmp_path / "pairs" / "rm.pkl", 540)
     assert 4 <= len(chosen) + len(held_out) <= len(rows)
+
+
+def test_turns_of_a_prompt_stay_turns(small):
+    tok = Tokenizer.load(small / "tokenizer")
+    said = [dict(role=role, content=text) for role, text in (("user", "春"), ("assistant", "风"), ("user", "月"))]
+    assert ranked.question_of(tok, encode_prompt(tok, said)) == dict(messages=said)
+    assert ranked.question_of(tok, encode_prompt(tok, said[:1])) == dict(prompt="春")
 
 
 def test_what_cannot_be_ranked_is_told(small, tmp_path, longer):

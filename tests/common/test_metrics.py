@@ -269,6 +269,25 @@ def test_source_losses_are_the_models_own_in_windows_of_its_context(tmp_path):
     assert (cut.tokens, cut.nats) == (9, pytest.approx(spaced, rel=1e-5))
 
 
+@torch.no_grad()
+def test_source_losses_within_documents(tmp_path):
+    """As training with mask_documents sees them: what stands before an eos is not there for what comes after."""
+    model, eos = tiny_llama(), 2
+    ids = [5, 6, 7, eos, 8, 9, 10, 11, eos]  # one row of context 8
+    total, _ = source_losses(model, val_text(tmp_path, {"a": (9, 9)}, ids), ENV, eos_id=eos)
+    expected = nats(model, ids[:4]) + nats(model, ids[3:])
+    assert total.nats == pytest.approx(expected, rel=1e-5)
+    assert source_losses(model, val_text(tmp_path, {"a": (9, 9)}, ids), ENV)[0].nats != pytest.approx(
+        expected, rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("most", [1, 15, 16, 29, 30, 99])
+def test_no_more_is_scored_than_asked_for_but_a_row(tmp_path, most):
+    val = val_text(tmp_path, {"a": (400, 400)}, [7] * 400)
+    assert source_losses(tiny_llama(), val, ENV, max_tokens=most)[0].tokens <= most + 8
+
+
 def test_a_perplexity_beyond_all_numbers_is_infinite():
     assert TextLoss(nats=1e6, tokens=2, characters=2.0).perplexity == math.inf
     assert TextLoss(nats=4.0, tokens=2, characters=2.0).perplexity == pytest.approx(math.e**2)

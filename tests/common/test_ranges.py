@@ -110,6 +110,7 @@ def test_what_a_choice_names_is_there():
         ("ppo_train", "--temperature=0", "temperature=0.0: at least 0.01 and at most 100 is needed"),
         ("ppo_train", "--kl_horizon=0", "kl_horizon=0.0: more than 2 is needed"),
         ("ppo_train", "--rollout_size=16", "minibatch_size=32: at most rollout_size=16 is needed"),
+        ("pretrain", "--decay_steps=100", "decay_steps=100: 0 or at least warmup_steps=500 is needed"),
         ("dpo_train", "--beta=0", "beta=0.0: at least 0.0001 is needed"),
         ("eval_generate", "--temperature=1e-9", "temperature=1e-09: 0 or at least 0.001 and at most 1,000 is needed"),
         ("quantize", "--group_size=48", "group_size=48: 32, 64 or 128 is needed"),

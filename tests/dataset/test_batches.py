@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from packing import pack_examples
+from packing import pack, pack_examples
 
 from dataset.batches import (
+    BatchOrder,
     PackedOrder,
     epoch_order,
     kept,
@@ -163,6 +164,35 @@ def test_epoch_order_is_a_permutation(n):
     assert np.array_equal(epoch_order(n, 1, 4, lengths, 8), epoch_order(n, 1, 4, lengths, 8))
     if n > 7:
         assert not np.array_equal(epoch_order(n, 1, 4, lengths, 8), epoch_order(n, 1, 5, lengths, 8))
+
+
+@pytest.mark.parametrize("n, size", [(47, 16), (100, 16), (5000, 32)])
+def test_whoever_sits_an_epoch_out_is_trained_in_another(n, size):
+    lengths = np.arange(n)
+    order = BatchOrder(n, size, 1, lengths)
+    left_out = [set(range(n)).difference(*(order[e * order.per_epoch + i].tolist() for i in range(order.per_epoch)))
+                for e in range(30)]  # fmt: skip
+    assert {len(each) for each in left_out} == {n % size} and set.intersection(*left_out) == set()
+    middle = np.mean([lengths[list(each)].mean() for each in left_out])
+    assert abs(middle / n - 0.5) < 0.1  # neither long nor short ones: the mean of 30 * (n % size) of them
+
+
+def test_the_first_prompts_and_pairs_are_of_every_source(tmp_path):
+    """Which stand one after the other in the files; a validation takes as many as it has time for."""
+    n = 40
+    tokens, offsets = pack([[10 + i // 10] for i in range(2 * n)], np.uint16)
+    is_val = np.arange(2 * n) >= n
+    save_pkl(tmp_path / "prompts.pkl", dict(tokens=tokens, offsets=offsets, is_val=is_val))
+    train, val = load_prompts(tmp_path / "prompts.pkl", 100)
+    assert {ids[0] for ids in train[:16]} == {10, 11, 12, 13} and {ids[0] for ids in val[:16]} == {14, 15, 16, 17}
+    assert sorted(ids[0] for ids in train + val) == tokens.tolist()
+    made = [Example([10 + i // 10, 2], [0, 1]) for i in range(2 * n)]
+    packed = pack_examples(made, 100)
+    arrays = {f"{side}_{key}": value for side in ("chosen", "rejected") for key, value in packed.items()}
+    save_pkl(tmp_path / "rm.pkl", arrays | dict(is_val=is_val))
+    _, (chosen, rejected) = load_pairs(tmp_path / "rm.pkl", 100)
+    assert {chosen[i][0][0] for i in range(16)} == {14, 15, 16, 17}
+    assert [chosen[i][0][0] for i in range(n)] == [rejected[i][0][0] for i in range(n)]
 
 
 def test_length_buckets_save_padding_and_keep_full_batches_full():

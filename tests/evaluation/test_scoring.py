@@ -97,6 +97,8 @@ def test_what_does_not_fit_goes_on_the_left():
     assert make_row(before[:30], [a], LIMIT).cut == 0  # the last token is not read
     with pytest.raises(ValueError, match="no room for a choice of 33 tokens in a context of 32"):
         make_row(before, drawn(33), LIMIT)
+    with pytest.raises(ValueError, match="a choice adds no token to it"):
+        make_row(before, [a, []], LIMIT)
 
 
 def test_a_batch_outgrows_neither_the_context_nor_the_tokens():

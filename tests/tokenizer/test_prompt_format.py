@@ -13,6 +13,7 @@ from tokenizer import (
     encode_pair,
     encode_prompt,
     fit_prompt,
+    prompt_turns,
 )
 
 
@@ -110,6 +111,12 @@ def test_the_system_text_of_a_long_prompt_stays_where_there_is_room(tok, glm):
         assert note == "cut question" and text.startswith("你好\n这本书不好看。这本书") and text.endswith("电脑很好")
         text, note = asked(t, "电脑很好", 20, system=question)
         assert note == "cut question" and text.startswith("这本书不好看。") and text.endswith("\n电脑很好")
+
+
+def test_the_turns_of_a_prompt_come_back(tok):
+    for texts in (["好"], ["房间", "很好，干净", "书"], [" a ", "</s>", "龘 b"]):
+        assert prompt_turns(tok, encode_prompt(tok, chat(*texts))) == texts
+    assert prompt_turns(tok, tok.encode("好 吗")) == ["好 吗"]  # none that a model has to answer
 
 
 def test_prompts_drop_turns_before_they_cut(tok):
