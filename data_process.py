@@ -118,7 +118,8 @@ def list_jobs(part, config, tokenizer):
         else:
             sizes = config["unit_bytes"], config["txt_characters"]
             units = sources.list_units(label, layout, path, sizes[0], config["hub"], sizes[1])
-            settings = {key: config[key] for key in ("clean", "decontaminate", "max_seq_len", "prompts_max_len")}
+            settings = {key: config[key] for key in ("clean", "max_seq_len", "prompts_max_len")}
+            settings["questions"] = load_decontaminator(*config["decontaminate"]).digest
             settings["compared"] = [compares(part, config), by_question(part, config)]
         for number, unit in enumerate(units):
             fingerprint = json.loads(json.dumps(settings | dict(tokenizer=sha256, unit=unit_mark(unit))))
@@ -155,8 +156,8 @@ def read_unit(job, tokenizer, outcomes):
             text = "\n".join(texts_of(record)) if record else ""
             if not is_clean(text):  # as JSON can escape them; the repair of the text would have removed them
                 record, why = None, "lone surrogate"
-            elif job.part == "prompts" and not record["messages"][-1]["content"].strip():
-                record, why = None, "no question"
+            elif record and (missing := lacking(record, before, job.part)):
+                record, why = None, missing
             elif decontaminator.contaminated(text):
                 record, why = None, "in a benchmark"
             note = "; ".join(filter(None, (note, why))) if record else why
@@ -164,6 +165,17 @@ def read_unit(job, tokenizer, outcomes):
             outcomes.drop(note, text_hash(place), place, "\n".join(texts_of(before)) if before else "")
         else:
             yield place, record, note
+
+
+def lacking(record, before, part):
+    """What a record of messages lacks now that it is cleaned, of a text or of a difference; None where it is whole."""
+    blank, was_blank = ([not m["content"].strip() for m in each.get("messages", []) if m["role"] == "user"]
+                        for each in (record, before))  # fmt: skip
+    if blank != was_blank or (part == "prompts" and blank[-1]):
+        return "no question"
+    if "chosen" in record and record["chosen"].strip() == record["rejected"].strip():
+        return "chosen equals rejected"
+    return None
 
 
 @functools.lru_cache(maxsize=1)
@@ -274,6 +286,7 @@ def main(argv=None):
         print(verify(config["out"]))
         return
     i, n = check_config(config)
+    load_decontaminator.cache_clear()  # its files may have changed since another call
     out, parts = Path(config["out"]), [part for part in STREAMS if part in config["parts"]]
     tokenizer = Tokenizer.load(config["tokenizer"]) if parts != ["text"] else None
     try:
@@ -283,7 +296,6 @@ def main(argv=None):
         raise TokenizerError(f"{config['tokenizer']}: {error}") from None
     jobs = {part: list_jobs(part, config, tokenizer) for part in parts}
     refuse_own(out, [job for part in parts for job in jobs[part]])
-    load_decontaminator(*config["decontaminate"])  # its mistakes should show before any work is done
     make_folder(out)
     lock(out, shared=n > 1)  # several machines may make shards at once
     meta, replaced = start_meta(out, parts, config["val_share"], tokenizer)
@@ -298,7 +310,10 @@ def main(argv=None):
 
     generated = {job.unit.source for part in parts for job in jobs[part] if SOURCES[job.unit.layout].generate}
     opened = {part: open_shards(part, jobs[part], config, tokenizer) for part in parts}
-    for name in replaced:  # also of a source that is no longer named
+    named = {f"{split}.{job.unit.source}.bin" for job in jobs.get("pretrain", []) for split in ("train", "val")}
+    if gone := sorted(name for name in replaced if name.endswith(".bin") and name not in named):
+        print(f"removed {', '.join(gone)}: this run names no such source", file=sys.stderr)
+    for name in replaced:
         (out / name).unlink(missing_ok=True)
     formats.save_meta(out, meta)  # a run cut off here leaves no file described wrongly
     command = escaped(shlex.join(["python", "data_process.py", *(sys.argv[1:] if argv is None else argv)]))

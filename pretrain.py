@@ -93,7 +93,7 @@ def main(argv=None):
     meta, tokenizer = load_meta(data), Tokenizer.load(config["tokenizer"])
     check_data(tokenizer, config["tokenizer"], meta, data / "meta.json")
     train, val = Corpus(data, "train", mixture=config["mixture"]), Corpus(data, "val")
-    stage.check_data(*(split.file(source).name for split in (train, val) for source in split.sources))
+    stage.check_data(*(split.file(source).name for source in train.sources for split in (train, val)))
 
     shape, prompts = plan.shape_of(config, tokenizer.vocab_size), openings(tokenizer, config)
     plan.check_fits(shape, config, env)

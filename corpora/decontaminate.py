@@ -1,6 +1,7 @@
 """Questions of C-Eval and CMMLU, found in training text, so that what contains one can be left out."""
 
 import csv
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ class Decontaminator:
     def __init__(self, paths, n=QUESTION_GRAM, shortest=SHORTEST_QUESTION):
         keys = [content_key(question) for path in paths for question in _read_questions(Path(path))]
         self.questions, self.skipped = len(keys), sum(len(key) < shortest for key in keys)
+        self.digest = hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()  # what it was made from
         self.short = sorted({key for key in keys if shortest <= len(key) < n})
         self.grams = _GramSet([key for key in keys if len(key) >= max(n, shortest)], n)
         self.hints = _GramSet([key for key in keys if len(key) >= shortest], min(n, shortest))

@@ -19,8 +19,10 @@ CHOICE = "better_response_id"  # PKU-SafeRLHF
 _SCORED = re.compile("(?i)score|rank|rating|reward|grade|vote|annotation|[得评]分|分数|排[名序]")
 _CHOOSING = re.compile("(?i)better|best|safer|winner|prefer|chosen|label")
 _COUNTING = re.compile("(?i)(.*[ _-])?(ids?|idx|index|indices|lens?|lengths?|tokens|num|no|counts?|times?)")
-_PLACE = re.compile(r"(\D*[^\d _-])[ _-]?(\d+)|(.+)[ _-]([A-Ha-h])")  # answer1, response_0, reply_b
-_ANSWERING = re.compile("(?i)answer|response|output|reply|completion|candidate|text|[回解]答|答案|回复")
+_PLACE = re.compile(r"(\D*[^\d _-])[ _-]?(\d+)|(.+)[ _-]([A-Za-z])")  # answer1, response_0, reply_b
+_ANSWERING = re.compile(
+    "(?i)answer|response|output|reply|completion|candidate|text|good|bad|best|worst|[回解]答|答案|回复|[好差优劣]"
+)
 _ABOUT = re.compile(r"(?i)(.*[ _-])?(id|idx|index|no|num|source|lang|language|type|category|label|score|split)")
 
 
@@ -79,7 +81,7 @@ def scores_of(row, answers, places, used):
 def columns(row, used):
     """({place: the column of an answer}, {name: {place: a column of scores}}) of answer1, answer2, ...; score1, ...
 
-    Without such, all columns are answers that are not the question's.
+    Without such, the columns whose names say so are answers, two of them at least: a url or a date is none.
     """
     others = [name for name in row if name not in used and not missing(row[name]) and row[name] != ""]
     found, scored = defaultdict(dict), {}
@@ -95,9 +97,9 @@ def columns(row, used):
         stem = max(found, key=lambda stem: (bool(_ANSWERING.search(stem)), len(found[stem])))
         return dict(sorted(found[stem].items(), key=lambda item: (*by_number(item[0]), item[0]))), scored
     others = [name for name in others if not (_SCORED.search(str(name)) and as_numbers([row[name]]))]
-    names = [name for name in others if not _ABOUT.fullmatch(str(name))]
-    if not names:
-        raise Drop("no output")
+    names = [name for name in others if _ANSWERING.search(str(name)) and not _ABOUT.fullmatch(str(name))]
+    if len(names) < 2:
+        raise Drop("no output: answers are known by their columns' names, such as answer1, answer2")
     return {str(i): name for i, name in enumerate(names)}, scored
 
 

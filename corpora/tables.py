@@ -56,6 +56,9 @@ def refuse_twins(names, place):
         raise DataError(f"{place}: two columns are named {escaped(twin[:40])}; rename one")
 
 
+FEW_LINES = 5  # of a record that looks as if it held rows: a short poem, which may have a comma in each line
+
+
 def csv_records(unit):
     """(place, fields or None, remark or the reason for None, whether a line break ends it) of every record.
 
@@ -91,7 +94,7 @@ def csv_records(unit):
                 row = fitted(row, named, columns)
                 fits, within = len(row) == columns, taken[1:-1] if columns > 1 else taken
                 if len(taken) > 1 and habits.rows_within(within, fits):
-                    if columns > 1:
+                    if columns > 1 and not (fits and len(taken) <= FEW_LINES):
                         raise DataError(f"{place}: a quote that opens in this row is closed only after other rows")
                     remark = "lines between quotes that look like rows"
                 if fits:

@@ -168,6 +168,41 @@ def test_benchmark_questions_leave_training_text(tmp_path, build):
     assert load_meta(tmp_path / "data")["tally"]["pretrain"]["a"]["dropped"] == {"in a benchmark": 1}
     samples = (tmp_path / "data" / "dropped.jsonl").read_text(encoding="utf-8")
     assert json.loads(samples)["place"].endswith("a.jsonl:8")
+    build("data", sources, "--parts=pretrain", f"--decontaminate={folder}", "--keep_work")
+    (folder / "more_dev.csv").write_text(f"id,question,A,B,C,D,answer\n0,{texts[20]},甲,乙,丙,丁,A\n", encoding="utf-8")
+    build(
+        "data", sources, "--parts=pretrain", f"--decontaminate={folder}", "--keep_work"
+    )  # no shard of before is taken
+    assert load_meta(tmp_path / "data")["tally"]["pretrain"]["a"]["dropped"] == {"in a benchmark": 2}
+
+
+def test_what_cleaning_leaves_without_a_question_or_a_difference_is_dropped(tmp_path, build):
+    pairs = [dict(prompt=f"问题{i}", chosen=f"好的回答{i}", rejected=f"坏的回答{i}") for i in range(40)]
+    pairs += [dict(prompt="问甲", chosen="第一行\r\n第二行", rejected="第一行\n第二行")]
+    pairs += [
+        dict(prompt="问乙", chosen="好\u200b的", rejected="好的"),
+        dict(prompt="\u200b", chosen="是", rejected="否"),
+    ]
+    write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    asked = [dict(instruction=f"问题{i}", output=f"回答{i}") for i in range(40)] + [
+        dict(instruction="\u200b", output="好")
+    ]
+    write_jsonl(tmp_path / "sft.jsonl", asked)
+    sources = f"--sources=p:pairs={tmp_path / 'pairs.jsonl'},s:alpaca={tmp_path / 'sft.jsonl'}"
+    build("data", sources, "--parts=rm,sft")
+    tally = load_meta(tmp_path / "data")["tally"]
+    assert tally["rm"]["p"]["dropped"] == {"chosen equals rejected": 2, "no question": 1}
+    assert tally["sft"]["s"]["dropped"] == {"no question": 1}
+
+
+def test_files_of_a_source_that_is_no_longer_named_go_with_a_word(tmp_path, build, capsys):
+    sources = two_sources(tmp_path)
+    build("data", sources, "--parts=pretrain")
+    build("data", f"--sources=c:text_rows={tmp_path / 'a.jsonl'}", "--parts=pretrain")
+    assert (
+        "removed train.a.bin, train.b.bin, val.a.bin, val.b.bin: this run names no such source"
+        in capsys.readouterr().err
+    )
 
 
 def test_samples_of_what_was_dropped_are_limited(tmp_path, build):

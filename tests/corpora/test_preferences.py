@@ -117,7 +117,13 @@ def test_ranked_answers_of_every_shape(row):
 
 
 def test_ranked_answers_that_cannot_be_told():
-    assert one("ranked", {"prompt": "问", "id": 3}) == (None, "no output")
+    why = "no output: answers are known by their columns' names, such as answer1, answer2"
+    assert one("ranked", {"prompt": "问", "id": 3}) == (None, why)
+    about = {"question": "怎么学习？", "qid": 11227, "date": "2010-09-08", "url": "http://a", "author": "张三"}
+    assert one("ranked", about) == one("ranked", about | {"response": "好"}) == (None, why)
+    for better, worse in (("response_j", "response_k"), ("answer_good", "answer_bad"), ("好回答", "差回答")):
+        record, _ = one("ranked", about | {better: "好", worse: "差"})
+        assert (record["chosen"], record["rejected"]) == ("好", "差")
     assert adapt("ranked", {"prompt": "问", "answers": ["甲", ["乙"]]}) == [
         (None, "no answer"),
         (None, "fewer than two answers"),

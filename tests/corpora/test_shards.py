@@ -4,7 +4,26 @@ import os
 
 import numpy as np
 
-from corpora.shards import ShardWriter, read_done
+from corpora.shards import ShardWriter, content_mark, read_done
+
+
+def test_a_changed_file_is_told_wherever_it_changed(tmp_path):
+    path, text = tmp_path / "a.txt", bytes(range(256)) * 1200
+    path.write_bytes(text)
+    before = content_mark(path)
+    os.utime(path, (1, 1))  # as a copy on another machine has
+    assert content_mark(path) == before and content_mark(path, 0, len(text)) == before
+    for at in (0, 100_000, 150_001, len(text) - 1):
+        path.write_bytes(text[:at] + bytes([text[at] ^ 1]) + text[at + 1 :])
+        assert content_mark(path) != before
+    assert content_mark(path, 0, 1000) == content_mark(path, 0, 1000, whole=1000)
+    path.write_bytes(text)
+    large = content_mark(path, whole=1000, size=100)
+    for at in (0, len(text) - 1):  # of a large one its ends and some of the rest
+        path.write_bytes(text[:at] + bytes([text[at] ^ 1]) + text[at + 1 :])
+        assert content_mark(path, whole=1000, size=100) != large
+    path.write_bytes(b"")
+    assert content_mark(path)[0] == 0
 
 
 def test_a_shard_takes_its_name_with_no_file_open(tmp_path, monkeypatch):

@@ -67,6 +67,13 @@ def test_a_stray_quote_among_rows_with_quotes(tmp_path):
         read("text_rows", path)
 
 
+def test_a_short_poem_with_a_comma_in_each_line_is_one_field(tmp_path):
+    lines = "风急天高猿啸哀,渚清沙白鸟飞回", "无边落木萧萧下,不尽长江滚滚来"
+    poem = "\n".join([*lines, "万里悲秋常作客,百年多病独登台", "艰难苦恨繁霜鬓,潦倒新停浊酒杯"])
+    path = write(tmp_path / "a.csv", f'title,content\n无题,暂缺\n登高,"{poem}"\n')
+    assert read("text_rows", path)[-1][1:] == ({"text": f"登高\n{poem}"}, "lines between quotes that look like rows")
+
+
 def test_quotes_that_are_not_csv(tmp_path):
     path = write(tmp_path / "a.csv", 'title,text\n一,"你好"他说\n二,他说"你好"\n三,"你,好"他说\n四,完\n')
     assert read("text_rows", path) == at(
