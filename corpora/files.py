@@ -122,7 +122,8 @@ def list_files(root, layout, globs, notes):
             notes[f"not read: {reason}"].append(name)
     wanted = {n for n in names if any(PurePosixPath(PurePath(n).as_posix()).match(glob) for glob in globs.split())}
     if wanted:
-        notes[f"not read: not among {globs}"] += [name for name in names if name not in wanted]
+        if others := [name for name in names if name not in wanted]:
+            notes[f"not read: not among {globs}"] += others
     return [name for name in names if name in wanted or not wanted]
 
 

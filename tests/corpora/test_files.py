@@ -105,6 +105,12 @@ def test_what_is_not_read_is_named(tmp_path, capsys):
     assert "2 files not read: rows, not text, which the layout txt reads" in said
 
 
+def test_a_folder_of_the_files_of_a_layout_alone(tmp_path, capsys):
+    write(tmp_path / "a.json", json_lines({"title": "题", "summary": "文"}))
+    assert files_read("baike", tmp_path) == ["a.json"]
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     "layout, name, data, message",
     [
