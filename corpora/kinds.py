@@ -4,7 +4,8 @@ import json
 import re
 
 from corpora.encodings import BLOCK, COMPRESSED, detect_encoding, escaped, open_bytes, reading
-from corpora.layouts import INPUTS, INSTRUCTIONS, QUESTIONS, TEXTS, TURNS
+from corpora.fields import nothing
+from corpora.layouts import ANSWERS, INPUTS, INSTRUCTIONS, QUESTIONS, TEXTS, TURNS
 from corpora.turns import role_of
 from dataset.formats import DataError
 
@@ -30,9 +31,17 @@ FOREIGN = (  # first bytes of what is no corpus file
     (rb"SQLite format 3\0|\x89HDF|\x7fELF|\x80[\2-\5]", "neither text nor rows"),
 )
 LFS = b"version https://git-lfs.github.com/spec/"
-# Fields of a row: an object with one of them is a row itself, one with none and a list of objects holds rows.
-ROW_FIELDS = {name.lower() for name in (*TEXTS, *INSTRUCTIONS, *QUESTIONS, *INPUTS, *TURNS) if name != "data"} | set(
-    "title paragraphs sections output response answer target history chosen rejected".split()
+# Fields of a row, in lower case. `data` is not among them: it may hold the turns of one, or all rows of a file.
+CHATS = {name for name in TURNS if name != "data"}
+ASKING = {name.lower() for name in (*INSTRUCTIONS, *QUESTIONS, *INPUTS)}
+SPEAKING = CHATS | ASKING | {*TEXTS}
+ANSWERED = {"chosen", "rejected", *map(str.lower, ANSWERS)} - {*TEXTS}
+ROW_FIELDS = SPEAKING | ANSWERED | set("title paragraphs sections history".split())
+# What a list of rows is called; one of another name beside a text or a question may be comments on it, or its sources.
+LISTS = set(
+    "data dataset datasets rows row items item records record samples sample examples entries list results train"
+    " training test testing dev val valid validation eval corpus documents docs articles dialogs"
+    " instances 数据 数据集 样本 训练 训练集 测试 测试集 验证 验证集 语料 列表 条目".split()
 )
 BLANKS = "\ufeff \t\r\n"
 
@@ -190,19 +199,58 @@ def json_kind(text, whole):
     return "json", 0 if after else find_rows(text)
 
 
+CUT = object()  # the value of a field that goes on after the beginning of a file
+
+
+def members(text, at):
+    """(name, where its value begins, the value or CUT) of each field of the object that stands there in a text."""
+    while match := _KEY.match(text, at):
+        start = match.end()
+        try:
+            value, at = DECODER.raw_decode(text, start)
+        except (ValueError, RecursionError):
+            value = CUT
+        yield str(decode_json(match[1])), start, value
+        if value is CUT:
+            return
+
+
 def find_rows(text):
     """Where in the text of an object, or its beginning, the list of objects stands that are the rows; 0 if in none."""
-    found, at = {}, 0
-    while match := _KEY.match(text, at):
-        key, at = decode_json(match[1]), match.end()
-        if str(key).lower() in ROW_FIELDS:
-            return 0
-        if _ROWS.match(text, at):
-            found[key] = at
-        try:
-            at = DECODER.raw_decode(text, at)[1]
-        except (ValueError, RecursionError):
-            break
+    found, others = {}, {}
+    for key, at, value in members(text, 0):
+        if match := _ROWS.match(text, at):
+            first = {name.lower(): inner for name, _, inner in members(text, match.end() - 1)}
+            if not may_be_rows(key.lower(), first):
+                return 0
+            found[key] = at, first
+        else:
+            others[key] = value
+    found = {key: at for key, (at, first) in found.items() if not is_row(others, key, first)}
     if len(found) > 1:
         raise DataError(f"holds several lists, {', '.join(map(escaped, found))}; write each to a file of its own")
     return next(iter(found.values()), 0)
+
+
+def may_be_rows(key, first):
+    """Whether a list of this name that begins with this object may be rows, rather than a field of a row."""
+    if key in ROW_FIELDS:  # {"dialogues": [{"messages": [...]}, ...]}
+        return key in CHATS and any(value is CUT or isinstance(value, (list, dict)) for value in chats_of(first))
+    return not (key == "data" and is_message(first))
+
+
+def chats_of(fields):
+    return [value for name, value in fields.items() if name in CHATS]
+
+
+def is_row(others, key, first):
+    """Whether an object is a row itself: by what it holds beside a list of this name that begins with this object."""
+    filled = {name.lower() for name, value in others.items() if value is CUT or not nothing(value)}
+    names = ROW_FIELDS & {name.lower() for name in first}
+    if not names:
+        return any(name.lower() in ROW_FIELDS for name in others)
+    if names <= {"input", "output"} and key != "data" or filled & ANSWERED and not names & ANSWERED:
+        return bool(filled & SPEAKING)  # what a program is tested with, or what an answer is about
+    whole = names & CHATS or names & ANSWERED and names & ASKING  # where a question alone stands beside them
+    rows = key.lower() in LISTS or whole and not filled & (SPEAKING - ASKING | ANSWERED)
+    return bool(filled & SPEAKING) and not rows

@@ -11,13 +11,14 @@ import sys
 
 from corpora import encodings
 from corpora.encodings import BLOCK, ENCODINGS, WIDE, escaped, is_clean, lines_of, open_bytes, open_text, reading
-from corpora.kinds import BLANKS, DECODER, ROW_FIELDS, decode_json
+from corpora.kinds import BLANKS, DECODER, decode_json, is_row
 from corpora.tables import read_arrow, read_csv, read_parquet
 from dataset.formats import DataError
 
 TOO_LONG = f"longer than {encodings.LONGEST >> 20} MB"
 NAMED = 5  # bad lines named per unit: enough to see what is wrong with a file
 
+_NAME = re.compile(r'("(?:[^"\\]|\\.)*")\s*:\s*\Z')  # of the field whose value comes next
 _GAP = re.compile(r"[\s\ufeff]*,?[\s\ufeff]*")  # between the elements of a JSON array
 # Where a long text may be cut, the best places first: before the heading of a chapter, after a line, after a sentence.
 _CUTS = (
@@ -97,12 +98,13 @@ def read_json(unit):
     name, wrong = escaped(unit.path), f"not {ENCODINGS[unit.encoding]}"
     with open_text(unit.path, unit.encoding) as file:
         window, number, more = file.read(BLOCK).lstrip(BLANKS), 1, True
-        in_array = window.startswith("[", unit.start)
+        in_array, first = window.startswith("[", unit.start), None
+        key = decode_json(_NAME.search(window[: unit.start])[1]) if unit.start else ""
         at = unit.start + in_array
         while True:
             at = _GAP.match(window, at).end()
             if in_array and window.startswith("]", at):
-                check_rest(unit, window[at + 1 :] + file.read(BLOCK), number - 1)
+                check_rest(unit, window[at + 1 :] + file.read(BLOCK), number - 1, key, first or {})
                 return
             if not in_array and not more and at == len(window):
                 return
@@ -123,7 +125,7 @@ def read_json(unit):
                 more = file.read(max(BLOCK, len(window) - at))  # at least doubled: long elements in linear time
                 window, at = window[at:] + more, 0
                 continue
-            place = f"{name}:record {number}"
+            place, first = f"{name}:record {number}", first or value
             yield (place, value, None) if is_clean(window[at:end]) else (place, None, wrong)
             at, number = end, number + 1
 
@@ -136,8 +138,11 @@ def read_value(unit):
     yield f"{escaped(unit.path)}:record 1", row, None if row else f"not {ENCODINGS[unit.encoding]}"
 
 
-def check_rest(unit, rest, records):
-    """DataError unless after the array there is nothing, or what ends the object that it stands in."""
+def check_rest(unit, rest, records, key, first):
+    """DataError unless after the array there is nothing, or what ends the object whose field `key` it is.
+
+    `first` is the first element: it may only now be seen that not the elements are rows, but the object is one.
+    """
     name = escaped(unit.path)
     if not unit.start:
         if rest.strip(BLANKS):
@@ -147,8 +152,9 @@ def check_rest(unit, rest, records):
         others = DECODER.decode('{"": 0' + rest.rstrip(BLANKS))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{name}: breaks off or goes on wrongly after its list of {records} records: {error}") from None
+    del others[""]
     lists = [key for key, value in others.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    if lists or ROW_FIELDS & {key.lower() for key in others}:
+    if lists or is_row(others, key, first):
         why = f"other data beside its list of {records} records: {', '.join(map(escaped, lists or others))}"
         raise DataError(f"{name}: {why}; write each to a file of its own")
 

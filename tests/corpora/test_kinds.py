@@ -1,0 +1,75 @@
+"""corpora/kinds.py and rows.py: rows in a list of an object, among other fields."""
+
+import json
+
+import pytest
+from reading import read, write
+
+from dataset.formats import DataError
+
+ROW_OF = {
+    "belle": {"instruction": "问", "input": "", "output": "答"},
+    "firefly": {"kind": "NER", "input": "问", "target": "答"},
+    "messages": {"messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}]},
+    "sft_zh": {"instruction": "问", "output": "答"},
+    "alpaca": {"question": "问", "answer": "答"},
+    "pairs": {"prompt": "问", "chosen": "好", "rejected": "坏"},
+    "prompts": {"question": "问"},
+    "text_rows": {"title": "题", "text": "正文"},
+    "baike": {"title": "题", "summary": "文", "sections": []},
+}
+
+
+@pytest.mark.parametrize("layout", ROW_OF)
+@pytest.mark.parametrize("value", ["说明", "", None, 3])
+def test_rows_beside_other_fields(tmp_path, layout, value):
+    rows = [ROW_OF[layout]] * 3
+    wanted = read(layout, write(tmp_path / "rows" / "a.json", json.dumps(rows)))
+    assert [note for _, record, note in wanted if record] == [None] * 3
+    for name in ("title", "prompt", "content", "context", "output", "history", "chat", "description"):
+        for i, fields in enumerate(({name: value, "data": rows}, {"训练": rows, name: value})):
+            write(tmp_path / name / f"{i}.json", json.dumps(fields, indent=i or None, ensure_ascii=False))
+        assert read(layout, tmp_path / name) == [
+            (f"{i}.json:record {n}", record, note) for i in (0, 1) for n, (_, record, note) in enumerate(wanted, 1)
+        ]
+
+
+@pytest.mark.parametrize(
+    "layout, row",
+    [
+        ("alpaca", {"instruction": "问", "output": "答", "references": [{"title": "题", "content": "文"}]}),
+        ("alpaca", {"question": "问", "answer": "答", "data": [{"text": "3"}, {"text": "4"}]}),
+        ("belle", {"instruction": "问", "instances": [{"input": "", "output": "答"}]}),
+        ("prompts", {"question": "问", "test_cases": [{"input": "1", "output": "2"}]}),
+        ("prompts", {"prompt": "问", "examples": [{"input": "1", "output": "2"}]}),
+        ("text_rows", {"title": "题", "content": "全文", "comments": [{"content": "好"}]}),
+        ("text_rows", {"comments": [{"content": "好"}], "content": "全文"}),
+        ("text_rows", {"content": "全文", "qas": [{"question": "问", "answer": "答"}]}),
+        ("messages", {"title": "题", "data": ROW_OF["messages"]["messages"]}),
+        ("messages", {"data": ROW_OF["messages"]["messages"]}),
+        ("messages", {"title": "题", "conversation": [{"human": "问", "assistant": "答"}] * 2}),
+        ("messages", {"conversation": [{"input": "问", "output": "答"}] * 2}),
+        ("ranked", {"prompt": "问", "answers": [{"text": "好", "score": 2}, {"text": "坏", "score": 1}]}),
+        ("baike", {"title": "题", "sections": [{"title": "题", "content": "文"}]}),
+    ],
+)
+def test_an_object_with_lists_of_its_own_is_a_row(tmp_path, layout, row):
+    [(_, wanted, _)] = read(layout, write(tmp_path / "a.json", json.dumps([row])))
+    assert wanted
+    assert [record for _, record, _ in read(layout, write(tmp_path / "b.json", json.dumps(row)))] == [wanted]
+
+
+def test_conversations_of_a_list_named_so(tmp_path):
+    for name, layout in (("conversations", "sharegpt"), ("dialogues", "messages"), ("chat", "messages")):
+        path = write(tmp_path / "a.json", json.dumps({"title": "题", name: [ROW_OF[layout]] * 3}))
+        assert [bool(record) for _, record, _ in read(layout, path)] == [True] * 3
+
+
+def test_fields_after_more_rows_than_are_looked_at(tmp_path):
+    rows = [{"text": "长" * 200_000}] * 9
+    path = write(tmp_path / "a.json", json.dumps({"data": rows, "title": "题", "prompt": "说明"}, ensure_ascii=False))
+    assert [record for _, record, _ in read("text_rows", path)] == rows
+    path = write(tmp_path / "b.json", json.dumps({"comments": rows, "text": "文"}, ensure_ascii=False))
+    with pytest.raises(DataError, match="b.json: other data beside its list of 9 records: text; write each"):
+        read("text_rows", path)
