@@ -81,6 +81,7 @@ _LINE_BREAKS = "\r\v\f\x85\u2028\u2029"
 _ODD_SPACES = "\xa0\u1680\u2000-\u200a\u202f\u205f"
 _FULL_WIDTH = "０-９Ａ-Ｚａ-ｚ"
 _SUSPECT = re.compile(f"[{_INVISIBLE}{_LINE_BREAKS}{_ODD_SPACES}\u3000{_FULL_WIDTH}\t<&]")
+_UNSEEN = re.compile(f"[{_INVISIBLE}]")
 _HTML = re.compile(
     rf"(?sia)(?P<tag>\n?</?(?:br|p)(?:\s[^<>{CODE}]{{0,200}}|/)?>\n?)"
     r"|&(?:amp;|#38;)*(?:#\d{1,7}|#x[\da-f]{1,6}|[a-z]{2,8}\d{0,2});"
@@ -181,6 +182,12 @@ def clean_text(text, options, document=False):
         if text == before:
             break
     return text
+
+
+def is_blank(text):
+    """Whether nothing of a turn is left after its repair."""
+    text = text.strip()
+    return not text or bool(_UNSEEN.match(text)) and not clean_text(text, dict(repair=True)).strip()
 
 
 def _transform(text, options, document):

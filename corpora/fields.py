@@ -12,6 +12,8 @@ import numbers
 import re
 import warnings
 
+from corpora.clean import is_blank
+
 
 class Drop(Exception):
     """Why a row gives no record; a short fixed text, as reasons are counted."""
@@ -64,7 +66,7 @@ def required(row, notes, *names):
         text = as_text(value, notes)
         if text is None:
             odd = odd or f"{name} is {kind(value)}"
-        elif text.strip():
+        elif not is_blank(text):
             return text
         elif blank is None:
             blank = text
@@ -115,7 +117,7 @@ def nothing(value):
 
 def given(row, *names):
     """Whether any of these fields holds something."""
-    return not all(nothing(row.get(name)) for name in names)
+    return not all(nothing(row[name]) for name in names if name in row)
 
 
 def by_number(digits):

@@ -8,9 +8,10 @@ import functools
 import json
 import re
 
+from corpora.clean import is_blank
 from corpora.fields import Drop, as_text, given, missing, nothing, optional, required, role_of, turn, unpacked
 from corpora.marks import MARKS, bare_answer, bare_question, marked_turns, strip_template
-from corpora.turns import CONTENTS, SYSTEMS, THOUGHTS, UNTHOUGHT, nested, read_turns, settle
+from corpora.turns import CONTENTS, SYSTEMS, THOUGHTS, UNTHOUGHT, filled, nested, read_turns, settle
 
 TEXTS = ("text", "content", "completion", "body")
 TURNS = ("messages", "conversations", "conversation", "dialog", "dialogue", "dialogues", "chat", "turns", "data")
@@ -144,9 +145,10 @@ def history(row, notes):
         return []
     if isinstance(value, str) and (turns := marked_turns(value)):
         return turns
-    items = value if isinstance(value, list) else [None]
-    flat = len(items) % 2 == 0 and all(isinstance(item, str) for item in items)
-    if not flat and not all(isinstance(x, dict) or isinstance(x, (list, tuple)) and len(x) == 2 for x in items):
+    items = value if isinstance(value, list) else [0]
+    flat = len(items) % 2 == 0 and all(isinstance(item, str) or missing(item) for item in items)
+    held = [item for item in items if not missing(item) and item != []]
+    if not flat and not all(isinstance(x, dict) or isinstance(x, (list, tuple)) and len(x) == 2 for x in held):
         raise Drop("history not pairs")
     return read_turns(value, "history", notes)
 
@@ -160,7 +162,7 @@ def question_text(row, notes, *names):
             used.add(name)
             text = optional(row, notes, name) if group is context else required(row, notes, *group)
             again = name not in INPUTS and any(text in part for part in parts)  # a prompt made out of the question
-            parts += [text] if text.strip() and not again else []
+            parts += [] if is_blank(text) or again else [text]
     if not parts and used <= set(INPUTS):
         raise Drop("no instruction")
     options = [name for name in OPTIONS if not missing(row.get(name)) and row[name] != ""]
@@ -217,22 +219,19 @@ def is_bad(row):
 
 
 def conversation(turns, row, notes):
-    """An sft record of the complete pairs before the first empty turn."""
+    """An sft record of the pairs of a question and its answer."""
     if is_bad(row):
         raise Drop("answer marked bad")
     system, turns, cut = settle(turns, row, notes)
-    pairs = len(turns) // 2
-    empty = next((i for i, each in enumerate(turns) if not each["content"].strip()), None)
-    if empty is not None:
-        pairs = empty // 2
-        notes.append("cut at an empty turn")
-    elif cut:
+    kept = filled(turns, notes)
+    pairs = len(kept) // 2
+    if cut:
         notes.append(f"cut at {cut}")
-    elif len(turns) % 2:
+    elif len(kept) % 2:
         notes.append("last human turn dropped")
     if not pairs:
-        raise Drop(cut or ("no answer" if turns and empty != 0 else "no question"))
-    turns = turns[: 2 * pairs]
+        raise Drop(cut or ("no answer" if turns else "no question"))
+    turns = kept[: 2 * pairs]
     if given(row, "image", "images") and any("<image>" in each["content"] for each in turns):
         raise Drop("images")
     notes += ["tools left out"] if given(row, "tools", "functions") else []
@@ -320,7 +319,8 @@ def prompts(row, notes):
         notes.append("answer at the end left out")
     system, turns, cut = settle(turns, row, notes)
     notes += [f"cut at {cut}"] if cut else []
-    if len(turns) % 2 == 0 or not all(each["content"].strip() for each in turns):
+    turns = filled(turns, notes)
+    if len(turns) % 2 == 0:
         raise Drop(cut or "no question")
     try:
         others = {name: plain(value) for name, value in row.items() if re.split(r"[.\[]", str(name))[0] not in used}

@@ -3,6 +3,7 @@
 import itertools
 import re
 
+from corpora.clean import is_blank
 from corpora.fields import Drop, as_text, missing, required, turn, unpacked
 from corpora.layouts import (
     ANSWERS,
@@ -17,7 +18,7 @@ from corpora.layouts import (
     prompt_turns,
 )
 from corpora.marks import bare_answer, marked_turns, strip_template
-from corpora.turns import CONTENTS, read_turns, settle
+from corpora.turns import CONTENTS, filled, read_turns, settle
 
 CHOSEN = (
     "chosen chosen_response response_chosen chosen_answer answer_chosen output_chosen pos_resp pos positive accepted"
@@ -34,14 +35,16 @@ def preference(turns, chosen, rejected, row, notes):
     system, turns, cut = settle(turns, row, notes)
     if cut:
         raise Drop(cut)
-    if len(turns) % 2 == 0 and turns and turns[-1]["content"].strip() in (chosen.strip(), rejected.strip()):
+    last = turns[-1]["content"].strip() if turns and len(turns) % 2 == 0 else None
+    if last is not None and (last in (chosen.strip(), rejected.strip()) or is_blank(last)):
         turns = turns[:-1]
         notes.append("answer at the end of the prompt left out")
-    if len(turns) % 2 == 0 or not all(each["content"].strip() for each in turns):
+    turns = filled(turns, notes)
+    if len(turns) % 2 == 0:
         raise Drop("no question")
     chosen, rejected = bare_answer(chosen, notes), bare_answer(rejected, notes)
     for name, text in (("chosen", chosen), ("rejected", rejected)):
-        if not text.strip():
+        if is_blank(text):
             raise Drop(f"no {name}")
     if chosen.strip() == rejected.strip():
         raise Drop("chosen equals rejected")
@@ -138,7 +141,7 @@ def every_pair(answers, notes, record, scores=None):
     texts, found = [], []
     for i in order:
         text = answer_text(answers[i], notes)
-        if not text.strip():
+        if is_blank(text):
             found.append("no answer")
         elif any(text.strip() == other.strip() for other, _ in texts):
             found.append("answer given twice")

@@ -8,6 +8,7 @@ import itertools
 import numbers
 import re
 
+from corpora.clean import is_blank
 from corpora.fields import (
     Drop,
     as_text,
@@ -24,6 +25,7 @@ from corpora.fields import (
 from corpora.marks import marked_turns
 
 CUTS = dict(tool="tool calls", image="images")  # what a prompt cannot hold: a conversation ends before it
+EMPTY = "pair with an empty turn left out"
 
 # a message -> turns
 
@@ -85,11 +87,16 @@ def is_trained(message, notes):
     return True
 
 
-def turns_of(message, notes):
+def role_in(message):
+    """What the role of a message is called; None where it has none."""
+    return next((message[key] for key in ("role", "from", "speaker") if not missing(message.get(key))), None)
+
+
+def turns_of(message, notes, whole=False):
     """The turns of an object: of {role, content}, or of {human, assistant} and the like, a question and its answer."""
-    name = next((message[key] for key in ("role", "from", "speaker") if not missing(message.get(key))), None)
+    name = role_in(message)
     if name is None:
-        return exchange(message, notes)
+        return exchange(message, notes, whole)
     name = as_text(name, []) or kind(name)
     role = role_of(name)
     if role is None:
@@ -115,12 +122,23 @@ _SIDES = dict(
 )
 
 
-def exchange(message, notes):
-    """The turns of {human, assistant}, {question, answer}, {system, input, output} or a turn of MOSS."""
-    fields, turns = {str(name).lower(): value for name, value in message.items()}, []
-    for role, names in _SIDES.items():
-        values = [fields[name] for name in names.split() if not missing(fields.get(name))]
-        for value in values[:1] if role == "assistant" else values:
+def sides(message):
+    """{role: {field: value}} of an object that has question and answer in fields of their own."""
+    fields = {str(name).lower(): value for name, value in message.items() if not missing(value)}
+    named = {role: {name: fields[name] for name in names.split() if name in fields} for role, names in _SIDES.items()}
+    return {role: values for role, values in named.items() if values}
+
+
+def exchange(message, notes, whole=False):
+    """The turns of {human, assistant}, {question, answer}, {system, input, output} or a turn of MOSS.
+
+    In a `whole` one a side that is missing is an empty turn, lest its question get the answer of the next.
+    """
+    fields, turns, found = {str(name).lower(): value for name, value in message.items()}, [], sides(message)
+    if whole and found.keys() & {"user", "assistant"}:
+        found = {role: found.get(role, {"": ""}) for role in _SIDES if role in found or role != "system"}
+    for role, values in found.items():
+        for value in list(values.values())[: 1 if role == "assistant" else None]:
             text, train = content_of(value, notes), role != "assistant" or is_trained(message, notes)
             turns.append(turn("image", "") if text is None else turn(role, _MOSS.sub("", text), train))
     if not turns:
@@ -147,18 +165,22 @@ def read_turns(value, name, notes):
         raise Drop(f"no {name}")
     if not isinstance(value, (list, tuple)):
         raise Drop(f"{name} is {kind(value)}")
-    turns, named = [], named_turns(value)
+    exchanges = [item for item in value if isinstance(item, dict) and role_in(item) is None]
+    whole = any({"user", "assistant"} <= sides(item).keys() for item in exchanges)
+    turns, named, texts = [], named_turns(value), all(isinstance(item, str) or missing(item) for item in value)
     for i, item in enumerate(value):
-        if isinstance(item, dict):
-            turns += turns_of(item, notes)
+        if not texts and (missing(item) or item in ([], {}, ())):
+            notes.append(EMPTY)
+        elif isinstance(item, dict):
+            turns += turns_of(item, notes, whole)
         elif named:
             turns.append(turn(role_of(item[0]), content_of(item[1], notes)))
         elif isinstance(item, (list, tuple)) and len(item) == 2:
             turns += [
                 turn(role, content_of(text, notes)) for role, text in zip(("user", "assistant"), item, strict=True)
             ]
-        elif isinstance(item, str):
-            turns.append(turn(("user", "assistant")[i % 2], item))
+        elif isinstance(item, str) or missing(item):
+            turns.append(turn(("user", "assistant")[i % 2], "" if missing(item) else item))
         else:
             raise Drop(f"turn is {kind(item)}")
     return turns
@@ -216,20 +238,20 @@ def settle(turns, row, notes):
     for each in turns[:cut]:
         role, text = each["role"], each["content"]
         opens = not joined or joined[-1]["role"] == "system"
-        if not text.strip() and (role == "system" or role == "user" and opens):
+        if (role == "system" or role == "user" and opens) and is_blank(text):
             continue
         before, later = later, role == "system" and bool(joined) and joined[-1]["role"] != "system"
         if later:
             notes.append("later system turn joined to the user's")
             role = "user"
         if joined and joined[-1]["role"] == role:
-            texts = [part for part in (joined[-1]["content"], text) if part.strip()]
+            texts = [part for part in (joined[-1]["content"], text) if not is_blank(part)]
             if len(texts) == 2 and not before and not later:
                 notes.append(f"{role} turns joined")
             train = joined[-1].get("train", True) and each.get("train", True)
             joined[-1] = turn(role, "\n".join(texts), train)
         elif role == "assistant" and opens:
-            notes += ["greeting left out"] if text.strip() else []
+            notes += [] if is_blank(text) else ["greeting left out"]
         else:
             joined.append(turn(role, text, each.get("train", True)))
     system = optional(row, notes, *SYSTEMS)
@@ -237,3 +259,14 @@ def settle(turns, row, notes):
         notes += ["system field left out"] if system.strip() not in ("", joined[0]["content"].strip()) else []
         return joined[:1], joined[1:], why
     return [turn("system", system)] if system.strip() else [], joined, why
+
+
+def filled(turns, notes):
+    """Settled turns without the pairs of which a side is empty, nor an empty question at the end."""
+    kept = []
+    for i in range(0, len(turns), 2):
+        pair = turns[i : i + 2]
+        empty = any(is_blank(each["content"]) for each in pair)
+        kept += [] if empty else pair
+        notes += [EMPTY] if empty else []
+    return kept

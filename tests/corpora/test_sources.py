@@ -268,7 +268,12 @@ def test_few_distinct_reasons_name_a_value():
         ("lines", "pretrain/三国演义.txt", 1566, {"blank": 2046}),
         ("alpaca", "sft/llamafactory_alpaca_zh_demo.json", 1000, {}),
         ("alpaca", "sft/oaast_sft_zh.json", 689, {}),
-        ("sharegpt", "sft/sharegpt_zh_200.jsonl", 200, {"cut at an empty turn": 1, "last human turn dropped": 1}),
+        (
+            "sharegpt",
+            "sft/sharegpt_zh_200.jsonl",
+            200,
+            {"pair with an empty turn left out": 1, "last human turn dropped": 1},
+        ),
         ("dpo_sharegpt", "preference/llamafactory_dpo_zh_demo.json", 300, {}),
         ("ranked", "preference/oaast_rm_zh.json", 1798, {"answer given twice": 6, "fewer than two answers": 3}),
         ("cvalues", "one_record_schemas/cvalues_comparison.jsonl", 1, {}),

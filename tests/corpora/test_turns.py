@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from rows import chat, one
+from rows import chat, human_gpt, one
 
 from corpora.sources import list_units, read_records
 
@@ -134,3 +134,41 @@ def test_a_row_that_is_a_list_of_messages(tmp_path):
     [unit] = list_units("x", "messages", str(path))
     results = [(record, note) for _, record, note in read_records(unit)]
     assert results == [({"messages": TWO}, None), ({"messages": TWO}, None), (None, "not an object")]
+
+
+# turns that are empty
+
+EMPTY = "pair with an empty turn left out"
+
+
+@pytest.mark.parametrize("blank", [None, "", " \n", "\u200b", "\ufeff\u3000", "\x1b[0m"])
+def test_a_pair_with_an_empty_turn_costs_no_other(blank):
+    said = ["一", "甲", "二", "乙", "三", "丙"]
+    for i in range(1, 6):
+        turns = human_gpt(*said)
+        turns[i]["value"] = blank
+        left = said[: i // 2 * 2] + said[i // 2 * 2 + 2 :]
+        assert one("sharegpt", {"conversations": turns}) == ({"messages": chat(*left)}, EMPTY)
+        texts = [each["value"] for each in turns]
+        assert one("messages", {"dialogue": texts}) == ({"messages": chat(*left)}, EMPTY)
+    asked = {"instruction": "问", "output": "答"}
+    for history in ([["一", blank]], ["一", blank], [["", ""], ["一", blank]]):
+        assert one("alpaca", asked | {"history": history}) == ({"messages": chat("问", "答")}, EMPTY)
+    wanted = {"messages": chat("一", "甲", "问")}
+    for pair in ([blank, blank], ["二", blank], [blank, "乙"], [], None):
+        row = asked | {"history": [["一", "甲"], pair]}
+        assert one("alpaca", row) == ({"messages": chat("一", "甲", "问", "答")}, EMPTY)
+        row = {"prompt": "问", "history": row["history"]}
+        assert one("prompts", row) == (wanted | {"fields": {}}, EMPTY)
+        assert one("pairs", row | {"chosen": "好", "rejected": "坏"}) == (
+            wanted | dict(chosen="好", rejected="坏"),
+            EMPTY,
+        )
+
+
+def test_a_question_does_not_get_the_answer_of_the_next():
+    two = {"human": "二", "assistant": "乙"}
+    for one_sided in ({"human": "一"}, {"human": "一", "assistant": None}, {"human": None, "assistant": "甲"}):
+        assert one("firefly", {"conversation": [two, one_sided, two]}) == ({"messages": chat("二", "乙") * 2}, EMPTY)
+    sides = [{"human": "一", "assistant": None}, {"human": None, "assistant": "甲"}]  # a turn each, as Arrow has them
+    assert one("firefly", {"conversation": sides}) == ({"messages": chat("一", "甲")}, None)
