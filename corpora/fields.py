@@ -67,12 +67,38 @@ def required(row, notes, *names):
         if text is None:
             odd = odd or f"{name} is {kind(value)}"
         elif not is_blank(text):
+            note_others(row, notes, names, name, text)
             return text
         elif blank is None:
             blank = text
     if odd or blank is None:
         raise Drop(odd or f"no {names[0]}")
     return blank
+
+
+def note_others(row, notes, names, taken, text):
+    """A remark on each other of these fields that holds another text than the one that is taken."""
+    for name in names:
+        value = row.get(name)
+        if value is None or name == taken or isinstance(value, bool) or missing(value):
+            continue
+        other = (as_text(value, []) or "").strip()
+        if other != text.strip() and not is_blank(other):
+            notes.append(f"{name} left out, {taken} taken")
+
+
+def first_filled(fields, notes):
+    """The name of the first field that holds more than a blank text, else of the first that is not missing, or None.
+
+    Other texts in the fields are remarked on.
+    """
+    held = [name for name, value in fields.items() if not missing(value)]
+    if len(held) < 2:
+        return held[0] if held else None
+    texts = {name: fields[name] for name in held if isinstance(fields[name], str)}
+    name = next((name for name in held if name not in texts or not is_blank(texts[name])), held[0])
+    note_others(texts, notes, texts, name, texts.get(name, ""))
+    return name
 
 
 def optional(row, notes, *names):

@@ -99,6 +99,8 @@ def verses(value, notes):
         name = present(value, _VERSES)
         if name is None:
             raise Drop("no paragraphs")
+        others = [other for other in _VERSES if other != name and given(value, other) and value[other] != value[name]]
+        notes += [f"{other} left out, {name} taken" for other in others]
         lines = verses(unpacked(value[name]), notes)
         return [part for part in heading if part.strip()] + lines if "".join(lines).strip() else []
     if isinstance(value, list):

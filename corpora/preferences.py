@@ -4,7 +4,7 @@ import itertools
 import re
 
 from corpora.clean import is_blank
-from corpora.fields import Drop, as_text, missing, required, turn, unpacked
+from corpora.fields import Drop, as_text, first_filled, required, turn, unpacked
 from corpora.layouts import (
     ANSWERS,
     INPUTS,
@@ -126,7 +126,7 @@ def pairs(row, notes):
 def answer_text(answer, notes):
     """The text of one of several answers; "" if it holds none."""
     if isinstance(answer, dict):
-        answer = next((answer[name] for name in (*CONTENTS, *ANSWERS) if not missing(answer.get(name))), None)
+        answer = answer.get(first_filled({name: answer.get(name) for name in (*CONTENTS, *ANSWERS)}, notes))
     return strip_template(as_text(answer, notes) or "", notes, answer=True)
 
 

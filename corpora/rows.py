@@ -11,7 +11,8 @@ import sys
 
 from corpora import encodings
 from corpora.encodings import BLOCK, ENCODINGS, WIDE, escaped, is_clean, lines_of, open_bytes, open_text, reading
-from corpora.kinds import BLANKS, DECODER, decode_json, is_row
+from corpora.fields import nothing, shown
+from corpora.kinds import BLANKS, decode_json, integer, is_row
 from corpora.tables import read_arrow, read_csv, read_parquet
 from dataset.formats import DataError
 
@@ -26,6 +27,28 @@ _CUTS = (
     re.compile(r"\n"),
     re.compile(r"[。！？!?…]+[”’」』）]*"),
 )
+
+
+_repeated = []  # remarks on the objects of the value that is being decoded
+
+
+def single(pairs):
+    """An object of these fields, of those with one name the last; what that costs is remarked on."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        lost = dict.fromkeys(name for name, value in pairs if value != fields[name] and not nothing(value))
+        _repeated.extend(f"{shown(name)} given twice, the last taken" for name in lost)
+    return fields
+
+
+DECODER = json.JSONDecoder(strict=False, parse_int=integer, object_pairs_hook=single)
+
+
+def remark():
+    """The remark on the value that was decoded last, or None."""
+    said = "; ".join(dict.fromkeys(_repeated)) or None
+    _repeated.clear()
+    return said
 
 
 def read_rows(unit):
@@ -62,7 +85,9 @@ def read_lines(unit):
                 row = text.rstrip("\r\n")
             else:
                 try:
+                    _repeated.clear()
                     row = DECODER.decode(text)
+                    why = remark()
                 except ValueError:
                     why = "not JSON"
                 except RecursionError:
@@ -108,6 +133,7 @@ def read_json(unit):
                 return
             if not in_array and not more and at == len(window):
                 return
+            _repeated.clear()
             try:
                 value, end = DECODER.raw_decode(window, at)
                 cut = end == len(window) and more  # perhaps a number that goes on
@@ -126,7 +152,7 @@ def read_json(unit):
                 window, at = window[at:] + more, 0
                 continue
             place, first = f"{name}:record {number}", first or value
-            yield (place, value, None) if is_clean(window[at:end]) else (place, None, wrong)
+            yield (place, value, remark()) if is_clean(window[at:end]) else (place, None, wrong)
             at, number = end, number + 1
 
 

@@ -275,4 +275,4 @@ def read_records(unit):
             yield place, None, "not an object"
         else:
             for record, note in source.adapter(row):
-                yield place, record, note or remark
+                yield place, record, note if record is None else "; ".join(filter(None, (note, remark))) or None

@@ -13,6 +13,7 @@ from corpora.fields import (
     Drop,
     as_text,
     by_number,
+    first_filled,
     given,
     kind,
     missing,
@@ -101,7 +102,7 @@ def turns_of(message, notes, whole=False):
     role = role_of(name)
     if role is None:
         raise Drop(f"unknown role {shown(name)}")
-    content = next((message[key] for key in CONTENTS if not missing(message.get(key))), None)
+    content = message.get(first_filled({key: message[key] for key in CONTENTS if key in message}, notes))
     if role == "tool" or given(message, "tool_calls", "function_call") or has_tools(content):
         return [turn("tool", "")]
     notes += [UNTHOUGHT] if given(message, *THOUGHTS) else []
@@ -138,7 +139,7 @@ def exchange(message, notes, whole=False):
     if whole and found.keys() & {"user", "assistant"}:
         found = {role: found.get(role, {"": ""}) for role in _SIDES if role in found or role != "system"}
     for role, values in found.items():
-        for value in list(values.values())[: 1 if role == "assistant" else None]:
+        for value in values.values() if role != "assistant" else [values[first_filled(values, notes)]]:
             text, train = content_of(value, notes), role != "assistant" or is_trained(message, notes)
             turns.append(turn("image", "") if text is None else turn(role, _MOSS.sub("", text), train))
     if not turns:

@@ -1,4 +1,4 @@
-"""corpora/kinds.py and rows.py: rows in a list of an object, among other fields."""
+"""corpora/kinds.py and rows.py: rows in a list of an object, among other fields; keys that are repeated."""
 
 import json
 
@@ -73,3 +73,20 @@ def test_fields_after_more_rows_than_are_looked_at(tmp_path):
     path = write(tmp_path / "b.json", json.dumps({"comments": rows, "text": "文"}, ensure_ascii=False))
     with pytest.raises(DataError, match="b.json: other data beside its list of 9 records: text; write each"):
         read("text_rows", path)
+
+
+@pytest.mark.parametrize("array", [False, True])
+def test_repeated_keys_are_named(tmp_path, array):
+    lines = [
+        '{"text": "甲", "text": "乙"}',
+        '{"text": "甲", "text": "甲"}',
+        '{"text": "", "text": "甲"}',
+        '{"text": "甲", "content": "丙", "tags": {"a": 1, "a": 2}}',
+    ]
+    path = write(tmp_path / "a.json", f"[{','.join(lines)}]" if array else "\n".join(lines))
+    assert [(record["text"], note) for _, record, note in read("text_rows", path)] == [
+        ("乙", "text given twice, the last taken"),
+        ("甲", None),
+        ("甲", None),
+        ("甲", "content left out, text taken; a given twice, the last taken"),
+    ]

@@ -74,7 +74,7 @@ def test_answers_marked_bad(row, reason):
             "number taken as text",
         ),
         ({"Question": "问", "A": "对", "B": "None", "Answer": "A"}, chat("问\nA. 对\nB. None", "A"), None),
-        ({"problem": "问", "solution": "解", "answer": "7"}, chat("问", "解"), None),
+        ({"problem": "问", "solution": "解", "answer": "7"}, chat("问", "解"), "answer left out, solution taken"),
         ({"problem": "问", "solution": None, "answer": "7"}, chat("问", "7"), None),
         ({"instruction": "问", "context": "景", "input": "入", "output": "答"}, chat("问\n景\n入", "答"), None),
         ({"instruction": "问", "context": "景", "input": "", "output": "答"}, chat("问\n景", "答"), None),
