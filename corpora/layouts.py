@@ -8,6 +8,7 @@ import functools
 import json
 import re
 
+from corpora.choices import choices
 from corpora.clean import is_blank
 from corpora.fields import Drop, as_text, given, missing, nothing, optional, required, role_of, turn, unpacked
 from corpora.marks import MARKS, bare_answer, bare_question, marked_turns, strip_template
@@ -18,7 +19,6 @@ TURNS = ("messages", "conversations", "conversation", "dialog", "dialogue", "dia
 INSTRUCTIONS = "instruction prompt Instruction Prompt 指令".split()
 QUESTIONS = "question query ask problem Question Query 问题".split()
 INPUTS = "context input Input".split()
-OPTIONS = "ABCDEFGH"  # columns of a multiple choice question
 ANSWERS = (
     "output response solution answer completion target std_answer reply Output Response Answer Completion 回答 答案"
 ).split()
@@ -167,10 +167,8 @@ def question_text(row, notes, *names):
             parts += [] if is_blank(text) or again else [text]
     if not parts and used <= set(INPUTS):
         raise Drop("no instruction")
-    options = [name for name in OPTIONS if not missing(row.get(name)) and row[name] != ""]
-    if options[:2] == ["A", "B"] and present(row, ANSWERS):
-        used.update(options)
-        parts += [f"{name}. {required(row, notes, name)}" for name in options]
+    lines, fields = choices(row, "\n".join(parts), bool(present(row, ANSWERS)), notes)
+    parts, used = parts + lines if parts else [], used | fields
     return "\n".join(parts), used
 
 
