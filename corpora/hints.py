@@ -7,6 +7,7 @@ from corpora.fields import Drop, shown, unpacked
 from corpora.layouts import (
     ANSWERS,
     INSTRUCTIONS,
+    LOOSE,
     MARKED,
     QUESTIONS,
     TEXTS,
@@ -14,8 +15,10 @@ from corpora.layouts import (
     baike,
     chinese_poetry,
     conversation_in,
+    is_texts,
     messages_in,
     present,
+    turns_name,
     zhihu,
 )
 from corpora.marks import begins_marked, marked_turns
@@ -52,10 +55,9 @@ def fitting(row):
     question = present(row, (*INSTRUCTIONS, *QUESTIONS, "input"))
     question = question if question and is_question(row[question]) else None
     heads = {re.split(r"[.\[]", str(name))[0] for name in row if name not in TURNS}
-    turns = present(row, TURNS) or next((name for name in TURNS if name in heads), None)  # or chat.turn_1.Human
-    if turns == "data" and not (
-        isinstance(row.get("data"), list) and all(isinstance(item, str) for item in row["data"])
-    ):
+    heads = [name for name in TURNS if name in heads and not (question and name in LOOSE)]
+    turns = turns_name(row) or next(iter(heads), None)  # or chat.turn_1.Human
+    if turns == "data" and not (is_texts(row.get("data")) or messages_in(row.get("data"))):
         turns = None
     found = set()
     if present(row, REJECTED) and present(row, (*CHOSEN, *ANSWERS, *TURNS)):

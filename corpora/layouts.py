@@ -10,12 +10,13 @@ import re
 
 from corpora.choices import choices
 from corpora.clean import is_blank
-from corpora.fields import Drop, as_text, given, missing, nothing, optional, required, role_of, turn, unpacked
+from corpora.fields import Drop, as_text, given, kind, missing, nothing, optional, required, role_of, turn, unpacked
 from corpora.marks import MARKS, bare_answer, bare_question, marked_turns, strip_template
-from corpora.turns import CONTENTS, SYSTEMS, THOUGHTS, UNTHOUGHT, filled, nested, read_turns, settle
+from corpora.turns import CONTENTS, SYSTEMS, THOUGHTS, UNTHOUGHT, filled, is_spoken, nested, read_turns, settle
 
 TEXTS = ("text", "content", "completion", "body")
 TURNS = ("messages", "conversations", "conversation", "dialog", "dialogue", "dialogues", "chat", "turns", "data")
+LOOSE = ("turns", "data")  # may be anything: a number of turns, a table that is asked about
 INSTRUCTIONS = "instruction prompt Instruction Prompt 指令".split()
 QUESTIONS = "question query ask problem Question Query 问题".split()
 INPUTS = "context input Input".split()
@@ -214,7 +215,7 @@ def answer_turns(row, notes, *names):
 
 def is_bad(row):
     """Whether a row is one of KTO's with an answer that is not wanted: {prompt, completion, label: false}."""
-    marks = [row.get("label") if "prompt" in row or present(row, TURNS) else None, row.get("kto_tag")]
+    marks = [row.get("label") if "prompt" in row or turns_name(row) else None, row.get("kto_tag")]
     return any(mark is False or isinstance(mark, str) and mark.strip().lower() == "false" for mark in marks)
 
 
@@ -246,12 +247,49 @@ def conversation(turns, row, notes):
 _DOTTED = re.compile(rf"({'|'.join(TURNS)})[.\[]")  # chat.turn_1.Human, a column of a table that was flattened
 
 
+def turns_name(row):
+    """The field that holds the conversation of a row; where nothing else asks, also one that it should be in."""
+    held = [name for name in TURNS if name in row and not missing(row[name]) and row[name] not in ("", [], {})]
+    asked = given(row, *INSTRUCTIONS, *QUESTIONS, *INPUTS)
+    said = asked or given(row, *MARKED)
+    for name in held:
+        beside = said and name in LOOSE and (asks(row) or not messages_in(row[name]))  # what the question is about
+        if not beside and is_spoken(row[name]):
+            return name
+    if asked:
+        return None
+    texts = [name for name in held if name not in LOOSE or is_texts(row[name]) and not said]
+    return next(iter(texts), None) or present(row, [name for name in TURNS if name not in LOOSE])
+
+
+def is_texts(value):
+    value = unpacked(value)
+    return isinstance(value, (list, tuple)) and all(isinstance(item, str) or missing(item) for item in value)
+
+
+def note_unread(row, taken, turns, notes):
+    """Remarks on other fields of a conversation: that hold another one, or what is none beside a question."""
+    for name in [name for name in TURNS if name != taken and name not in LOOSE and name in row]:
+        value = unpacked(row[name])
+        if not isinstance(value, (str, list, dict)) or nothing(value):
+            continue
+        try:
+            other = read_turns(value, name, []) if taken else None
+        except Drop:
+            other = None
+        if other is None or other != turns:
+            notes.append(f"{name} left out, {taken} taken" if taken else f"{name} left out: {kind(value)}")
+
+
 def conversation_in(row, notes):
     """(turns, the fields they stand in) of a field that holds a conversation as messages or in one text; or None."""
     if any(_DOTTED.match(str(name)) for name in row):
         row = nested(row)
-    if name := present(row, TURNS):
-        return read_turns(row[name], name, notes), {name, *SYSTEMS}
+    if name := turns_name(row):
+        turns = read_turns(row[name], name, notes)
+        note_unread(row, name, turns, notes)
+        return turns, {name, *SYSTEMS}
+    note_unread(row, None, None, notes)
     for name in MARKED:
         if isinstance(row.get(name), str) and (turns := marked_turns(row[name])):
             return turns, {name, *SYSTEMS}

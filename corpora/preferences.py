@@ -10,12 +10,12 @@ from corpora.layouts import (
     INPUTS,
     INSTRUCTIONS,
     QUESTIONS,
-    TURNS,
     adapter,
     conversation_in,
     messages_in,
     present,
     prompt_turns,
+    turns_name,
 )
 from corpora.marks import bare_answer, marked_turns, strip_template
 from corpora.turns import CONTENTS, filled, read_turns, settle
@@ -72,7 +72,7 @@ def read_side(row, notes, names):
         return [], value[0]
     if name and messages_in(row[name]) and (not isinstance(row[name], str) or texts_of_messages(row, [])):
         turns = read_turns(value, name, notes)
-    elif isinstance(value, str) and not any(present(row, group) for group in (INSTRUCTIONS, QUESTIONS, INPUTS, TURNS)):
+    elif isinstance(value, str) and not (present(row, (*INSTRUCTIONS, *QUESTIONS, *INPUTS)) or turns_name(row)):
         turns = marked_turns(value)  # hh-rlhf: all of the conversation, in both
     if not turns:
         return [], required(row, notes, *names)

@@ -167,6 +167,8 @@ def read_turns(value, name, notes):
     if not isinstance(value, (list, tuple)):
         raise Drop(f"{name} is {kind(value)}")
     exchanges = [item for item in value if isinstance(item, dict) and role_in(item) is None]
+    if name == "data" and len(exchanges) > 1 and any(map(is_row, exchanges)):
+        raise Drop("data holds rows, not turns")
     whole = any({"user", "assistant"} <= sides(item).keys() for item in exchanges)
     turns, named, texts = [], named_turns(value), all(isinstance(item, str) or missing(item) for item in value)
     for i, item in enumerate(value):
@@ -185,6 +187,24 @@ def read_turns(value, name, notes):
         else:
             raise Drop(f"turn is {kind(item)}")
     return turns
+
+
+def is_row(item):
+    """Whether an object is a question and its answer as rows have them, and not as turns of a conversation do."""
+    names = {str(name).lower() for name in item}
+    return bool(names & {"instruction", "prompt", "question", "query", "input", "output", "response", "answer"})
+
+
+def is_spoken(value):
+    """Whether a field holds messages or pairs, and not a number, a text without marks or texts."""
+    value = unpacked(value)
+    if isinstance(value, str):
+        return bool(marked_turns(value))
+    items = listed(value) if isinstance(value, dict) else value
+    return isinstance(items, (list, tuple)) and any(
+        len(item) == 2 if isinstance(item, (list, tuple)) else isinstance(item, dict) and (role_in(item) or sides(item))
+        for item in items
+    )
 
 
 def named_turns(items):

@@ -3,6 +3,9 @@
 import pytest
 from rows import chat, human_gpt, one
 
+TWO = chat("一", "甲", "二", "乙")
+
+
 @pytest.mark.parametrize(
     "layout, row, record, remark",
     [
@@ -14,6 +17,10 @@ from rows import chat, human_gpt, one
         (
             "alpaca", {"instruction": "问", "prompt": "另问", "output": "答", "response": "另答"},
             {"messages": chat("问", "答")}, "prompt left out, instruction taken; response left out, output taken",
+        ),
+        (
+            "messages", {"messages": chat("问", "答"), "conversations": human_gpt("另问", "另答")},
+            {"messages": chat("问", "答")}, "conversations left out, messages taken",
         ),
         ("messages", {"messages": chat("问", "答"), "conversations": human_gpt("问", "答")},
          {"messages": chat("问", "答")}, None),
@@ -31,3 +38,34 @@ from rows import chat, human_gpt, one
 )  # fmt: skip
 def test_of_two_texts_of_one_kind_the_other_is_named(layout, row, record, remark):
     assert one(layout, row) == (record, remark)
+
+
+@pytest.mark.parametrize("value", [3, "3", True, "2024-05-01", ["3,4", "5,6"], [["3", "4"]], {"id": 3}, [{"x": 3}]])
+@pytest.mark.parametrize("name", ["data", "turns"])
+def test_data_beside_a_question(name, value):
+    asked = {"question": "哪个大", name: value}
+    assert one("prompts", asked) == ({"messages": chat("哪个大"), "fields": {name: value}}, None)
+    assert one("prompts", {"text": "哪个大", name: value})[0]["messages"] == chat("哪个大")
+    for layout in ("alpaca", "messages"):
+        assert one(layout, asked | {"answer": "后者"}) == ({"messages": chat("哪个大", "后者")}, None)
+    pair = {"chosen": "好", "rejected": "坏"}
+    assert one("pairs", asked | pair) == ({"messages": chat("哪个大")} | pair, None)
+    assert one("firefly", {"input": "哪个大", "target": "后者", name: value})[0]["messages"] == chat("哪个大", "后者")
+    assert one("messages", {"messages": TWO, name: value}) == ({"messages": TWO}, None)
+
+
+def test_a_conversation_is_messages_where_the_row_asks():
+    row = {"question": "问", "answer": "答"}
+    assert one("messages", row | {"chat": "文本"}) == ({"messages": chat("问", "答")}, "chat left out: text")
+    assert one("messages", row | {"chat": {"id": 3}}) == ({"messages": chat("问", "答")}, "chat left out: an object")
+    assert one("messages", row | {"chat": TWO}) == ({"messages": TWO}, None)
+    assert one("messages", {"turns": 3, "text": "### Human: 一\n### Assistant: 甲"})[0]["messages"] == chat("一", "甲")
+    answers = {"chosen": "\n\nHuman: 问\n\nAssistant: 好", "rejected": "\n\nHuman: 问\n\nAssistant: 坏"}
+    assert one("pairs", answers | {"turns": 3})[0] == {"messages": chat("问"), "chosen": "好", "rejected": "坏"}
+
+
+@pytest.mark.parametrize("layout", ["alpaca", "messages", "firefly", "prompts"])
+@pytest.mark.parametrize("names", [("instruction", "output"), ("question", "answer"), ("input", "output")])
+def test_rows_in_a_field_are_no_turns(layout, names):
+    rows = [dict(zip(names, texts, strict=True)) for texts in (("一", "甲"), ("二", "乙"))]
+    assert one(layout, {"title": "数据集", "data": rows}) == (None, "data holds rows, not turns")
