@@ -82,18 +82,25 @@ _ODD_SPACES = "\xa0\u1680\u2000-\u200a\u202f\u205f"
 _FULL_WIDTH = "０-９Ａ-Ｚａ-ｚ"
 _SUSPECT = re.compile(f"[{_INVISIBLE}{_LINE_BREAKS}{_ODD_SPACES}\u3000{_FULL_WIDTH}\t<&]")
 _UNSEEN = re.compile(f"[{_INVISIBLE}]")
+# `<` and letters may be mathematics (n <p, q> 2) or generics (List<P>): a tag has nothing in it but attributes.
+_ATTRIBUTES = rf"""(?:(?:\s+|(?<=["']))(?:
+    [@:\w][\w:.@-]*\s*=\s*(?:"[^"<>{CODE}]*"|'[^'<>{CODE}]*')
+    |[@:\w][\w:.@-]+\s*=\s*[\w.,:;/#%?&+()-]+
+    |(?:hidden|nowrap|noshade|compact|disabled|draggable|contenteditable|itemscope|data-[\w-]+|v-[\w-]+)(?![\w=-])
+))*"""
 _HTML = re.compile(
-    rf"(?sia)(?P<tag>\n?</?(?:br|p)(?:\s[^<>{CODE}]{{0,200}}|/)?>\n?)"
+    rf"(?sia)(?P<tag>\n?</?(?:br|p){''.join(_ATTRIBUTES.split())}\s*/?(?-i:(?<![A-Za-z]<P))>\n?)"
     r"|&(?:amp;|#38;)*(?:#\d{1,7}|#x[\da-f]{1,6}|[a-z]{2,8}\d{0,2});"
 )
 
 
-def repair(text, document=True):
+def repair(text, document=True, tags=True):
     """Prose as it was typed: without invisible characters, odd spaces and what ends a line; accents in NFC.
 
     A document was scraped or typeset, so there HTML leftovers, full-width letters and digits, runs of spaces and
     blank lines go as well, and all is in NFC. In a conversation they may be what it is about, as may a single U+FFFD;
-    two spaces at a line's end are Markdown's line break. Chinese punctuation and indents stay.
+    two spaces at a line's end are Markdown's line break. Chinese punctuation and indents stay, and without `tags`
+    those of HTML.
     """
     padded = f"\n\n{text}\n\n"  # a line break at either end is one of three
     if not (_SUSPECT.search(text) or any(run in padded for run in ("  ", " \n", "\n\n\n"))):
@@ -101,7 +108,7 @@ def repair(text, document=True):
             return text  # most text: one look at each character
     text = re.sub(f"\r\n|[{_LINE_BREAKS}]", "\n", text)
     if document and ("<" in text or "&" in text):
-        text = _HTML.sub(_plain, text)
+        text = _HTML.sub(_plain if tags else _without_entity, text)
     if re.search(f"[{_INVISIBLE}]", text):
         kept = _SHAPING if document else f"{_SHAPING}|{_SPOKEN_OF}"
         text = re.sub(f"({kept})|{_ANSI}|[{_INVISIBLE}]", r"\1", text)
@@ -128,7 +135,11 @@ def _composed(match):
 
 def _plain(match):
     """What a piece of HTML stands for."""
-    return "\n" if match["tag"] else html.unescape(re.sub("&(?:amp;|#38;)+", "&", match[0]))
+    return "\n" if match["tag"] else _without_entity(match)
+
+
+def _without_entity(match):
+    return match[0] if match["tag"] else html.unescape(re.sub("&(?:amp;|#38;)+", "&", match[0]))
 
 
 _PERSONAL = re.compile(
@@ -176,8 +187,9 @@ def simplify(text):
 
 def clean_text(text, options, document=False):
     """The text after the transforms that options switch on; code in fences and backticks stays as it is."""
-    transform = functools.partial(_transform, options=options, document=document)
-    for _ in range(8):  # mending may uncover more to mend (&amp;lt;); what is nested deeper is no text
+    for turn in range(8):  # mending may uncover more to mend (&amp;lt;); what is nested deeper is no text
+        # what looks like a tag only now was written as &lt;br&gt;: the text speaks of it
+        transform = functools.partial(_transform, options=options, document=document, tags=turn == 0)
         before, text = text, outside_code(transform, text, options.get("repair"))
         if text == before:
             break
@@ -190,11 +202,11 @@ def is_blank(text):
     return not text or bool(_UNSEEN.match(text)) and not clean_text(text, dict(repair=True)).strip()
 
 
-def _transform(text, options, document):
+def _transform(text, options, document, tags):
     if document and options.get("join_lines"):
         text = join_lines(text)  # first: an indent tells where a paragraph begins
     if options.get("repair"):
-        text = repair(text, document)
+        text = repair(text, document, tags)
         if document:  # spaces before a Chinese paragraph; what is indented and no Chinese may be code
             text = re.sub("\n[ \t]+(?=[\u2010-\u2026\u3001-\u9fff\uff00-\uffef])", "\n", f"\n{text}")[1:]
     if options.get("to_simplified"):
