@@ -69,10 +69,45 @@ def is_compressed(path):
 codecs.register_error("tiny_llama2_mark", lambda error: ("\udcff", error.end))
 
 
+# Python decodes GB18030 as of 2000, which kept these for private use; GB 18030-2022 has characters of Unicode there.
+_GB18030 = str.maketrans(  # the codes A6D9 to A6F3 (vertical punctuation), A8BC, FE51 to FEA0 (parts of characters)
+    "\ue78d\ue78e\ue78f\ue790\ue791\ue792\ue793\ue794\ue795\ue796\ue7c7"
+    "\ue816\ue817\ue818\ue81e\ue826\ue82b\ue82c\ue831\ue832\ue83b\ue843\ue854\ue855\ue864",
+    "\ufe10\ufe12\ufe11\ufe13\ufe14\ufe15\ufe16\ufe17\ufe18\ufe19\u1e3f"
+    "\U00020087\U00020089\U000200cc\u9fb4\u9fb5\u9fb6\u9fb7\U000215d7\u9fb8\U0002298f\u9fb9\u9fba\U000241fe\u9fbb",
+)
+_PRIVATE = re.compile("[\ue78d-\ue864]")
+
+
+def standard(text):
+    """Text that Python decoded from GB18030, with the characters of GB 18030-2022."""
+    return text.translate(_GB18030) if _PRIVATE.search(text) else text
+
+
+def decode(line, encoding):
+    text = line.decode(encoding)
+    return standard(text) if encoding == "gb18030" else text
+
+
+class _Decoder(codecs.getincrementaldecoder("gb18030")):
+    def decode(self, data, final=False):
+        return standard(super().decode(data, final))
+
+
+def _codec(name):
+    """Python's codec of GB18030 with our decoder, by the name that open_text calls it; None for other names."""
+    old = codecs.lookup("gb18030")
+    ours = codecs.CodecInfo(old.encode, old.decode, old.streamreader, old.streamwriter, None, _Decoder, name)
+    return ours if name == CODECS["gb18030"] else None
+
+
+CODECS = {"utf-8": "utf-8-sig", "gb18030": "tiny_llama2_gb18030"}
+codecs.register(_codec)
+
+
 def open_text(path, encoding, newline=""):
     """Decoded text; line breaks are kept, and bytes that do not decode marked."""
-    encoding = "utf-8-sig" if encoding == "utf-8" else encoding
-    return io.TextIOWrapper(open_bytes(path), encoding, "tiny_llama2_mark", newline)
+    return io.TextIOWrapper(open_bytes(path), CODECS.get(encoding, encoding), "tiny_llama2_mark", newline)
 
 
 def lines_of(file):

@@ -68,7 +68,7 @@ def read_lines(unit):
             yield place, None, TOO_LONG
             continue
         try:
-            text = line.decode(unit.encoding) if isinstance(line, bytes) else line
+            text = encodings.decode(line, unit.encoding) if isinstance(line, bytes) else line
             if unit.encoding in WIDE:
                 text.encode()
         except UnicodeError as error:

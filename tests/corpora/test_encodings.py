@@ -1,9 +1,11 @@
 """corpora/encodings.py: which encoding a file is in, told by what it holds."""
 
+from contextlib import suppress
+
 import pytest
 from reading import at, read, write
 
-from corpora.encodings import BLOCK
+from corpora.encodings import BLOCK, decode
 from corpora.sources import list_units
 from dataset.formats import DataError
 
@@ -41,6 +43,34 @@ def test_every_encoding(tmp_path, capsys, name, text, encoding, said):
     path = write(tmp_path / name, files[name].encode(encoding))
     assert [record for _, record, _ in read("txt" if name == "a.txt" else "text_rows", path)] == [{"text": text}]
     assert capsys.readouterr().err == (f"{path}: read as {said}\n" if said else "")
+
+
+# What GB 18030-2022 has where Python, as in 2000, decodes to private use.
+STANDARD = {
+    **{"A6D9": "︐", "A6DA": "︒", "A6DB": "︑", "A6DC": "︓", "A6DD": "︔", "A6DE": "︕", "A6DF": "︖", "A6EC": "︗"},
+    **{"A6ED": "︘", "A6F3": "︙", "A8BC": "ḿ", "A8BF": "ǹ", "FE51": "\U00020087", "FE52": "\U00020089"},
+    **{"FE53": "\U000200cc", "FE59": "\u9fb4", "FE61": "\u9fb5", "FE66": "\u9fb6", "FE67": "\u9fb7"},
+    **{"FE6C": "\U000215d7", "FE6D": "\u9fb8", "FE76": "\U0002298f", "FE7E": "\u9fb9", "FE90": "\u9fba"},
+    **{"FE91": "\U000241fe", "FEA0": "\u9fbb"},
+}
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.json"])
+def test_characters_newer_than_the_codec_of_python(tmp_path, name):
+    start, text, end = (part.encode("gb18030") for part in (SIMPLIFIED, '"text": "', SIMPLIFIED))
+    data = start + bytes.fromhex("".join(STANDARD)) + end
+    files = {"a.txt": data, "a.jsonl": b"{" + text + data + b'"}\n', "a.csv": b"title,text\r\n," + data + b"\r\n"}
+    files["a.json"] = b"[{" + text + data + b'"}]'
+    read_back = [record["text"] for _, record, _ in read("txt" if name == "a.txt" else "text_rows",
+                                                         write(tmp_path / name, files[name]))]  # fmt: skip
+    assert read_back == [SIMPLIFIED + "".join(STANDARD.values()) + SIMPLIFIED]
+
+
+def test_what_the_standard_leaves_to_users_stays_private():
+    codes = [f"{a:02X}{b:02X}" for a in range(0xA1, 0xFF) for b in range(0xA1, 0xFF)]
+    for code in {*codes, *(f"FE{b:02X}" for b in range(0x50, 0xA1) if b != 0x7F)} - STANDARD.keys():
+        with suppress(UnicodeDecodeError):
+            assert decode(bytes.fromhex(code), "gb18030") == bytes.fromhex(code).decode("gb18030")
 
 
 @pytest.mark.parametrize("data", ["Où était-elle ? Être à Málaga, señor.".encode("latin-1"), b"\0\1\2\xff" * 99])
