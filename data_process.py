@@ -42,7 +42,7 @@ from common.files import lock, make_folder, unlock
 from corpora import reviews, sources
 from corpora.clean import text_hash
 from corpora.decontaminate import Decontaminator
-from corpora.dedup import conversation_signature, signature
+from corpora.dedup import SHORT, conversation_signature, signature
 from corpora.encodings import escaped, is_clean
 from corpora.merge import by_question, choose, compares, merge
 from corpora.meta import add_part, losses, refuse_own, start_meta, verify, write_report
@@ -135,7 +135,7 @@ def shard_dtypes(part, config, vocab_size):
     dtypes = {name: token_dtype(vocab_size) if name.endswith("tokens") else np.uint8 for name in STREAMS[part]}
     dtypes |= dict(place=np.uint8) | (dict(pieces=np.uint32) if "pieces" in dtypes else {})
     if compares(part, config):
-        dtypes |= dict(signature=np.uint16) | (dict(turns=np.uint8) if part == "sft" else {})
+        dtypes |= dict(signature=np.uint16, turns=np.uint8)
     return dtypes
 
 
@@ -222,9 +222,11 @@ def for_merge(job, place, record):
     if not compares(job.part, job.config):
         return streams
     if "text" in record:
-        return streams | dict(signature=signature(record["text"]))
-    turns = compared_turns(record, by_question(job.part, job.config))
-    return streams | dict(signature=conversation_signature("\n".join(turns)), turns=as_bytes(json.dumps(turns)))
+        turns, found = [record["text"]] if len(record["text"]) < SHORT else [], signature(record["text"])
+    else:
+        turns = compared_turns(record, by_question(job.part, job.config))
+        found = conversation_signature("\n".join(turns))
+    return streams | dict(signature=found, turns=as_bytes(json.dumps(turns)))
 
 
 def make_shard(job):

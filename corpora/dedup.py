@@ -6,7 +6,8 @@ agree in a whole band. Only the signatures are kept, on disk if they are many. A
 that stays: not for a chain of others between them.
 
 A conversation can share most of its text with others and yet be one of its own: a long instruction, a list of options,
-a stock answer. Whether two are copies is told by where they differ, in `is_copied_conversation`.
+a stock answer. So can a short document: another name in the same news. Whether two are copies is told by where they
+differ, in `is_copied_conversation` and `is_copied_document`.
 """
 
 import itertools
@@ -31,6 +32,8 @@ BANDS, ROWS = 48, 4
 # Share of equal values. It errs by 0.03 with 192 values, so that hardly a copy edited by 10 % falls below, and fewer
 # than 1 in 1,000 of the pairs that share half their shingles (s = 0.33) reach it.
 THRESHOLD = 0.45
+# Documents of fewer characters than SHORT are copies if more agrees, up to CLOSE at SHORTEST, and by where they differ.
+SHORT, SHORTEST, CLOSE = 200, 100, 0.9
 # Of conversations, by pairs of characters: a copy has 0.70 +- 0.1, as they are short; where they differ tells the rest.
 CONVERSATION_THRESHOLD = 0.3
 
@@ -158,7 +161,7 @@ def _candidates(keys):
             yield order[a], order[b]
 
 
-# conversations
+# conversations and short documents
 
 COPY = 0.5  # share of common pairs of characters: of copies with 10 % edited 0.8 +- 0.1
 PHRASE = 8  # units that differ in one place are another phrase: so many edits in a row do not happen to a copy
@@ -187,6 +190,14 @@ def is_copied_conversation(a, b):
         return False
     edited = [edit for turn in edits for edit in turn]
     return not edited or own_edits(edited) >= EDITS
+
+
+def is_copied_document(a, b):
+    """Whether the turns of a document, [its text] if that is SHORT, else none, are an edited copy of another's."""
+    if not (a and b):
+        return True  # of long ones the signatures tell
+    least = np.interp(min(len(a[0]), len(b[0])), [SHORTEST, SHORT], [CLOSE, THRESHOLD])
+    return np.mean(signature(a[0]) == signature(b[0])) >= least and is_copied_conversation(a, b)
 
 
 def edits_of(a, b):

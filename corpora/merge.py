@@ -11,7 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from corpora.dedup import CONVERSATION_THRESHOLD, THRESHOLD, is_copied_conversation, near_duplicates
+from corpora.dedup import (
+    CONVERSATION_THRESHOLD,
+    THRESHOLD,
+    is_copied_conversation,
+    is_copied_document,
+    near_duplicates,
+)
 from corpora.records import STREAMS
 from corpora.shards import SAMPLES, Outcomes
 from dataset import formats
@@ -60,7 +66,7 @@ def choose(part, shards, own, config):
         copies = first[group] != np.arange(len(content))
         why[copies], repeats[copies] = REASONS.index("duplicate"), first[group][copies]
     if compares(part, config):
-        mark_near_duplicates(Path(config["out"]) / "work" / part, shards, why, repeats, is_val)
+        mark_near_duplicates(part, Path(config["out"]) / "work" / part, shards, why, repeats, is_val)
     mine = np.repeat(own, [len(c["content"]) for c in columns])
     why[mine], repeats[mine] = 0, -1
     if (why == 0).any():
@@ -95,19 +101,18 @@ def split_bound(part, keys, read, config):
     return found
 
 
-def mark_near_duplicates(folder, shards, why, repeats, is_val):
-    """Compare the signatures, and of conversations the turns, of what is still kept, in bounded memory."""
+def mark_near_duplicates(part, folder, shards, why, repeats, is_val):
+    """Compare the signatures and the turns of what is still kept, in bounded memory."""
     kept = np.flatnonzero(why == 0)
     if not len(kept):
         return
     signatures, _ = gather(folder, shards, "signature", why == 0)
-    confirm, threshold = None, THRESHOLD
-    if "turns" in shards[0].dtypes:
-        turns, ends = gather(folder, shards, "turns", why == 0)
-        threshold = CONVERSATION_THRESHOLD
+    turns, ends = gather(folder, shards, "turns", why == 0)
+    is_copy = is_copied_conversation if part == "sft" else is_copied_document
+    threshold = CONVERSATION_THRESHOLD if part == "sft" else THRESHOLD
 
-        def confirm(*pair):
-            return is_copied_conversation(*(json.loads(turns[ends[i] : ends[i + 1]].tobytes()) for i in pair))
+    def confirm(*pair):
+        return is_copy(*(json.loads(turns[ends[i] : ends[i + 1]].tobytes()) for i in pair))
 
     found = near_duplicates(signatures.reshape(len(kept), -1), is_val[kept], confirm, threshold)
     copies = found >= 0

@@ -30,7 +30,7 @@ from dataset.formats import OURS, DataError, writable
 
 SAMPLES = 20  # dropped records kept of each reason, to look at
 SHOWN = 500  # characters of a sample
-SHARD_FORMAT = 2  # of a shard folder: those of another are made again
+SHARD_FORMAT = 3  # of a shard folder: those of another are made again
 NAMED = 20  # distinct values that reasons of these kinds name, as a corpus may hold any number of them
 NAMING = ("unknown role",)
 

@@ -17,10 +17,12 @@ from corpora.dedup import (
     CONVERSATION_THRESHOLD,
     ROWS,
     SHINGLE,
+    SHORT,
     THRESHOLD,
     _candidates,
     conversation_signature,
     is_copied_conversation,
+    is_copied_document,
     near_duplicates,
     signature,
 )
@@ -233,6 +235,55 @@ def test_edited_copies_of_a_novel_are_found_and_its_pages_stay(shared_data):
     dropped = near_duplicates(np.stack([signature(text) for text in pages + copies])) >= 0
     assert not dropped[: len(pages)].any()
     assert dropped[len(pages) :].mean() > 0.98
+
+
+@pytest.mark.parametrize("characters", [200, 300])
+def test_edited_copies_of_shorter_pages_are_found(shared_data, characters):
+    novel = (shared_data / "pretrain" / "三国演义.txt").read_text(encoding="utf-8")
+    pages = [novel[i : i + characters] for i in range(0, 400 * characters, characters)]
+    rng, alphabet = random.Random(0), content_key(novel)
+    documents = pages + [edited(page, 0.1, rng, alphabet) for page in pages]
+    dropped = documents_dropped(documents)
+    assert not dropped[: len(pages)].any()
+    assert dropped[len(pages) :].mean() > 0.95
+
+
+def documents_dropped(documents):
+    turns = [[text] if len(text) < SHORT else [] for text in documents]
+    signatures = np.stack([signature(text) for text in documents])
+    return near_duplicates(signatures, confirm=lambda i, j: is_copied_document(turns[i], turns[j])) >= 0
+
+
+BORN = "{}（{}年{}月—），{}人，中国男子球员，司职{}，曾效力于{}足球俱乐部，代表国家队出场{}次。"
+NEWS = "新华社电，全国人大常委会今天举行会议，决定任命{}为{}部部长，免去{}的{}部部长职务，会议还审议了其他议案。"
+LONGER = (
+    "会议指出，过去一年各地区各部门认真落实有关部署，各项工作取得了新的进展，人民生活水平继续提高，社会大局保持稳定。"
+    "与会人员表示，今后还要深入乡村和工厂，多听群众的意见，把困难想得更多一些，把办法准备得更充分一些。"
+)
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ("水的沸点是一百摄氏度，这在一个大气压下是对的。", "水的沸点是一百摄氏度，这在一个大气压下是错的。"),
+        ("国务院决定任命张三为财政部部长。", "国务院决定任命李四为教育部部长。"),
+        (NEWS.format("张三", "财政", "王五", "财政"), NEWS.format("李四", "教育", "赵六", "教育")),
+        ("他于1990年出生于江苏省南京市，球员，司职前锋。", "他于1985年出生于江苏省苏州市，球员，司职门将。"),
+        (BORN.format("张伟", 1990, 3, "江苏省南京市", "前锋", "江苏舜天", 12),
+         BORN.format("刘洋", 1985, 7, "山东省青岛市", "门将", "山东鲁能", 31)),
+        (LONGER + "李明说这项规定是合法的。", LONGER + "李明说这项规定是违法的。"),
+        (LONGER + "比赛结果是三比一。", LONGER + "比赛结果是一比三。"),
+    ],
+)  # fmt: skip
+def test_short_documents_of_other_facts_stay(one, other):
+    assert not documents_dropped([one, other, one.replace("，", " ") + "！"])[:2].any()
+
+
+def test_short_documents_that_differ_in_a_sign_are_copies():
+    text = NEWS.format("张三", "财政", "王五", "财政")
+    assert documents_dropped([text, text.replace("，", "、") + "！！"]).tolist() == [False, True]
+    copy = (LONGER + TEXT).replace("取得了", "取得").replace("继续", "持续").replace("深入", "走进")
+    assert documents_dropped([LONGER + TEXT, copy]).tolist() == [False, True]
 
 
 # conversations
