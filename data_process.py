@@ -40,7 +40,7 @@ import numpy as np
 from common.config import ConfigError, UserError, parse_config, run
 from common.files import lock, make_folder, unlock
 from corpora import reviews, sources
-from corpora.clean import text_hash
+from corpora.clean import mask_personal, text_hash
 from corpora.decontaminate import Decontaminator
 from corpora.dedup import SHORT, conversation_signature, signature
 from corpora.encodings import escaped, is_clean
@@ -162,7 +162,9 @@ def read_unit(job, tokenizer, outcomes):
                 record, why = None, "in a benchmark"
             note = "; ".join(filter(None, (note, why))) if record else why
         if record is None:
-            outcomes.drop(note, text_hash(place), place, "\n".join(texts_of(before)) if before else "")
+            text = "\n".join(texts_of(before)) if before else ""
+            sample = mask_personal(text) if config["clean"]["mask_personal"] else text
+            outcomes.drop(note, text_hash(place), place, sample)
         else:
             yield place, record, note
 

@@ -142,33 +142,53 @@ def _without_entity(match):
     return match[0] if match["tag"] else html.unescape(re.sub("&(?:amp;|#38;)+", "&", match[0]))
 
 
+# As people type numbers: full-width, with other dashes and spaces. One character for one, so that places stay.
+_TYPED = _HALF_WIDTH | str.maketrans("＠．－＋‐‑‒–—−\xa0\u2002\u2003\u3000", "@.-+------    ")
+_UNUSUAL = re.compile("[０-９＠．－‐-—−\xa0\u2002\u2003\u3000](?:(?<=[０-９＠．])|(?<=\\d.)(?=\\d))")
+# An address ends in letters: react@18.2.0 is a version, root@192.168.1.10 a machine, logo@2x.png a picture,
+# git@github.com:a/b a repository. What has decimals or a currency is no telephone, nor is 150-20240501.
 _PERSONAL = re.compile(
-    r"(?ai)(?P<email>(?<![\w.%+-])[\w.%+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,8})"
-    r"|(?<![\da-z])(?P<identity>[1-8]\d{5}(?:(?:18|19|20)\d{9}[\dx]|\d{9}))(?![\da-z])"
-    r"|(?<!\d)(?<!\d\.)(?:(?:\+|00)?86[- ]?)?(?P<mobile>1[3-9]\d(?P<gap>[- ]?)\d{4}(?P=gap)\d{4})(?!\d)"
+    r"""(?aix)
+    (?<![\w.%+-])(?P<email>(?!git@)[\w.%+-]{1,64}@(?!v?\d+\.\d|\dx\.)(?:[\w-]{1,63}\.){1,8}[a-z]{2,24})
+        (?![\w-]|\.[a-z]|:[\w~.-]*/)
+    |(?<![\da-z])(?P<identity>[1-8](?:
+        \d{5}[- ]?(?:18|19|20)\d\d[- ]?\d{4}[- ]?\d{3}[- ]?[\dx]
+        |\d{3}(?P<by>[- ])\d{4}(?P=by)\d{4}(?P=by)\d{4}(?P=by)\d[\dx]
+        |\d{14}|\d{5}(?P<apart>[- ])\d{6}(?P=apart)\d{3}))(?![\da-z])
+    |(?<!\d)(?<!\d\.)(?<![¥￥$€£])(?:(?:\+|00)?86[-. ]?)?(?P<mobile>1[3-9]\d(?:
+        (?P<gap>[-. ]?)\d{4}(?P=gap)\d{4}|\d{4}[- ]\d{4}
+        |[- ](?!(?:19|20)\d\d[01]\d[0-3]\d)\d{8}))(?!\d|\.\d|\ ?(?:[%％]|[美日欧港]?元(?![旦宵])))
+    """
 )
+_LIKELY = re.compile(r"(?a)[1-8](?:(?<=1)[3-9]\d[-. ]?\d{4}[-. ]?\d{4}(?!\d)|\d{3}[- ]?\d{2}(?:[- ]?\d){9})")
 
 
 def mask_personal(text):
     """The text without e-mail addresses, Chinese identity numbers and mobile numbers."""
-    likely = "@" in text or re.search(r"1[3-9]\d[- ]?\d{4}|\d{15}", text, re.ASCII)
-    return _PERSONAL.sub(_masked, text) if likely else text
+    plain = text.translate(_TYPED) if _UNUSUAL.search(text) else text
+    if "@" not in plain and not _LIKELY.search(plain):
+        return text
+    pieces, end = [], 0
+    for match in _PERSONAL.finditer(plain):
+        if name := _name(match):
+            pieces += [text[end : match.start()], name]
+            end = match.end()
+    return "".join(pieces) + text[end:]
 
 
-def _masked(match):
-    """The name of what was matched in 【】, or the match itself where an identity number is none."""
-    number = match["identity"]
-    if number is None:
+def _name(match):
+    """What stands for a match; None for an identity number that is none."""
+    if match["identity"] is None:
         return "【邮箱】" if match["email"] else "【手机号】"
+    number = re.sub("[- ]", "", match["identity"])
     born = number[6:14] if len(number) == 18 else f"19{number[6:12]}"
     try:
         datetime.datetime.strptime(born, "%Y%m%d")
     except ValueError:
-        return match[0]
+        return None
     # GB 11643-1999 (ISO 7064, MOD 11-2): the last digit makes sum(digit * 2**place) = 1 modulo 11. X is ten.
     total = sum((10 if digit in "xX" else int(digit)) << (17 - i) for i, digit in enumerate(number))
-    valid = len(number) == 15 or total % 11 == 1
-    return "【身份证号】" if valid else match[0]
+    return "【身份证号】" if len(number) == 15 or total % 11 == 1 else None
 
 
 @functools.lru_cache(maxsize=1)

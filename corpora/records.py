@@ -57,8 +57,19 @@ def clean_record(record, options):
         messages = [message | dict(content=clean_text(message["content"], options)) for message in record["messages"]]
         answers = {side: clean_text(record[side], options) for side in ("chosen", "rejected") if side in record}
         cleaned = record | dict(messages=messages) | answers
+        if "fields" in record and options.get("mask_personal"):
+            cleaned["fields"] = _masked(record["fields"])
     lost = any(map(_loses, texts_of(record), texts_of(cleaned)))
     return cleaned, "lost characters removed" if lost else None
+
+
+def _masked(value):
+    """What JSON holds, its texts without personal data."""
+    if isinstance(value, str):
+        return clean_text(value, dict(mask_personal=True))
+    if isinstance(value, list):
+        return [_masked(item) for item in value]
+    return {key: _masked(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _loses(before, after):

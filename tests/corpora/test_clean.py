@@ -18,7 +18,6 @@ from corpora.clean import (
     clean_text,
     content_key,
     is_validation,
-    mask_personal,
     normalise,
     repair,
     repeated_line_share,
@@ -142,46 +141,6 @@ def test_an_option_that_is_off_changes_nothing():
     )
     assert clean_document(text, {}) == (text, None)
     assert clean_document("。。。", {}) == (None, "too short")
-
-
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        ("电话13812345678。", "电话【手机号】。"),
-        ("+86 138-1234-5678或139 1234 5678", "【手机号】或【手机号】"),
-        ("写信到zhang.san+1@mail.example.com.cn联系", "写信到【邮箱】联系"),
-        ("13812345678@qq.com", "【邮箱】"),
-        ("11010519491231002X、440524188001010014", "【身份证号】、【身份证号】"),  # the examples of GB 11643-1999
-        ("身份证130503670401001", "身份证【身份证号】"),
-    ],
-)
-def test_mask_personal(text, expected):
-    assert mask_personal(text) == expected
-    assert clean_text(text, dict(mask_personal=True)) == expected
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "12812345678",  # no mobile number begins with 128
-        "1381234567",
-        "138123456789",
-        "圆周率3.13812345678",
-        "110105194912310021",  # the last digit should be X
-        "110105194902300020",  # 30 February; the checksum is right
-        "130503671301001",  # month 13
-        "@王小明 和 user@localhost",
-        "138 1234-5678",
-    ],
-)
-def test_mask_personal_leaves_other_numbers(text):
-    assert mask_personal(text) == text
-
-
-def test_checksum_of_the_february_number_is_right():
-    weights = [7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2]  # as the standard prints them
-    remainder = sum(int(digit) * weight for digit, weight in zip("11010519490230002", weights, strict=True)) % 11
-    assert "10X98765432"[remainder] == "0"
 
 
 def test_to_simplified():
