@@ -205,11 +205,14 @@ def simplify(text):
     return _opencc().convert(text)
 
 
-def clean_text(text, options, document=False):
-    """The text after the transforms that options switch on; code in fences and backticks stays as it is."""
+def clean_text(text, options, document=False, notes=None):
+    """The text after the transforms that options switch on; code in fences and backticks stays as it is.
+
+    What should be counted is added to the list `notes`.
+    """
     for turn in range(8):  # mending may uncover more to mend (&amp;lt;); what is nested deeper is no text
         # what looks like a tag only now was written as &lt;br&gt;: the text speaks of it
-        transform = functools.partial(_transform, options=options, document=document, tags=turn == 0)
+        transform = functools.partial(_transform, options=options, document=document, tags=turn == 0, notes=notes)
         before, text = text, outside_code(transform, text, options.get("repair"))
         if text == before:
             break
@@ -222,7 +225,7 @@ def is_blank(text):
     return not text or bool(_UNSEEN.match(text)) and not clean_text(text, dict(repair=True)).strip()
 
 
-def _transform(text, options, document, tags):
+def _transform(text, options, document, tags, notes):
     if document and options.get("join_lines"):
         text = join_lines(text)  # first: an indent tells where a paragraph begins
     if options.get("repair"):
@@ -233,14 +236,14 @@ def _transform(text, options, document, tags):
         text = simplify(text)
     if options.get("mask_personal"):
         text = mask_personal(text)
-    return drop_junk(text) if document and options.get("web_junk") else text
+    return drop_junk(text, notes) if document and options.get("web_junk") else text
 
 
-def clean_document(text, options):
+def clean_document(text, options, notes=None):
     """(text, None), or (None, why it was dropped): clean_text with join_lines and web_junk, then the filters."""
     if _too_many(text.count("\ufffd"), text, options):
         return None, "broken characters"
-    text = clean_text(text, options, document=True)
+    text = clean_text(text, options, True, notes)
     why = find_fault(text, options)
     return (None, why) if why else (text, None)
 

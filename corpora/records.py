@@ -48,8 +48,9 @@ def as_bytes(text):
 
 def clean_record(record, options):
     """(record, remark or None), or (None, why dropped): documents are cleaned and filtered, conversations cleaned."""
+    notes = []
     if "text" in record:
-        text, why = clean_document(record["text"], options)
+        text, why = clean_document(record["text"], options, notes)
         if why:
             return None, why
         cleaned = record | dict(text=text)
@@ -59,8 +60,9 @@ def clean_record(record, options):
         cleaned = record | dict(messages=messages) | answers
         if "fields" in record and options.get("mask_personal"):
             cleaned["fields"] = _masked(record["fields"])
-    lost = any(map(_loses, texts_of(record), texts_of(cleaned)))
-    return cleaned, "lost characters removed" if lost else None
+    if any(map(_loses, texts_of(record), texts_of(cleaned))):
+        notes.append("lost characters removed")
+    return cleaned, "; ".join(notes) or None
 
 
 def _masked(value):

@@ -6,6 +6,7 @@ import pytest
 
 from corpora.clean import clean_document
 from corpora.junk import drop_junk, is_junk
+from corpora.records import clean_record
 
 # Lines, several on a line of this file, with two spaces between them.
 split = re.compile(r"  |\n").split
@@ -70,7 +71,7 @@ JUNK += split(
     """\
 上一回 下一回 目录  回目录  返回目录  第一回完  （第三回 完）  第一百二十回终  本回完  上一回  下一回  返回书目
 【上一回】【目录】【下一回】  回到目录  返回首页  << 上一回 | 回目录 | 下一回 >>  上回 目录 下回  前一回 后一回
-返回《三国演义》目录  章节目录  首页 目录 手机版  手机版  手机版：m.example.com  首页 > 古典文学 > 三国演义
+返回《三国演义》目录  章节目录  首页 目录 手机版  手机版：m.example.com  首页 > 古典文学 > 三国演义
 上一回：第一回 宴桃园豪杰三结义
 OCR：书虫  本书由网友整理  本书由亦凡公益图书馆扫校  亦凡公益图书馆扫校  黄金书屋 整理校对  《三国演义》 上一章 下一章
 Ctrl+D  校对：张三  扫描：abc 校对：def  一校：abc 二校：李四  按Ctrl+D收藏本站  请按 Ctrl+D 收藏本页，方便下次阅读
@@ -121,6 +122,32 @@ See http://a.example/b. Then go on.  手机用户请访问官网 www.example.com
 )
 
 
+# Headings and prose that have much of such lines, beside more of these.
+JUNK += split(
+    """\
+内容更新后，请重新刷新页面，即可获取最新更新！  章节正在手打中，请稍等片刻  京ICP证030173号  粤ICP备12345678号-1
+备案号：京ICP备12345678号  版权所有 某某网 京ICP备05012345号-3  京ICP备05012345号 京公网安备11010502030143号
+某某文学网 沪ICP备05012345号  Copyright © 2015 某某网 京ICP备05012345号  寻求月票  求支持  跪求支持！  上一章目录下一章
+首页 | 列表 | 末页  第1页 共3页  手机版 m.example.com  分享到：  分享到微信 微博  扫一扫二维码，关注某某微信公众号
+扫描二维码添加微信号：abc123  长按识别二维码关注  收藏本页  加入收藏  小说网更新最快  更新最快，请收藏
+天才一秒记住笔趣阁  版权所有，侵权必究
+""".rstrip()
+)
+INNOCENT += split(
+    """\
+内容更新后，浏览器会自动刷新，用户无需手动操作。  页面内容更新后，请刷新页面。  这份稿子正在手打中，明天交给你。
+例如京ICP备12345678号就是一个备案号  网站应在首页底部标明备案号，如京ICP备12345678号。  京ICP备12345678号 是它的备案号
+寻求支持  寻求支持：  请求支持  需求评论  请求点击  要求打赏  征求评论  不求点击  恳请大家支持  打印列表：
+打印列表  关闭窗口  手机版  手机版：  手机版 2.0  手机版微信  电脑版 Photoshop  打印 列表：  窗口列表  目录列表
+书架目录  打印封面  首页、目录、列表、封面  第2章 列表  第3章 窗口  扫描二维码识别图中内容  扫描二维码识别率很高
+扫描二维码下载安装说明书  扫描二维码关注订单状态  扫描条形码或二维码添加商品  请关注学校微信公众号，及时查看录取结果
+天才几秒就记住一副扑克牌的顺序  一秒记住一个车站。  更新最快，也最稳定的系统是它。  电影全网首发。
+添加书签  添加书签：打开菜单，选择书签。  分享到朋友圈  分享至微博  电子书下载：打开应用，选择下载。
+版权所有：张三  版权所有，侵权必究的声明有法律效力吗？  微信（手机版）  按一下 PgDn（下一页）  点右上角的叉（关闭窗口）
+""".rstrip()
+)
+
+
 def test_junk_lines_go():
     kept = [line for line in [*JUNK, "=" * 150] if drop_junk(f"前文。\n{line}\n后文。") != "前文。\n后文。"]
     assert len(JUNK) >= 40 and not kept
@@ -154,3 +181,11 @@ def test_a_junk_line_is_no_longer_than_120_characters():
 def test_a_line_with_code_is_no_advert():
     text = "文件在哪里可以找到：\n当前位置：`src/main.c`，网址 http://example.com\n```\n下一章\n=====\n```"
     assert clean_document(text, dict(repair=True, web_junk=True)) == (text, None)
+
+
+def test_junk_is_counted():
+    text = "他转身走了。（未完待续）\n上一章 目录 下一章\n他回来了，又坐下来，翻开了书。\n求月票！"
+    cleaned = dict(text="他转身走了。\n他回来了，又坐下来，翻开了书。")
+    options = dict(repair=True, web_junk=True)
+    assert clean_record(dict(text=text), options) == (cleaned, "; ".join(["junk lines removed"] * 3))
+    assert clean_record(cleaned, options) == (cleaned, None)
