@@ -84,7 +84,7 @@ _SUSPECT = re.compile(f"[{_INVISIBLE}{_LINE_BREAKS}{_ODD_SPACES}\u3000{_FULL_WID
 _UNSEEN = re.compile(f"[{_INVISIBLE}]")
 # `<` and letters may be mathematics (n <p, q> 2) or generics (List<P>): a tag has nothing in it but attributes.
 _ATTRIBUTES = rf"""(?:(?:\s+|(?<=["']))(?:
-    [@:\w][\w:.@-]*\s*=\s*(?:"[^"<>{CODE}]*"|'[^'<>{CODE}]*')
+    [@:\w][\w:.@-]*\s*=\s*(?:"[^"<{CODE}]*"|'[^'<{CODE}]*')
     |[@:\w][\w:.@-]+\s*=\s*[\w.,:;/#%?&+()-]+
     |(?:hidden|nowrap|noshade|compact|disabled|draggable|contenteditable|itemscope|data-[\w-]+|v-[\w-]+)(?![\w=-])
 ))*"""
@@ -143,8 +143,8 @@ def _without_entity(match):
 
 
 # As people type numbers: full-width, with other dashes and spaces. One character for one, so that places stay.
-_TYPED = _HALF_WIDTH | str.maketrans("＠．－＋‐‑‒–—−\xa0\u2002\u2003\u3000", "@.-+------    ")
-_UNUSUAL = re.compile("[０-９＠．－‐-—−\xa0\u2002\u2003\u3000](?:(?<=[０-９＠．])|(?<=\\d.)(?=\\d))")
+_TYPED = _HALF_WIDTH | str.maketrans("＠．－＋‐‑‒–—−·\xa0\u2002\u2003\u3000", "@.-+-------    ")
+_UNUSUAL = re.compile("[０-９＠．－‐-—−·\xa0\u2002\u2003\u3000](?:(?<=[０-９＠．])|(?<=\\d.)(?=\\d))")
 # An address ends in letters: react@18.2.0 is a version, root@192.168.1.10 a machine, logo@2x.png a picture,
 # git@github.com:a/b a repository. What has decimals or a currency is no telephone, nor is 150-20240501.
 _PERSONAL = re.compile(
@@ -157,7 +157,7 @@ _PERSONAL = re.compile(
         |\d{14}|\d{5}(?P<apart>[- ])\d{6}(?P=apart)\d{3}))(?![\da-z])
     |(?<!\d)(?<!\d\.)(?<![¥￥$€£])(?:(?:\+|00)?86[-. ]?)?(?P<mobile>1[3-9]\d(?:
         (?P<gap>[-. ]?)\d{4}(?P=gap)\d{4}|\d{4}[- ]\d{4}
-        |[- ](?!(?:19|20)\d\d[01]\d[0-3]\d)\d{8}))(?!\d|\.\d|\ ?(?:[%％]|[美日欧港]?元(?![旦宵])))
+        |[- ](?!(?:19|20)\d\d[01]\d[0-3]\d)\d{8}))(?!\d|\.\d+(?![\d.、])|\ ?(?:[%％]|[美日欧港]?元(?![旦宵])))
     """
 )
 _LIKELY = re.compile(r"(?a)[1-8](?:(?<=1)[3-9]\d[-. ]?\d{4}[-. ]?\d{4}(?!\d)|\d{3}[- ]?\d{2}(?:[- ]?\d){9})")

@@ -9,7 +9,13 @@ DEFAULTS = config["clean"]
 TAGS = [
     *("<p>", "</p>", "<P>", "<br>", "<br/>", "<BR />", "</p >", "<p\n>", "<br clear=all>", "<p align=center id='a'>"),
     *("<p class='a'style=\"text-indent: 2em;\n color: red\">", "<p width=100% hidden>", "<p data-v-7ba5bd90>"),
-    *('<p @click="f(x)" :key="k">', '<p v-if="a" nowrap />', "<p class=''>", "<p style=color:red;>", "<p lang=zh-CN>"),
+    *(
+        '<p @click="f(x)" :key="k">',
+        '<p v-if="a" nowrap />',
+        "<p class='' title='a>b'>",
+        "<p style=color:red;>",
+        "<p lang=zh-CN>",
+    ),
 ]
 
 

@@ -80,3 +80,20 @@ def test_a_repeated_question_goes_if_asked(tally):
     assert tally(near, "--dedup=near")[0]["kept"] == 7 + 16
     counts, _, _ = tally(near, "--dedup=near", "--dedup_questions=True")
     assert counts["dropped"] == {"duplicate": 2, "near-duplicate": 1}
+
+
+@pytest.mark.parametrize("part", ["text", "pretrain"])
+def test_short_documents_of_other_facts_stay(small, tmp_path, part):
+    texts = [f"水的沸点是一百摄氏度，这个说法在一个标准大气压下是{right}的。" for right in "对错"]
+    texts += ["国务院决定任命张三为财政部部长。", "国务院决定任命李四为教育部部长。"]
+    page = "".join(
+        f"{a}字在字典的第{i}页，它是一个常用字，小学生都会写。" for i, a in enumerate("山川河流城市乡村老师")
+    )
+    path = tmp_path / "a.jsonl"
+    rows = [dict(text=text) for text in [*texts, page, page.replace("常用字", "常用的字").replace("小学生", "学生")]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = [f"--tokenizer={small / 'tokenizer'}", f"--out={tmp_path / 'out'}", "--clean.max_top_ngram=1.0"]
+    options += ["--clean.max_repeated_ngrams=1.0", "--val_share=0.2", "--dedup=near"]
+    main([*options, f"--sources=x:text_rows={path}", f"--parts={part}"])
+    counts = load_meta(tmp_path / "out")["tally"][part]["x"]
+    assert counts["kept"] == 5 and counts["dropped"] == {"near-duplicate": 1}
