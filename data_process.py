@@ -290,7 +290,6 @@ def main(argv=None):
         print(verify(config["out"]))
         return
     i, n = check_config(config)
-    load_decontaminator.cache_clear()  # its files may have changed since another call
     out, parts = Path(config["out"]), [part for part in STREAMS if part in config["parts"]]
     tokenizer = Tokenizer.load(config["tokenizer"]) if parts != ["text"] else None
     try:
@@ -298,6 +297,8 @@ def main(argv=None):
             print(f"{config['tokenizer']} changes text: {'; '.join(tokenizer.changes)}", file=sys.stderr)
     except TokenizerError as error:
         raise TokenizerError(f"{config['tokenizer']}: {error}") from None
+    load_decontaminator.cache_clear()  # its files may have changed since another call
+    load_decontaminator(*config["decontaminate"])  # its mistakes should show before any work is done
     jobs = {part: list_jobs(part, config, tokenizer) for part in parts}
     refuse_own(out, [job for part in parts for job in jobs[part]])
     make_folder(out)
