@@ -2,20 +2,14 @@
 
 import io
 
+import awkward
 import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from tokenizer import Tokenizer
 
-LINES = [
-    "酒店很好，房间干净",
-    "这本书不好看",
-    "电脑 very  good 123",
-    "hello hello world",
-    "</s> and <s> and <0x41>",
-    "<unk>",
-]
+LINES = [*awkward.LINES, "<unk>"]
 LINES += ["The  quick BROWN fox 0123456789 ABCDEF x", "  哈哈哈哈哈哈", "--------", "再见！他说：“你好。”", "a  b\tc"]
 LINES += ["1 < 2 > 0 / s </ ss <unkn"]  # the trainer takes "</s>" out of a line, but not its characters
 TRICKY = [
