@@ -97,15 +97,16 @@ def is_amd():
     return "AuthenticAMD" in (path.read_text() if path.exists() else platform.processor())
 
 
-def logits_without_gradient(h, weight):
-    """h (..., D) times weight (V, D) turned: (..., V); on a GPU in float32, as bfloat16 makes different ones equal."""
+def faster_logits(h, weight):
+    """h (..., D) times weight (V, D) turned, without a gradient: (..., V), where F.linear is not the way; else None.
+
+    On a GPU in float32, as bfloat16 makes different logits equal.
+    """
     if h.is_cuda:
         low = product_dtype(h)
         return product(h.flatten(0, -2).to(low), weight.to(low).T).unflatten(0, h.shape[:-1])
     few = h.is_cpu and 0 < h.numel() <= FEW_ROWS * h.size(-1) and weight.numel() >= UNCACHED
-    if few and is_amd():
-        return product_turned(h, weight)
-    return F.linear(h, weight)
+    return product_turned(h, weight) if few and is_amd() else None
 
 
 def add_product(total, a, b):

@@ -18,8 +18,8 @@ from head import (
     LinearCrossEntropy,
     LinearLogps,
     at,
+    faster_logits,
     log_softmax_chunk,
-    logits_without_gradient,
     product_dtype,
     row_chunks,
     upcast,
@@ -279,8 +279,9 @@ class Llama(nn.Module):
 
     def head(self, h):
         """(..., D) -> logits (..., V)."""
-        if isinstance(self.output or self.tok_embeddings, nn.Linear | nn.Embedding) and not torch.is_grad_enabled():
-            return logits_without_gradient(h, self.head_weight)
+        dense = isinstance(self.output or self.tok_embeddings, nn.Linear | nn.Embedding)
+        if dense and not torch.is_grad_enabled() and (logits := faster_logits(h, self.head_weight)) is not None:
+            return logits
         return self.tok_embeddings.linear(h) if self.output is None else self.output(h)
 
     def hidden(self, ids, cache=None, documents=None):

@@ -208,7 +208,7 @@ def reinforce(env, scale, stage):
 
     learner, experience, update = make(new_model, config, env)
     stage = stand_in(learner, env, build_optimizer(learner, config))
-    tokenizer = SimpleNamespace(eos_id=2, decode=lambda ids: "".join(chr(0x4E00 + i % 20_000) for i in ids))
+    tokenizer = SimpleNamespace(bos_id=1, eos_id=2, decode=lambda ids: "".join(chr(0x4E00 + i % 20_000) for i in ids))
     reward = Reward(config, SimpleNamespace(model_config=dict(max_seq_len=T)), tokenizer, env)
     reward.norm = [0.5, 0.5]
     prompts = torch.randint(3, 300, (config["rollout_size"] // config.get("group_size", 1), scale["prompt"])).tolist()

@@ -19,6 +19,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(min(2, torch.get_num_threads()))  # the models here are too small for more
 
 
+@pytest.fixture(autouse=True)
+def products_of_float32():
+    """What a test in bfloat16 sets for the process (common.distributed.setup) does not reach the next one."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.fixture
 def from_benchmarks(monkeypatch):
     """Imports a module of benchmarks/ by its name."""
