@@ -17,7 +17,8 @@ from docs.links import documents
 
 PAGES = [path.relative_to(ROOT).as_posix() for path in documents()]
 # programs of others, of which only the name is known here
-FOREIGN = set("pip curl cd transformers llama-server llama-cli ollama vllm ./run lm_eval ruff git docker".split())
+FOREIGN = set("pip curl cd mkdir npm unzip ruff git docker".split())
+FOREIGN |= set("transformers llama-server llama-cli ollama vllm ./run lm_eval".split())
 SHAPE = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=64)
 # what is appended to each file of configs/demo: the miniature of tests/chains.py
 SMALL = {stage: options | dict(max_steps=2) for stage, options in OPTIONS.items() if stage != "quantize"}
