@@ -46,7 +46,7 @@ def fetch(corpus, n, config, env, eos_id):
 
 
 def evaluate(model, val, env, max_tokens=None, eos_id=None):
-    """Loss on about max_tokens validation tokens, evenly spaced (None: all of them), in rows of full context.
+    """Loss on at most max_tokens validation tokens, evenly spaced (None: all of them), in rows of full context.
 
     Given eos_id, which ends a document, none attends to another. Returns {"val/loss", "val/bits_per_char"} over all
     sources and {"val/bits_per_char/<source>"}.

@@ -84,7 +84,7 @@ class Guard:
             shown = hosts[0][:100] if hosts else ""
             raise ApiError(f"Host {shown!a} is no name of this server", 403, code="wrong_host")
         origin = urlsplit_host(origins[0]) if len(origins) == 1 else ""
-        if origins and origin != hosts[0].lower() and name_in(origin) not in self.names:
+        if origins and (not origin or origin != hosts[0].lower() and name_in(origin) not in self.names):
             raise ApiError(f"Origin {origins[0][:100]!a} is another site", 403, code="wrong_origin")
         if self.api_key is not None and path.startswith(("/v1/", "/api/")):
             given = keys[0].partition(" ") if len(keys) == 1 else ("", "", "")
