@@ -39,8 +39,8 @@ def at(keep, h, targets, weights):
 
 
 def row_chunks(h):
-    """Slices of rows whose logits take at most 256 MB on a GPU, 64 MB on a CPU, where more gain little."""
-    rows = 256 if h.device.type == "cpu" else 1024
+    """Slices of rows whose logits take 64,793 words at most 270 MB on a GPU, 130 MB on a CPU: more gain little."""
+    rows = 512 if h.device.type == "cpu" else 1024
     return [slice(i, min(i + rows, len(h))) for i in range(0, len(h), rows)]
 
 

@@ -70,6 +70,12 @@ class ModelConfig:
 class Embedding(nn.Embedding):
     """A token embedding that also serves as the output projection."""
 
+    sparse_gradient = False  # where that of the output projection, which is whole, takes it up
+
+    def forward(self, ids):
+        # on a CPU a gradient of all rows, mostly zeros, takes as long as the step of AdamW
+        return F.embedding(ids, self.weight, sparse=self.sparse_gradient and ids.is_cpu)
+
     def linear(self, h):
         return F.linear(h, self.weight)
 
@@ -249,6 +255,7 @@ class Llama(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.tok_embeddings.sparse_gradient = config.tied and not config.scalar_head
         needs_output = not (config.tied or config.scalar_head)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False) if needs_output else None
         self.scalar = ScalarHead(config.dim, 1, bias=False) if config.scalar_head else None

@@ -60,6 +60,8 @@ def setup(device: str = "auto", dtype: str = "auto", seed: int = 0) -> Env:
     # CPU in bfloat16 what autocast leaves in float32, as the logits, is the result of a product of rounded operands
     rounds = chosen.type == "cpu" and chosen_dtype == torch.bfloat16
     torch.set_float32_matmul_precision("medium" if rounds else "highest")
+    if rounds:  # oneDNN keeps what it prepares for a shape, for 1,024 of them: gigabytes where every batch has its own
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
     if under_torchrun and not dist.is_initialized():
         _join(chosen)

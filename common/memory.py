@@ -132,7 +132,9 @@ def stage_memory(stage: str, shape: ModelConfig, config: dict, on_gpu: bool, B: 
         for i, loss in enumerate(losses)
     ]
     accumulated = gradients if config.get("grad_accumulation_steps", 1) > 1 else 0  # there while the next one runs
-    embedding = 4 * shape.vocab_size * shape.dim
+    # on a CPU a tied embedding's gradient has the rows that were read, and is taken up by the output projection's
+    sparse = shape.tied and not on_gpu and "scalar" not in kind.trained
+    embedding = 4 * shape.dim * (n_tokens if sparse else shape.vocab_size)
     generation = rollout_bytes(shape, replies, T, size) if kind.rollouts else 0
     update = max(max(heads) + accumulated, gradients + max(*scratches, embedding))
     return {

@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch.optim.adamw import adamw
 
 from common.config import ConfigError
 from head import upcast
@@ -65,6 +66,11 @@ def set_learning_rate(optimizer, lr):
     return lr
 
 
+def has_fused(device):
+    """Whether torch updates a parameter by AdamW in one pass there."""
+    return device.type in ("cpu", "cuda")
+
+
 def build_optimizer(model, config):
     """AdamW, or Muon on the trunk's matrices with AdamW for the rest; weight decay on matrices only.
 
@@ -73,10 +79,9 @@ def build_optimizer(model, config):
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     betas, decay = (config["beta1"], config["beta2"]), config["weight_decay"]
-    fused = matrices[0].device.type in ("cpu", "cuda")
     if config["optimizer"] == "adamw":
         groups = [dict(params=matrices, weight_decay=decay), dict(params=vectors, weight_decay=0.0)]
-        return torch.optim.AdamW(groups, lr=config["learning_rate"], betas=betas, fused=fused)
+        return torch.optim.AdamW(groups, lr=config["learning_rate"], betas=betas, fused=has_fused(matrices[0].device))
     lr, rate = config["learning_rate"], config["embedding_rate"]
     trunk = [p for name, p in model.named_parameters() if "layers." in name and p.dim() == 2]
     chosen = {id(p) for p in trunk}
@@ -126,11 +131,16 @@ class Muon(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            for p in params:
-                p.mul_(1 - group["lr"] * group["weight_decay"])
             (self._muon if group["muon"] else self._adamw)(params, group)
 
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        for p, values in self.state.items():
+            if "step" in values:  # a number in older checkpoints
+                values["step"] = torch.as_tensor(values["step"], dtype=torch.float32, device=p.device)
+
     def _muon(self, params, group):
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         by_shape = {}
         for p in params:
             by_shape.setdefault(p.shape, []).append(p)
@@ -145,14 +155,13 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(same, list(updates.unbind()))
 
     def _adamw(self, params, group):
-        beta1, beta2 = group["betas"]
         for p in params:
-            state = self.state[p]
-            if not state:
-                state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-            state["step"] += 1
-            state["exp_avg"].lerp_(p.grad, 1 - beta1)
-            state["exp_avg_sq"].lerp_(p.grad.square(), 1 - beta2)
-            correction1, correction2 = 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
-            denominator = (state["exp_avg_sq"] / correction2).sqrt_().add_(group["eps"])
-            p.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / correction1)
+            if not self.state[p]:
+                moments = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                self.state[p].update(step=torch.zeros((), dtype=torch.float32, device=p.device), **moments)
+        grads = [p.grad for p in params]
+        means, squares, steps = ([self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step"))
+        beta1, beta2 = group["betas"]
+        options = dict(lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"])
+        options |= dict(fused=has_fused(params[0].device), amsgrad=False, maximize=False)
+        adamw(params, grads, means, squares, [], steps, **options)

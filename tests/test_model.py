@@ -9,7 +9,7 @@ import pytest
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from models import random_ids, shapes, tiny_model
+from models import assert_same_gradients, gradients, random_ids, shapes, tiny_model
 from tiny import assert_same, float64
 
 from configs.sizes import count_parameters, sizes
@@ -273,3 +273,22 @@ def test_recomputed_activations_give_the_same_gradients():
     for plain, again in zip(*gradients, strict=True):
         assert torch.equal(plain, again)
     assert saved[1] < saved[0] / 2
+
+
+@float64
+@pytest.mark.parametrize("head", ["loss", "logps", "logits", "scalar"])
+@shapes
+def test_the_embeddings_gradient_is_whole_and_sums_what_reading_and_predicting_give(shape, head):
+    model, ids = tiny_model(**shape, scalar_head=head == "scalar"), random_ids(2, 30)
+
+    def whole():
+        if head == "scalar":
+            return model.values(ids).sum()
+        if head == "logits":
+            return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        return model(ids[:, :-1], ids[:, 1:]) if head == "loss" else model.token_logps(ids).square().mean()
+
+    found = gradients(model, whole() + whole() / 2)  # two passes, as for pairs
+    assert found["tok_embeddings.weight"].layout == torch.strided
+    model.tok_embeddings.sparse_gradient = False
+    assert_same_gradients(found, gradients(model, whole() * 1.5))

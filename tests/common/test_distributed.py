@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 from contextlib import nullcontext
 
@@ -333,6 +334,16 @@ def test_bfloat16_is_chosen_where_it_is_not_emulated(monkeypatch, capsys, card, 
     assert capsys.readouterr().out == said
     assert setup(device="cuda", dtype="bfloat16").dtype == torch.bfloat16  # who asks for it gets it
     torch.set_float32_matmul_precision(precision)
+
+
+@pytest.mark.parametrize("given", [None, "7"])
+def test_a_cpu_in_bfloat16_keeps_few_prepared_shapes_unless_told(monkeypatch, given):
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.setenv(name, given or "")
+    if given is None:
+        monkeypatch.delenv(name)
+    setup(device="cpu", dtype="bfloat16")
+    assert os.environ[name] == (given or "64")
 
 
 def test_a_cpu_in_bfloat16_gives_float32_logits():

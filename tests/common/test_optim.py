@@ -239,6 +239,23 @@ def test_the_adamw_in_muon_is_torchs():
             assert_same(p, q)
 
 
+def test_muon_goes_on_from_steps_that_are_plain_numbers():
+    old, new = tiny(), tiny()
+    optimizers = [build_optimizer(model, CONFIG) for model in (old, new)]
+    for step in range(4):
+        for model, optimizer in zip((old, new), optimizers, strict=True):
+            for p in model.parameters():
+                p.grad = torch.full_like(p, 0.5 + step)
+            optimizer.step()
+        state = optimizers[0].state_dict()
+        for values in state["state"].values():
+            if "step" in values:
+                values["step"] = int(values["step"])  # as checkpoints once had it
+        optimizers[0].load_state_dict(state)
+    for p, q in zip(old.parameters(), new.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 @float64
 @OPTIMIZERS
 def test_weight_decay_is_for_matrices_only(optimizer):
