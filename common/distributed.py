@@ -176,10 +176,11 @@ def wrap(model: Llama, env: Env, config: dict) -> torch.nn.Module:
 
 
 def compiled(model: Llama, env: Env, config: dict, **options) -> None:
-    """torch.compile, in place, the blocks and the softmax of the head's rows: config["compile"]; before `wrap`.
+    """torch.compile, in place, the blocks and, on a GPU, the head's softmax: config["compile"]; before `wrap`.
 
     In pieces, so that compiling takes seconds, blocks share their code, and no number of rows compiles anew. "auto":
-    on a GPU that has all that it takes. True: anywhere, or one line of warning says what is missing.
+    on a GPU that has all that it takes. True: anywhere, or one line of warning says what is missing. A CPU's own
+    softmax is faster than the compiled one (benchmarks/train.py).
     """
     wanted = config["compile"]
     missing = missing_to_compile(env.device) if wanted else None
@@ -196,6 +197,14 @@ def compiled(model: Llama, env: Env, config: dict, **options) -> None:
     options = dict(dynamic=True) | options
     for layer in model.layers:
         layer.compile(**options)
+    if env.device.type != "cpu":
+        model.chunk = compiled_chunk(**options)
+
+
+def compiled_chunk(**options):
+    """fused_log_softmax_chunk compiled once for any number of rows."""
+    import torch._dynamo as dynamo
+
     chunk = torch.compile(fused_log_softmax_chunk, **options | dict(dynamic=None))
 
     def chunk_of_any_rows(logits, targets, *rest):
@@ -203,7 +212,7 @@ def compiled(model: Llama, env: Env, config: dict, **options) -> None:
             dynamo.maybe_mark_dynamic(tensor, 0)
         return chunk(logits, targets, *rest)
 
-    model.chunk = chunk_of_any_rows
+    return chunk_of_any_rows
 
 
 def missing_to_compile(device: torch.device) -> str | None:

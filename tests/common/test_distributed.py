@@ -21,6 +21,7 @@ from common.distributed import (
     cleanup,
     clip_gradients,
     compiled,
+    compiled_chunk,
     has_bfloat16,
     restarted,
     setup,
@@ -394,7 +395,7 @@ def test_without_a_compiler_training_goes_on(monkeypatch, tmp_path, capsys):
     compiled(model, env, dict(compile="auto"))
     assert is_compiled(model) == [False] * 3  # on a CPU only where it is asked for
     compiled(model, env, dict(compile=True))
-    assert is_compiled(model) == [True] * 3
+    assert is_compiled(model) == [True, True, False]  # whose softmax a CPU computes faster as it is
     assert list(model.state_dict()) == names
 
 
@@ -407,6 +408,7 @@ def test_two_fine_tuning_batches_compile_once(monkeypatch):
     model, counter = copy.deepcopy(plain), CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     compiled(model, setup("cpu"), dict(compile=True), backend=counter)
+    model.chunk = compiled_chunk(backend=counter)  # as on a GPU
     compilations = []
     for sizes in ([(20, 9), (3, 30)], [(5, 3), (7, 33), (11, 40)]):
         batch, found = pad_batch(conversations(*sizes)), []
