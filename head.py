@@ -38,9 +38,14 @@ def at(keep, h, targets, weights):
     return h.index_select(0, inside), targets[inside], F.pad(weights, (0, 1))[keep]
 
 
+def chunk_rows(device):
+    """Rows of a chunk; of 64,793 words their logits take 266 MB on a GPU, 133 MB on a CPU. More rows gain little."""
+    return 512 if device.type == "cpu" else 1024
+
+
 def row_chunks(h):
-    """Slices of rows whose logits take 64,793 words at most 270 MB on a GPU, 130 MB on a CPU: more gain little."""
-    rows = 512 if h.device.type == "cpu" else 1024
+    """Slices of h's rows, chunk by chunk."""
+    rows = chunk_rows(h.device)
     return [slice(i, min(i + rows, len(h))) for i in range(0, len(h), rows)]
 
 

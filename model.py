@@ -70,10 +70,10 @@ class ModelConfig:
 class Embedding(nn.Embedding):
     """A token embedding that also serves as the output projection."""
 
-    sparse_gradient = False  # where that of the output projection, which is whole, takes it up
+    sparse_gradient = False  # True: it is added to that of the output projection, which is whole, in every loss
 
     def forward(self, ids):
-        # on a CPU a gradient of all rows, mostly zeros, takes as long as the step of AdamW
+        # on a CPU a gradient of all rows, mostly zeros, is a second matrix to fill and to add
         return F.embedding(ids, self.weight, sparse=self.sparse_gradient and ids.is_cpu)
 
     def linear(self, h):

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from harness import argument_parser, fastest, hf_config, launch, print_figures, read_figures, run_python, take_turns
 
-from common.distributed import compiled, missing_to_compile, setup
+from common.distributed import compiled, compiled_chunk, missing_to_compile, setup
 from common.optim import build_optimizer
 from common.plan import flops_per_token, measured_peak
 from common.progress import peak_memory_gb
@@ -81,6 +81,9 @@ def compare_losses(shape, repeats=3):
         "one piece": lambda: F.cross_entropy(h @ W.T, targets),
         "ours": lambda: LinearCrossEntropy.apply(h, W, targets, weights),
     }
+    if missing_to_compile(torch.device("cpu")) is None:
+        chunk = compiled_chunk()
+        losses["ours, its softmax compiled"] = lambda: LinearCrossEntropy.apply(h, W, targets, weights, chunk)
     if hasattr(F, "linear_cross_entropy"):  # not in torch 2.11
         chunked = torch.nn.LinearCrossEntropyOptions()
         losses["torch's linear_cross_entropy"] = lambda: F.linear_cross_entropy(h, W, targets, options=chunked)

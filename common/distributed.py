@@ -180,7 +180,7 @@ def compiled(model: Llama, env: Env, config: dict, **options) -> None:
 
     In pieces, so that compiling takes seconds, blocks share their code, and no number of rows compiles anew. "auto":
     on a GPU that has all that it takes. True: anywhere, or one line of warning says what is missing. A CPU's own
-    softmax is faster than the compiled one (benchmarks/train.py).
+    softmax is faster than the compiled one (benchmarks/train.py --losses).
     """
     wanted = config["compile"]
     missing = missing_to_compile(env.device) if wanted else None

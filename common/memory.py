@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from common.optim import build_optimizer
-from head import row_chunks
+from head import chunk_rows
 from model import Llama, ModelConfig
 
 
@@ -74,7 +74,7 @@ def loss_bytes(shape: ModelConfig, n_tokens: int, size: int, on_gpu: bool, head:
         return 2 * 4 * n_tokens * D  # the states and their gradient
     if head == "one piece":  # log-softmax, its gradient and that of the logits; gradient of the projection
         return 3 * 4 * n_tokens * V + 4 * V * D
-    rows = min(n_tokens, row_chunks(torch.empty(1, 1, device="meta" if on_gpu else "cpu"))[0].stop)
+    rows = min(n_tokens, chunk_rows(torch.device("cuda" if on_gpu else "cpu")))
     states = (3 if head == "loss" else 2) * 4 * n_tokens * D  # the states, their gradients
     if size == 4:  # the gradient of the projection; the logits, which everything is written over
         return 4 * V * D + 4 * rows * V + states
@@ -132,9 +132,7 @@ def stage_memory(stage: str, shape: ModelConfig, config: dict, on_gpu: bool, B: 
         for i, loss in enumerate(losses)
     ]
     accumulated = gradients if config.get("grad_accumulation_steps", 1) > 1 else 0  # there while the next one runs
-    # on a CPU a tied embedding's gradient has the rows that were read, and is taken up by the output projection's
-    sparse = shape.tied and not on_gpu and "scalar" not in kind.trained
-    embedding = 4 * shape.dim * (n_tokens if sparse else shape.vocab_size)
+    embedding = 4 * shape.vocab_size * shape.dim  # the sum of both gradients of a tied one, beside the first
     generation = rollout_bytes(shape, replies, T, size) if kind.rollouts else 0
     update = max(max(heads) + accumulated, gradients + max(*scratches, embedding))
     return {

@@ -67,7 +67,7 @@ def set_learning_rate(optimizer, lr):
 
 
 def has_fused(device):
-    """Whether torch updates a parameter by AdamW in one pass there."""
+    """Whether torch's AdamW is to update a parameter in one pass; on MPS, where it can, that was never tried."""
     return device.type in ("cpu", "cuda")
 
 
@@ -137,7 +137,11 @@ class Muon(torch.optim.Optimizer):
         super().__setstate__(state)
         for p, values in self.state.items():
             if "step" in values:  # a number in older checkpoints
-                values["step"] = torch.as_tensor(values["step"], dtype=torch.float32, device=p.device)
+                values["step"] = self._steps(p, values["step"])
+
+    def _steps(self, p, n):
+        """n as torch's AdamW takes it: where the host asks for it each step, on the host."""
+        return torch.as_tensor(n, dtype=torch.float32, device=p.device if has_fused(p.device) else "cpu")
 
     def _muon(self, params, group):
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
@@ -157,8 +161,9 @@ class Muon(torch.optim.Optimizer):
     def _adamw(self, params, group):
         for p in params:
             if not self.state[p]:
-                moments = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-                self.state[p].update(step=torch.zeros((), dtype=torch.float32, device=p.device), **moments)
+                self.state[p].update(
+                    step=self._steps(p, 0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
+                )
         grads = [p.grad for p in params]
         means, squares, steps = ([self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step"))
         beta1, beta2 = group["betas"]

@@ -91,6 +91,8 @@ WIDE = dict(dim=256, n_layers=4, n_heads=4, n_kv_heads=2, max_seq_len=256, seq_l
 MEMORY_CASES = {
     "activations": (WIDE | dict(batch_size=16, grad_accumulation_steps=1), 6144),
     "vocabulary": (WIDE | dict(batch_size=4, grad_accumulation_steps=2), 32000),
+    # two gradients of it and their sum; a third would be beyond what the test allows
+    "embedding": (WIDE | dict(n_layers=2, batch_size=1, seq_len=64, grad_accumulation_steps=1), 32000),
     "muon's step": (
         dict(dim=512, n_layers=6, n_heads=8, n_kv_heads=8, max_seq_len=128, seq_len=128)
         | dict(batch_size=2, grad_accumulation_steps=1, optimizer="muon"),
@@ -121,6 +123,16 @@ def test_memory_of_a_loss_in_one_piece():
     one_piece = memory.loss_bytes(shape, 4 * 256, 4, False, "one piece")
     expected = parts["peak"] - parts["loss, in chunks"] + one_piece
     assert measured_growth(config, 32000, chunked=False) == pytest.approx(expected, rel=0.15)
+
+
+def test_the_loss_holds_a_chunk_of_logits():
+    shape, states = ModelConfig(**SHAPE), 3 * 4 * 4096 * SHAPE["dim"]
+    V, D = shape.vocab_size, shape.dim
+    assert memory.loss_bytes(shape, 4096, 4, on_gpu=False) == 4 * V * D + 4 * 512 * V + states
+    low = 2 * 4096 * D  # the states in bfloat16; V is a multiple of 128, to which a GPU's is filled up
+    assert memory.loss_bytes(shape, 4096, 2, on_gpu=True) == 10 * V * D + 6 * 1024 * V + states + low
+    few = memory.loss_bytes(shape, 7, 4, on_gpu=False)
+    assert few == 4 * V * D + 4 * 7 * V + 3 * 4 * 7 * D
 
 
 def test_optimizer_state_is_the_optimizers():
