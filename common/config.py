@@ -85,10 +85,14 @@ def run(main: Callable[[], Any]) -> None:
     try:
         with ending:
             main()
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            print("error: nobody reads the output any more", file=sys.stderr)
+            sys.exit(141)  # a shell's number for it
         if not _is_users(error):
             raise
         message = str(error)
@@ -99,6 +103,16 @@ def run(main: Callable[[], Any]) -> None:
         message = _missing_key(message, error) + message
         print(f"error: {escaped(shortened(' '.join(message.splitlines()), 1000))}", file=sys.stderr)
         sys.exit(2)
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe that was closed, as by `| head`; then what is printed goes nowhere."""
+    try:
+        print(flush=True)  # what was not written the first time is not tried again
+        return False
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush at the end fails again
+        return True
 
 
 def _missing_key(message: str, error: Exception) -> str:

@@ -14,6 +14,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 VOID = ("meta", "img")  # elements without an end tag
 LARGEST_PICTURE = 1 << 24  # bytes
 IMAGE = re.compile(r"!\[(.*)\]\(([\w.-]+)\)")
+COMMENT = re.compile(r"<!--.*-->")
 
 
 class Html(str):
@@ -72,7 +73,7 @@ def from_markdown(source: str, folder: Path, level: int = 3) -> Html:
     blocks, lines = [], source.replace("\r\n", "\n").split("\n")
     while lines:
         line = lines.pop(0)
-        if not line.strip() or re.fullmatch(r"<!--.*-->", line):
+        if not line.strip() or COMMENT.fullmatch(line):
             continue
         if match := re.match(r"(#{1,6}) +(.*)", line):
             blocks.append(tag(f"h{min(6, level - 1 + len(match[1]))}", plain(match[2])))
@@ -84,7 +85,7 @@ def from_markdown(source: str, folder: Path, level: int = 3) -> Html:
         elif match := IMAGE.fullmatch(line.strip()):
             blocks.append(picture(folder / match[2], plain(match[1])))
         else:
-            pattern = r"- " if line.startswith("- ") else r"(?!\||#|- )."
+            pattern = r"- " if line.startswith("- ") else rf"(?!\||#|- |{COMMENT.pattern}$)."
             group = [line]
             while lines and re.match(pattern, lines[0]):
                 group.append(lines.pop(0))

@@ -109,9 +109,8 @@ def lower_columns(place, names):
     found = [str(name).strip().lower() for name in names]
     if missing := [name for name in COLUMNS if found.count(name) != 1]:
         there = shortened(escaped(", ".join(map(str, names))))
-        raise DataError(
-            f"{place}: one column {missing[0]} is needed, beside the others of a question; there are {there}"
-        )
+        needed = missing[0] if len(missing[0]) > 1 else missing[0].upper()  # as C-Eval writes them
+        raise DataError(f"{place}: one column {needed} is needed, beside the others of a question; there are {there}")
     return found
 
 

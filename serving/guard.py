@@ -6,6 +6,7 @@ import ipaddress
 import json
 from urllib.parse import urlsplit
 
+from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from serving.protocol import ApiError
@@ -131,6 +132,8 @@ async def read_body(request, limit: int) -> bytes:
 
     try:
         return await asyncio.wait_for(collect(), BODY_SECONDS)
+    except ClientDisconnect:
+        raise ApiError("the client left before its body was here", 499) from None  # nginx's number; nobody reads it
     except asyncio.TimeoutError:
         raise ApiError(f"the body did not come within {BODY_SECONDS} seconds", 408) from None
 

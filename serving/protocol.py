@@ -207,6 +207,10 @@ def _alternatives(values, chat):
     return top
 
 
+# of bytes that are no character each becomes one, as SentencePiece has it
+codecs.register_error("one_a_byte", lambda error: ("\ufffd", error.start + 1))
+
+
 @dataclass
 class Token:
     """A token of a reply, or one that could have stood there."""
@@ -224,7 +228,7 @@ class Answer:
 
     def __init__(self, wanted: Wanted):
         self.wanted, self.chat, self.offset = wanted, wanted.messages is not None, 0
-        self.decoder = codecs.getincrementaldecoder("utf-8")("ignore")
+        self.decoder = codecs.getincrementaldecoder("utf-8")("one_a_byte")
         self.id = ("chatcmpl-" if self.chat else "cmpl-") + secrets.token_hex(12)
         self.created = int(time.time())
 
@@ -244,6 +248,8 @@ class Answer:
         if not self.offset and tokens and tokens[0][0].bytes.startswith(b" ") and not text.startswith(" "):
             self.offset = -1  # the space that some tokenizers put before a text, and take away from it
         for token, _ in tokens:
+            if not 0x80 <= token.bytes[:1].ljust(1)[0] < 0xC0:  # what it begins ends what was left unfinished
+                self.offset += len(self.decoder.decode(b"", final=True))
             offsets.append(max(0, self.offset))
             self.offset += len(self.decoder.decode(token.bytes))
         return dict(

@@ -137,6 +137,18 @@ def test_slow_heads_and_bodies_are_given_up(runs, monkeypatch):
         assert raw(server, None, "/v1/models", "GET")[0] == 200
 
 
+def test_a_client_that_leaves_within_its_body_is_no_error_of_the_servers(runs, capfd):
+    with served(runs) as server:
+        leaving = socket.create_connection(("127.0.0.1", server.port))
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        leaving.sendall(head + b"Content-Length: 100\r\n\r\n{")
+        until(lambda: server.server_state.tasks)
+        leaving.close()
+        until(lambda: not server.server_state.tasks)
+        assert raw(server, None, "/v1/models", "GET")[0] == 200
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_a_full_queue_says_so(runs):
     with served(runs, max_queue=2) as server:
         client = client_of(server)

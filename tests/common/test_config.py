@@ -384,6 +384,18 @@ def test_run_ends_interruption_with_130(capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
+@pytest.mark.parametrize("n", [1, 100_000], ids=["at the end", "in the midst"])
+def test_a_reader_that_leaves_is_one_line(tmp_path, n):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from common.config import run; "
+    code += f"run(lambda: [sys.stdin.read(), *(print('x' * 80) for _ in range({n}))])"
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+        process.stdout.close()
+        process.stdin.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (141, "error: nobody reads the output any more\n")
+
+
 def test_script_exit_code_and_streams(configs, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

@@ -207,8 +207,9 @@ def test_options_give_the_config_back(tmp_path):
 
 def test_markdown_of_ours_becomes_what_it_shows(tmp_path):
     odd = ["a|b\\", "一\n二", "*x* `y` <z> [w] snake_case _u_"]
-    page = Page(from_markdown(f"# T\n\n{markdown_table(['h'] * 3, [odd])}\n\n- one\n- two\n\n![p](no.png)\n", tmp_path))
-    assert page.text == "Thhh" + "".join(odd) + "onetwo" + "no.png：No such file or directory"
+    blocks = "- one\n- two\n<!-- whose -->\nend\n<!-- whose -->\n![p](no.png)"
+    page = Page(from_markdown(f"# T\n\n{markdown_table(['h'] * 3, [odd])}\n\n{blocks}\n", tmp_path))
+    assert page.text == "Thhh" + "".join(odd) + "onetwo" + "end" + "no.png：No such file or directory"
     assert [name for name, _ in page.elements if name in ("h3", "td", "li")] == ["h3", *["td"] * 3, *["li"] * 2]
 
 

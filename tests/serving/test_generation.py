@@ -77,6 +77,12 @@ def test_offsets_of_a_completion_count_the_characters_of_its_text(tok):
         return reply.logprobs(text, tokens)["text_offset"]
 
     assert offsets("😀好", *(bytes([byte]) for byte in "😀".encode()), "好".encode()) == [0, 0, 0, 0, 1]
+    for broken in (b"\x9b", b"\xe4\xb8", b"\xe4\xb8\xe4\xb8", b"\xe4\xff\xb8", "好".encode()[:2] + "😀".encode()):
+        pieces = [*(bytes([byte]) for byte in broken), "从来".encode(), b"!"]
+        ids = [tok._sp.piece_to_id(f"<0x{byte:02X}>") for byte in broken] + tok.encode("从来!")
+        text = tok.decode(ids)
+        found = offsets(text, *pieces)
+        assert [text[found[-2] : found[-1]], text[found[-1] :]] == ["从来", "!"]
     assert offsets("好吧", " 好".encode(), "吧".encode()) == [0, 1]  # ChatGLM3's first token begins with a space
     assert offsets(" 好吧", " 好".encode(), "吧".encode()) == [0, 2]
 
