@@ -138,9 +138,9 @@ def train_at(env, seconds, config, B, T, kind):
         step = training_step(model, lambda: forward(input_ids=x, labels=x, use_cache=False).loss, env)
     else:
         model = Llama(config).to(env.device)
+        if kind == "compiled" and (missing := distributed.missing_to_compile(env.device)):
+            raise RuntimeError(f"not compiled: {missing} is not here")
         distributed.compiled(model, env, dict(compile=kind == "compiled"), dynamic=None)
-        if kind == "compiled" and model.layers[0]._compiled_call_impl is None:
-            raise RuntimeError("not compiled: what that takes is not here")
         step = training_step(model, lambda: model(x, y), env)
     rate = B * T * rate_of(step, env, seconds)
     flops, peak_gb = rate * flops_per_token(config, T), peak_memory_gb(env.device)
