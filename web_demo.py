@@ -186,7 +186,7 @@ def add_page(app: FastAPI, site: Site) -> None:
         return Response(content, media_type=kind)
 
     for path in files:
-        app.add_api_route(path, file, methods=["GET"])
+        app.add_api_route(path, file, methods=["GET", "HEAD"])
 
     @app.get("/api/settings")
     def settings():

@@ -301,4 +301,8 @@ def test_the_page_is_files_of_ours(server):
     for path in sorted((ROOT / "serving" / "page").iterdir()):
         connection.request("GET", f"/{path.name}")
         assert connection.getresponse().read() == path.read_bytes()
+        connection.request("HEAD", f"/{path.name}")  # as curl -I and what watches a server ask
+        reply = connection.getresponse()
+        assert (reply.status, reply.length, reply.read()) == (200, 0, b"")
+        assert int(reply.headers["content-length"]) == path.stat().st_size
     connection.close()
