@@ -120,7 +120,7 @@ def update(stage, step, policy, batch, old_logps, advantages, config, generator)
     size = distributed.per_rank(config, "minibatch_size", env)
     for _ in range(config["epochs"]):
         for minibatch in torch.randperm(len(batch.ids), generator=generator).split(size):
-            micros, parts = minibatch.split(config["micro_batch_size"]), []
+            micros, parts = batch.by_length(minibatch, config["micro_batch_size"]), []
             for micro in micros:
                 distributed.sync(policy, last=micro is micros[-1])
                 rows = batch.rows(micro)

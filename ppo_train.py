@@ -126,7 +126,7 @@ def update(stage, step, policy, value, batch, fixed, config, generator):
         for minibatch in torch.randperm(len(batch.ids), generator=generator).split(size):
             # tokens a rank has in the mean, as gradients are averaged over the ranks
             tokens = distributed.summed(batch.mask[minibatch].sum().to(env.device), env) / env.world_size
-            micros, parts = minibatch.split(config["micro_batch_size"]), []
+            micros, parts = batch.by_length(minibatch, config["micro_batch_size"]), []
             for micro in micros:
                 for model in (policy, value):
                     distributed.sync(model, last=micro is micros[-1])

@@ -39,6 +39,10 @@ class Rollout:
         replies, fields = (rows and [rows[i] for i in index] for rows in (self.replies, self.fields))
         return Rollout(*chosen, replies, fields, self.device, keep)
 
+    def by_length(self, index, size):
+        """Some rows (a tensor of indices) in parts of at most `size`, each of similar length: little is padding."""
+        return index[self.lengths[index].argsort(stable=True)].split(size)
+
 
 def rollout(model, prompts, max_new_tokens, temperature=1.0, eos_id=2, seed=None, top_p=1.0, dtype=None):
     """Sample one reply to each prompt (ids, as a Prompt or a list) from softmax(logits / temperature).
@@ -57,15 +61,15 @@ def rollout(model, prompts, max_new_tokens, temperature=1.0, eos_id=2, seed=None
 @torch.no_grad()
 def in_batches(function, batch, batch_size=32):
     """function(Rollout) -> (b, t) or (b,) over rows of similar length, joined to (B, T-1) or (B,) in the old order."""
-    order = batch.lengths.argsort()
+    indices = batch.by_length(torch.arange(len(batch.ids)), batch_size)
     parts = []
-    for index in order.split(batch_size):
+    for index in indices:
         part = function(batch.rows(index))
         if part.dim() == 2:
             part = torch.nn.functional.pad(part, (0, batch.ids.size(1) - 1 - part.size(1)))
         parts.append(part)
     joined = torch.cat(parts)
-    (back,) = move([order.argsort()], joined.device)
+    (back,) = move([torch.cat(indices).argsort()], joined.device)
     return joined[back]
 
 

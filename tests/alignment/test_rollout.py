@@ -65,3 +65,9 @@ def test_rows_picks_the_replies_too():
     assert rows.replies == [batch.replies[2], batch.replies[1]]
     assert rows.ids.shape == (2, 5) and rows.mask.sum(1).tolist() == [4, 1]
     assert rows.ids[0].tolist() == batch.ids[2, :5].tolist() and rows.lengths.tolist() == [5, 4]
+
+
+def test_rows_of_similar_length_go_together():
+    batch = ragged((2, 9), (3, 1), (1, 4), (8, 2), (2, 3))  # 11, 4, 5, 10, 5 tokens
+    parts = batch.by_length(torch.tensor([3, 0, 4, 2]), 2)
+    assert [part.tolist() for part in parts] == [[4, 2], [3, 0]]  # of equal length, in their old order
