@@ -131,7 +131,7 @@ def test_pretrain():
     Muon([dict(params=[p], muon=True)], lr=0.1).step()
     says("pretrain", f"= {p[0, 0]:.4f}$")
     assert p[0, 1] == 0
-    says("pretrain", "| 学习率 | " + " | ".join(f"{learning_rate(step, demo):.6f}" for step in (0, 24, 49, 925, 1800)))
+    says("pretrain", "| 学习率 | " + " | ".join(f"{learning_rate(step, demo):.6f}" for step in (0, 24, 49, 675, 1300)))
 
 
 class Fixed:
