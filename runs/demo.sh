@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 data=data/demo out=out/demo # as configs/demo/__init__.py has it
 if [ "${SMOKE:-}" = 1 ]; then data=${data}_smoke out=${out}_smoke; fi
 if [ "$out" = out/demo ]; then
-    echo 'About 15 minutes and 1.7 GB of memory on two CPU cores (Intel Xeon, AVX-512), after the requirements are installed.'
+    echo 'About 15 minutes and 1.2 GB of memory on two CPU cores (Intel Xeon, AVX-512), after the requirements are installed.'
     echo 'In seconds: data and tokenizer 12, pretraining 212, fine-tuning 239, reward model 42, DPO 38, PPO 150, GRPO 142,'
     echo 'int8 10, comparison 84. SMOKE=1 bash runs/demo.sh walks all of it in a few minutes, in few steps.'
     shown=(--best_of=2,4,8)
