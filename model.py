@@ -1,8 +1,8 @@
-"""Llama 2 (Touvron et al., 2023, arXiv:2307.09288), as published.
+"""Llama 2 (Touvron et al., 2023, arXiv:2307.09288), as published but for tied embeddings.
 
 RMSNorm before each block, rotary positions on interleaved pairs (Meta's layout), grouped-query attention, SwiGLU, no
-biases, tied embeddings unless `tied=False`. The loss is computed inside `model(ids, targets)` and the per-token
-log-probabilities inside `model.token_logps(ids)`, both by head.py, which never holds the (B*T, V) logits at once.
+biases; `tied=False` gives the output a matrix of its own. The loss is computed inside `model(ids, targets)` and the
+per-token log-probabilities inside `model.token_logps(ids)`, both by head.py, which never holds the (B*T, V) logits.
 """
 
 import math

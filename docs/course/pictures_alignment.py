@@ -80,7 +80,7 @@ def dpo():
         ipo.plot(h / 20, dpo_loss(logps, none, tokens, beta, "ipo")[0], label=f"ipo beta={beta:g}")
     ipo.set_ylim(0, 2)
     finish(sigmoid, "h（nats/对）", "损失")
-    finish(ipo, "h（nats/词元）", "损失")
+    finish(ipo, "每词元的 h（nats/词元）", "损失")
     return figure
 
 
@@ -103,7 +103,7 @@ def quantize():
         axes.plot(sizes, errors, marker="o", markersize=4, label=f"int4 {name}")
     q, scale = quantize_int8(weight)
     error = 100 * output_error(weight, q.float() * scale.float()[:, None], hessian)
-    axes.axhline(error, color="C2", label="int8（整行一个比例）")
+    axes.plot(sizes, [error] * len(sizes), label="int8（整行一个比例）")
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [f"{size}" for size in sizes])
     axes.set_ylim(0)

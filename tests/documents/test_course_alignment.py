@@ -58,7 +58,7 @@ def test_dpo_page():
     holds("dpo", row("sigmoid", "−ln σ(1)", losses["sigmoid"]), row("ipo", "(1/4 + 1/5 − 1)²", losses["ipo"]))
     holds("dpo", row("cdpo", f"0.9 × {losses['sigmoid']} + 0.1 × {wrong:.4f}", losses["cdpo"]))
     assert starts["sigmoid"] == starts["cdpo"]
-    holds("dpo", f"sigmoid 和 cdpo 的损失都是 ln 2 = {starts['cdpo']}，ipo 是 (1/2β)² = {starts['ipo']}")
+    holds("dpo", f"sigmoid 和 cdpo 的损失都是 ln 2 = {starts['cdpo']}，ipo 是 $(1/(2\\beta))^2$ = {starts['ipo']}")
 
 
 def test_ppo_page():
