@@ -38,7 +38,7 @@ from pathlib import Path
 import numpy as np
 
 from common.config import ConfigError, UserError, parse_config, run
-from common.files import lock, make_folder, unlock
+from common.files import lock, make_folder, naming, unlock
 from corpora import reviews, sources
 from corpora.clean import mask_personal, text_hash
 from corpora.decontaminate import Decontaminator
@@ -101,6 +101,9 @@ class Job:
     fingerprint: dict  # what the shard is made from
 
 
+list_units = functools.cache(sources.list_units)  # what it says of files is said once for all parts
+
+
 def list_jobs(part, config, tokenizer):
     """Every unit of the part's sources, in the order that their documents will have."""
     named = sources.parse_sources(config["sources"], SOURCES)
@@ -117,7 +120,7 @@ def list_jobs(part, config, tokenizer):
             settings["files"] = [content_mark(reviews.resolve(config[key])) for key in reviews.FILES]
         else:
             sizes = config["unit_bytes"], config["txt_characters"]
-            units = sources.list_units(label, layout, path, sizes[0], config["hub"], sizes[1])
+            units = list_units(label, layout, path, sizes[0], config["hub"], sizes[1])
             settings = {key: config[key] for key in ("clean", "max_seq_len", "prompts_max_len")}
             settings["questions"] = load_decontaminator(*config["decontaminate"]).digest
             settings["compared"] = [compares(part, config), by_question(part, config)]
@@ -235,7 +238,7 @@ def make_shard(job):
     """Turn one unit into a shard folder; returns how many items (tokens, or bytes of text) it wrote."""
     tokenizer, outcomes, items = load_tokenizer(job.tokenizer), Outcomes(), 0
     dtypes = shard_dtypes(job.part, job.config, tokenizer.vocab_size if tokenizer else 0)
-    with ShardWriter(job.folder, dtypes) as shard:
+    with naming(job.config["out"]), ShardWriter(job.folder, dtypes) as shard:
         for batch in batches(read_unit(job, tokenizer, outcomes)):
             rows = encode_batch(job, batch, tokenizer, outcomes)
             streams = {name: [streams[name] for _, streams in rows] for name in dtypes}
@@ -259,7 +262,7 @@ def open_shards(part, jobs, config, tokenizer):
     shards = [Shard(job.folder, job.unit.source, dtypes) for job in jobs]
     own = [SOURCES[job.unit.layout].generate is not None for job in jobs]
     why, repeats, is_val = choose(part, shards, own, config)
-    hints = explain_empty(jobs, shards)
+    hints = explain_empty(jobs, shards, config)
     if why.all():
         dropped = sum((shard.outcomes.dropped for shard in shards), Counter())
         dropped = ", ".join(f"{n} {why}" for why, n in dropped.items())
@@ -270,15 +273,23 @@ def open_shards(part, jobs, config, tokenizer):
     return shards, why, repeats, is_val
 
 
-def explain_empty(jobs, shards):
-    """What the rows hold of each source that gave no record: a name that was given to another layout, most likely."""
-    kept, units = Counter(), {}
+def explain_empty(jobs, shards, config):
+    """Why each of these sources gave no record: no room, or a name that was given to another layout, most likely."""
+    found, units = {}, {}
     for job, shard in zip(jobs, shards, strict=True):
-        kept[shard.source] += shard.outcomes.kept
+        found.setdefault(shard.source, Outcomes()).add(shard.outcomes)
         units.setdefault(shard.source, []).append(job.unit)
     made = {job.unit.source for job in jobs if SOURCES[job.unit.layout].generate}
-    said = [sources.explain(units[source]) for source in units if not kept[source] and source not in made]
-    return [hint for hint in said if hint]
+    hints = []
+    for source in units:
+        dropped = found[source].dropped
+        if found[source].kept or source in made:
+            continue
+        if {"answer too long", "no room for the question"} & dropped.keys():
+            hints.append(f"{source}: max_seq_len={config['max_seq_len']} is too small")
+        elif not dropped or any(why.startswith(("no ", "not ", "unknown ")) for why in dropped):
+            hints.append(sources.explain(units[source]))
+    return [hint for hint in hints if hint]
 
 
 def main(argv=None):
@@ -298,6 +309,7 @@ def main(argv=None):
     except TokenizerError as error:
         raise TokenizerError(f"{config['tokenizer']}: {error}") from None
     load_decontaminator.cache_clear()  # its files may have changed since another call
+    list_units.cache_clear()
     load_decontaminator(*config["decontaminate"])  # its mistakes should show before any work is done
     jobs = {part: list_jobs(part, config, tokenizer) for part in parts}
     refuse_own(out, [job for part in parts for job in jobs[part]])
@@ -323,9 +335,10 @@ def main(argv=None):
     formats.save_meta(out, meta)  # a run cut off here leaves no file described wrongly
     command = escaped(shlex.join(["python", "data_process.py", *(sys.argv[1:] if argv is None else argv)]))
     for part in parts:
-        said, outcomes = merge(part, *opened[part], out, tokenizer)
-        add_part(out, meta, part, said, command)
-        write_report(out, meta, part, outcomes)
+        with naming(out):
+            said, outcomes = merge(part, *opened[part], out, tokenizer)
+            add_part(out, meta, part, said, command)
+            write_report(out, meta, part, outcomes)
     if not config["keep_work"]:  # not sooner: one that is killed before would make the shards of its first parts again
         for part in parts:
             remove_all(out / "work" / part)

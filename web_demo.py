@@ -248,6 +248,8 @@ class Server(uvicorn.Server):
 
 def make_site(config: dict) -> Site:
     root = Path(config["runs"])
+    if root.is_file():
+        raise UserError(f"--runs={root}: a file: name the folder that holds the runs")
     if not root.is_dir():
         raise UserError(f"--runs={root}: no such folder: train something first, or name the folder that holds the runs")
     return Site(
@@ -285,7 +287,11 @@ def main(argv=None):
     site, server_socket = make_site(config), listen(config)
     host = f"[{config['host']}]" if ":" in config["host"] else config["host"]
     found = len(site.runs.usable())
-    print(f"http://{host}:{server_socket.getsockname()[1]}/ serves {found} checkpoints of {config['runs']}", flush=True)
+    for entry in site.runs.entries().values():
+        if entry.problem:
+            print(f"{entry.id} is not served: {entry.problem}", file=sys.stderr)
+    served = f"serves {found} checkpoint{'s' * (found != 1)} of {config['runs']}"
+    print(f"http://{host}:{server_socket.getsockname()[1]}/ {served}", flush=True)
     Server(site, config).run(sockets=[server_socket])
 
 

@@ -68,7 +68,7 @@ def find(path) -> Path:
     file = path / FILE_NAME if path.is_dir() else path
     if file.is_file():
         return file
-    message = f"no checkpoint at {path}: looked for {file}"
+    message = f"no checkpoint at {path}" + (f": looked for {file}" if file != path else "")
     stages = sorted(str(other.parent) for other in path.glob(f"*/{FILE_NAME}")) if path.is_dir() else []
     raise CheckpointError(message + (f"; there is one in {', '.join(stages)}" if stages else ""))
 

@@ -24,6 +24,7 @@ from tokenizer import TokenizerError
 # a disk that is full, read-only, gone or failing, and names that none has; Windows lacks some
 NAMES = "ENOSPC EDQUOT EFBIG EROFS EIO ENODEV ENXIO ESTALE ENOTCONN ETIMEDOUT ENAMETOOLONG ELOOP".split()
 DISK_ERRORS = {getattr(errno, name) for name in NAMES if hasattr(errno, name)}
+DASHES = "—–―－−"  # what an input method makes of two hyphens
 SECRET = ("api_key",)  # keys whose values are not shown
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 ending = ExitStack()  # what is to be done when a script ends, in whatever way
@@ -52,6 +53,8 @@ def parse_config(
 
     config = dict(defaults)
     files = [arg for arg in argv if not arg.startswith("-")]
+    if dashed := [arg for arg in files if arg[0] in DASHES]:
+        raise ConfigError(f"{shortened(dashed[0])}: options begin with two hyphens: --{dashed[0].lstrip(DASHES)}")
     if len(files) > 1:
         raise ConfigError(f"at most one config file, got {' '.join(files)} (options are written --key=value)")
     for path in files:
@@ -172,9 +175,9 @@ def _read_option(option: str, defaults: dict) -> dict:
 def _checked(key: str, value: Any, defaults: dict) -> Any:
     """The value in its default's type, or ConfigError naming the key."""
     if key not in defaults:
-        raise ConfigError(
-            f"unknown key {shortened(key)} = {shortened(_text(value))}, the nearest is {_nearest(key, defaults)}"
-        )
+        like = _nearest(key, defaults)
+        which = f"the nearest is {like}" if like else "and none is like it: --help lists them"
+        raise ConfigError(f"unknown key {shortened(key)} = {shortened(_text(value))}, {which}")
     if value in CHOICES.get(key, ()):  # of which not all need be of one type
         return value
     try:
@@ -183,10 +186,11 @@ def _checked(key: str, value: Any, defaults: dict) -> Any:
         raise ConfigError(f"{key} must be {error}, not {shortened(repr(value))}") from None
 
 
-def _nearest(key: str, defaults: dict) -> str:
-    """The known key most like this one; `dim` means model.dim, `modl.dim` too."""
+def _nearest(key: str, defaults: dict) -> str | None:
+    """The known key most like this one, if one is; `dim` means model.dim, `modl.dim` too."""
     same_leaf = [known for known in defaults if known.split(".")[-1] == key.split(".")[-1]]
-    return difflib.get_close_matches(key, same_leaf or list(defaults), n=1, cutoff=0.0)[0]
+    close = difflib.get_close_matches(key, same_leaf or list(defaults), n=1, cutoff=0.0 if same_leaf else 0.6)
+    return close[0] if close else None
 
 
 def _parse(text: str, default: Any) -> Any:
@@ -286,6 +290,7 @@ def _load(path: Path, configs_dir: Path) -> dict:
     """Run a config file and return its `config` dict, flat."""
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file")
+    _source(path)
     root = str(configs_dir.parent)  # `from configs.sft import config as base` works from any directory
     sys.path.insert(0, root)
     try:
@@ -315,10 +320,18 @@ def said(error: BaseException) -> str:
     return f"{type(error).__name__}{': ' * bool(message)}{message}"
 
 
+def _source(path: Path) -> str:
+    """The text of a config file, in the encoding that it says it has; Python itself lets other bytes be in comments."""
+    try:
+        with tokenize.open(path) as file:
+            return file.read()
+    except (SyntaxError, UnicodeError) as error:
+        raise ConfigError(f"{path}: not the text of a Python file, save it as UTF-8: {said(error)}") from None
+
+
 def _describe(path: Path, configs_dir: Path, name: str = "config") -> dict[str, tuple[Path, int, str]]:
     """{dotted key: (file, line, comment at line's end)}, following `from configs.x import config as base`."""
-    with tokenize.open(path) as file:  # in the encoding that the file says it has
-        source = file.read()
+    source = _source(path)
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
     names: dict[str, dict] = {}

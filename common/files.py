@@ -136,7 +136,8 @@ def new_folder(out: str | Path, overwrite: bool, names: Iterable[str]) -> Iterat
             os.rename(out, old)
         os.rename(new, out)  # fails where somebody else has made `out` meanwhile
     except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+        why = error.strerror or f"{error}: is the disk full?"  # NumPy's own error has no number
+        raise UserError(f"cannot write {out}: {why}") from error
     finally:
         if old.is_dir() and not out.exists():
             os.rename(old, out)

@@ -252,7 +252,13 @@ def same_file(ckpt: Checkpoint, before: dict | None, now: dict | None) -> None:
 def hashes_of(directory, names) -> dict:
     """{name: sha256} of files in a data directory, as meta.json says; `verify_data` compares it with the files."""
     files = load_meta(directory).get("files", {})
-    return {name: files.get(name, {}).get("sha256") or file_sha256(Path(directory) / name) for name in names}
+    return {name: files.get(name, {}).get("sha256") or _hash(Path(directory) / name) for name in names}
+
+
+def _hash(path: Path) -> str:
+    if path.suffix == ".pkl" and not path.exists():
+        raise DataError(f"{path}: no such file: data_process.py writes it with --parts={path.stem}")
+    return file_sha256(path)
 
 
 def verify_data(directory, hashes: dict) -> None:

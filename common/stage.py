@@ -118,6 +118,8 @@ class Stage:
         steps = (parent.config or {}).get("max_steps", 0)
         if parent.path.name == "ckpt.pt" and parent.step < steps and self.env.is_main:
             print(f"note: {parent.path} is of step {parent.step} of {steps}: that run has not finished")
+        if parent.stage == "pretrain" and self.name != "sft" and self.env.is_main:
+            print(f"note: {parent.path} is a pretrained model that was never taught to answer; SFT teaches it")
         tokenizer, data = checkpoint.tokenizer_of(parent), Path(self.config["data"])
         checkpoint.check_data(tokenizer, parent.path, load_meta(data), data / "meta.json")
         return parent, tokenizer

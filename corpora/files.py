@@ -62,7 +62,7 @@ def file_units(label, layout, path, globs="", unit_bytes=64 << 20, characters=0)
     if not units:
         known = " ".join(suffixes(layout))
         raise Unread(
-            f"{escaped(path)}: no data in it; a {layout} source is {known} files, as such or .gz .bz2 .xz .zst"
+            f"{escaped(path)}: no data in it; {layout} sources are {known} files, as such or .gz .bz2 .xz .zst"
         )
     return bundle(units, unit_bytes)
 

@@ -17,6 +17,7 @@ from corpora.tables import read_arrow, read_csv, read_parquet
 from dataset.formats import DataError
 
 TOO_LONG = f"longer than {encodings.LONGEST >> 20} MB"
+CUT_CHARACTER = ("unexpected end of data", "incomplete multibyte sequence")  # Python's words for bytes that break off
 NAMED = 5  # bad lines named per unit: enough to see what is wrong with a file
 
 _NAME = re.compile(r'("(?:[^"\\]|\\.)*")\s*:\s*\Z')  # of the field whose value comes next
@@ -63,7 +64,7 @@ def read_rows(unit):
 def read_lines(unit):
     name, wrong, named = escaped(unit.path), f"not {ENCODINGS[unit.encoding]}", 0
     for number, line in enumerate(iterate_lines(unit), unit.first):
-        place, row, why = f"{name}:{number}", None, None
+        place, row, why, cut = f"{name}:{number}", None, None, False
         if line is None:
             yield place, None, TOO_LONG
             continue
@@ -72,7 +73,7 @@ def read_lines(unit):
             if unit.encoding in WIDE:
                 text.encode()
         except UnicodeError as error:
-            why, named = wrong, named + 1
+            why, named, cut = wrong, named + 1, error.reason in CUT_CHARACTER
             if named <= NAMED:
                 print(f"{place}: {wrong}: {error.reason}, byte {error.start}", file=sys.stderr)
         else:
@@ -89,10 +90,10 @@ def read_lines(unit):
                     row = DECODER.decode(text)
                     why = remark()
                 except ValueError:
-                    why = "not JSON"
+                    why, cut = "not JSON", True
                 except RecursionError:
                     why = "nested too deeply"
-        if why in (wrong, "not JSON") and line[-1:] not in (b"\n", "\n"):
+        if cut and line[-1:] not in (b"\n", "\n"):
             raise DataError(f"{place}: {why} and ends without a line break: it breaks off, as after a partial download")
         yield place, row, why
 

@@ -353,6 +353,24 @@ def test_no_language_model_is_trained_from_a_reward_model(chain, tmp_path, capsy
     assert str(chain / "rm" / "ckpt.pt") in line and "is a reward model" in line
 
 
+def test_a_parent_that_was_not_taught_to_answer_is_told(chain, tmp_path, capsys):
+    train(chain, "dpo", tmp_path / "out", init_from=chain / "pretrain", max_steps=0)
+    note = f"note: {chain / 'pretrain' / 'ckpt.pt'} is a pretrained model that was never taught to answer"
+    assert note in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", ["rm", "prompts"])
+def test_a_part_that_was_not_made_is_named(chain, tmp_path, capsys, part):
+    data = tmp_path / "data"
+    shutil.copytree(chain / "data", data)
+    meta = json.loads((data / "meta.json").read_text())
+    del meta["files"][f"{part}.pkl"]
+    (data / "meta.json").write_text(json.dumps(meta))
+    (data / f"{part}.pkl").unlink()
+    line = failure(capsys, MAINS["dpo"].main, options_of(chain, "dpo", tmp_path / "out", dict(data=data)))
+    assert f"{data / part}.pkl: no such file: data_process.py writes it with --parts={part}" in line
+
+
 def test_ppo_wants_a_reward_model_that_can_be_trained(chain, tmp_path, capsys):
     options = options_of(chain, "ppo", tmp_path / "out", dict(reward_model=chain / "sft"))
     line = failure(capsys, ppo_train.main, options)

@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import sentencepiece
-from chains import ROOT
+from chains import ROOT, failure
 from preparing import WORDS, documents, texts_of, two_sources, write_jsonl
 
 from common.config import ConfigError
@@ -22,6 +22,11 @@ from dataset.corpus import Corpus
 from dataset.examples import Examples
 from dataset.formats import DataError, load_meta, load_pkl
 from tokenizer import Tokenizer
+
+try:
+    import resource
+except ImportError:
+    resource = None
 
 SAMPLES = ROOT.parent / "shared" / "data"
 
@@ -44,6 +49,21 @@ def test_the_result_does_not_depend_on_processes_or_units(tmp_path, build, token
     assert tally["b"]["read"] == 305 and tally["b"]["kept"] == 300
     assert sum(tally["b"]["dropped"].values()) == 5
     assert not (tmp_path / "one" / "work").exists()
+
+
+@pytest.mark.skipif(resource is None, reason="Windows has no such limit")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_is_named_and_nothing_is_left(tmp_path, capsys, workers):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    options = [f"--out={tmp_path / 'out'}", "--parts=text", f"--workers={workers}", "--unit_bytes=20000"]
+    sources = two_sources(tmp_path)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # the kernel stops the write half-way
+    try:
+        line = failure(capsys, main, [sources, *options])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert line == f"error: File too large: {tmp_path / 'out'}"
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
 def test_equal_documents_are_dropped_within_and_across_sources(tmp_path, build, tokenizer_path):

@@ -266,12 +266,14 @@ def test_a_hundred_turns_take_no_more_memory(server, client):
         (dict(api_key=""), ConfigError, "ASCII"),
         (dict(api_key="密钥"), ConfigError, "ASCII"),
         (dict(runs="nowhere"), UserError, "no such folder"),
+        (dict(runs="out/file"), UserError, "a file: name the folder"),
         (dict(port=70000), ConfigError, "65,535"),
     ],
 )
 def test_what_cannot_be_served(options, error, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").touch()
     with pytest.raises(error, match=words):
         web_demo.main([f"--{key}={value}" for key, value in options.items()])
 

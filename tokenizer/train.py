@@ -28,6 +28,7 @@ SAMPLE_LINES = 10_000  # kept aside to measure characters per token
 SHOWN_PER_REASON = 5  # skipped lines named one by one, the rest only counted
 RESERVED = re.compile("[\0\u2585]")  # SentencePiece's trainer drops lines holding these
 REQUIRED = SPACE_MARK + "".join(map(chr, range(0x21, 0x7F)))  # however rare: a space in bytes would come back as U+2581
+ROWS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".bz2", ".xz", ".zst", ".zip")
 STOPS = ("。！？；!?;", "，、,", " ")  # after which a line is cut that is too long: the first kind that it has
 
 
@@ -38,8 +39,12 @@ class Corpus:
         if not paths:
             raise TokenizerError("input names no text file; give --input=FILE[,FILE...]")
         for path in map(Path, paths):
+            if path.is_dir():
+                raise TokenizerError(f"input {path}: a folder, not a text file")
             if not path.is_file():
                 raise TokenizerError(f"input {path}: no such file")
+            if path.suffix.lower() in ROWS:
+                raise TokenizerError(f"input {path}: rows, not text: data_process.py makes text of them, --parts=text")
             if path.stat().st_size == 0:
                 raise TokenizerError(f"input {path}: the file is empty")
         self.paths, self.max_line_bytes = paths, max_line_bytes
@@ -123,7 +128,8 @@ def train_bpe(corpus: Corpus, config: dict) -> bytes:
         )
     except (RuntimeError, OSError) as error:
         if corpus.lines == 0:
-            raise TokenizerError(f"no usable line in {', '.join(corpus.paths)}") from None
+            convert = "; convert it: iconv -f GB18030 -t UTF-8" if corpus.skipped["not UTF-8"] else ""
+            raise TokenizerError(f"no usable line in {', '.join(corpus.paths)}{convert}") from None
         reason = str(error).rpartition("] ")[2].strip() or str(error).strip()
         if too_few := re.search(r"required_chars\. \d+ vs (\d+)", reason):
             raise TokenizerError(

@@ -436,6 +436,23 @@ def test_values_of_a_file_are_held_to_their_ranges(configs, tmp_path, source, li
     assert error(configs) == "max_steps=-1: at least 0 is needed"  # where the defaults themselves were edited
 
 
+@pytest.mark.parametrize("encoding", ["gbk", "utf-16"])
+@pytest.mark.parametrize("value", ["1", "'x'", "中"])
+def test_a_file_that_is_not_utf_8_is_refused(configs, tmp_path, encoding, value):
+    file = tmp_path / "mine.py"
+    file.write_bytes(f"# 注释\nconfig = dict(max_steps={value})  # 步数\n".encode(encoding))
+    assert error(configs, str(file)).startswith(f"{file}: not the text of a Python file, save it as UTF-8: SyntaxError")
+
+
+@pytest.mark.parametrize("dash", ["—", "——", "–"])
+def test_a_dash_of_an_input_method_is_told(configs, dash):
+    assert error(configs, f"{dash}max_steps=3") == f"{dash}max_steps=3: options begin with two hyphens: --max_steps=3"
+
+
+def test_no_key_is_named_where_none_is_like_it(configs):
+    assert error(configs, "--zq=3") == "--zq=3: unknown key zq = 3, and none is like it: --help lists them"
+
+
 def test_a_key_is_not_shown(capsys):
     assert parse_config("web_demo", ["--api_key=hidden"], "")["api_key"] == "hidden"
     assert capsys.readouterr().out == "api_key = *** (default none)\n"

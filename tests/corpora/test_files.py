@@ -230,6 +230,18 @@ def test_small_files_share_a_unit(tmp_path):
         list(read_records(unit))
 
 
+@pytest.mark.parametrize("end", [b"", b"\n"])
+def test_a_last_line_in_another_encoding_is_no_cut_file(tmp_path, end):
+    other = '{"text": "另一行"}'.encode("gbk")
+    path = write(tmp_path / "a.jsonl", (ROW * 3).encode() + other + b"\n" + other + end)
+    (unit,) = list_units("x", "text_rows", path)
+    assert [why for _, _, why in read_records(unit)] == [None] * 3 + ["not UTF-8"] * 2
+    write(path, (ROW * 3 + ROW).encode()[: -len('"}\n') - 1])  # within a character
+    (unit,) = list_units("x", "text_rows", path)
+    with pytest.raises(DataError, match="a.jsonl:4: not UTF-8 and ends without a line break: it breaks off"):
+        list(read_records(unit))
+
+
 @pytest.mark.parametrize("size", [20, 1000])
 def test_a_file_that_changes_after_it_was_listed(tmp_path, size):
     path = write(tmp_path / "a.jsonl", ROW * 9)

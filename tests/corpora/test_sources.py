@@ -202,6 +202,19 @@ def test_conversations_that_were_named_texts(tmp_path):
         data_process.main([f"--sources=x:text_rows={path}", *options])
 
 
+def test_conversations_without_room(tmp_path, tokenizer_path):
+    path = write_rows(tmp_path / "a.jsonl", *[chat("问", "一个很长的回答" * 20)] * 3)
+    options = [
+        "--parts=sft",
+        f"--out={tmp_path / 'out'}",
+        "--workers=1",
+        "--max_seq_len=16",
+        f"--tokenizer={tokenizer_path}",
+    ]
+    with pytest.raises(DataError, match="dropped: 3 answer too long; x: max_seq_len=16 is too small$"):
+        data_process.main([f"--sources=x:messages={path}", *options])
+
+
 def test_ranked_text_with_a_header_or_none(tmp_path):
     rows = {
         "none.tsv": "甲\t乙\t丙\n子\t丑\t寅\n",

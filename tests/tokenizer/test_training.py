@@ -147,7 +147,8 @@ def foreign(lines, **options):
     [
         (None, "corpus.txt: no such file"),
         (b"", "corpus.txt: the file is empty"),
-        (b"\n\n", "no usable line in .*corpus.txt"),
+        (b"\n\n", "no usable line in .*corpus.txt$"),
+        ("中文\n".encode("gbk"), "no usable line in .*corpus.txt; convert it: iconv -f GB18030 -t UTF-8"),
         (b"abc\n", "vocab_size 5000 on 1 lines: .*Vocabulary size too high"),
         (
             "\n".join(map(chr, range(0x4E00, 0x7E00))).encode(),
@@ -162,6 +163,16 @@ def test_unusable_corpora(tmp_path, content, message):
     with pytest.raises(TokenizerError, match=message), ending:
         train(("input", path), ("out", out / "deeper"), ("vocab_size", 5000))
     assert not out.exists()
+
+
+def test_what_is_no_text_file(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "abc"}\n')
+    for name, message in (
+        ("rows.jsonl", "rows.jsonl: rows, not text: data_process.py"),
+        ("", ": a folder, not a text"),
+    ):
+        with pytest.raises(TokenizerError, match=message):
+            train(("input", tmp_path / name), ("out", tmp_path / "out"))
 
 
 @pytest.mark.parametrize(
