@@ -81,6 +81,18 @@ def continue_prompts(model, tokenizer, prompts, config, env):
     return [(text, tokenizer.decode(ids)) for text, ids in zip(config["sample_prompts"], replies.tokens, strict=True)]
 
 
+def announce(train, val, rows_per_step, prompts, context, config):
+    """Print what is validated and sampled, and how often each source is read."""
+    T, last = config["seq_len"], ", at the end on all" if config["eval_all"] else ""
+    print(f"validation on at most {min(config['eval_tokens'], len(val)):,} of {len(val):,} tokens{last}")
+    if T < context:
+        print(f"rows of {T} tokens are trained, of model.max_seq_len={context} validated")
+    if prompts and config["sample_tokens"] >= context:
+        print(f"sample_tokens={config['sample_tokens']}: the context of {context} tokens ends them sooner")
+    for name, epochs in train.epochs(config["max_steps"] * rows_per_step, T).items():
+        print(f"{name}: {epochs:.2f} epochs")
+
+
 def main(argv=None):
     config = parse_config("pretrain", argv, __doc__)
     if config["plan"]:
@@ -108,16 +120,7 @@ def main(argv=None):
     rows_per_step = config["batch_size"] * accumulation * env.world_size
     if env.is_main:
         print(f"{model.num_params():,} parameters; {T * rows_per_step:,} tokens a step")
-        last = ", at the end on all" if config["eval_all"] else ""
-        print(f"validation on at most {min(config['eval_tokens'], len(val)):,} of {len(val):,} tokens{last}")
-        if T < shape.max_seq_len:
-            print(f"rows of {T} tokens are trained, of model.max_seq_len={shape.max_seq_len} validated")
-        if prompts and config["sample_tokens"] >= shape.max_seq_len:
-            print(
-                f"sample_tokens={config['sample_tokens']}: the context of {shape.max_seq_len} tokens ends them sooner"
-            )
-        for name, epochs in train.epochs(config["max_steps"] * rows_per_step, T).items():
-            print(f"{name}: {epochs:.2f} epochs")
+        announce(train, val, rows_per_step, prompts, shape.max_seq_len, config)
 
     eos_id = tokenizer.eos_id
     x, y, documents = fetch(train, stage.first * accumulation, config, env, eos_id)

@@ -267,6 +267,20 @@ def file_sizes(ckpt, file):
     }
 
 
+def check_data(data, val, calibration, verify):
+    """{name: sha256} of the files that are read, of those of the calibration too if it is given."""
+    files = [val.file(source).name for source in val.sources]
+    if calibration:
+        text = calibration == "train"
+        files += [f"train.{source}.bin" for source in val.meta["sources"]] if text else [calibration]
+    hashes = resume.hashes_of(data, files)
+    if verify:
+        resume.verify_data(data, hashes)
+    else:
+        print(f"verify_data=False: the files in {data} are taken to be what meta.json says")
+    return hashes
+
+
 def main(argv=None):
     config = parse_config("quantize", argv, __doc__)
     quant = spec_of(config)
@@ -278,16 +292,8 @@ def main(argv=None):
     tok = checkpoint.tokenizer_of(ckpt)
     val = open_val(data, ckpt, tok)
     model = checkpoint.build_model(ckpt)
-    calibrated, batches = quant.get("algorithm") == "gptq", None
-    files = [val.file(source).name for source in val.sources]
-    if calibrated:
-        text = config["calibration"] == "train"
-        files += [f"train.{source}.bin" for source in val.meta["sources"]] if text else [config["calibration"]]
-    hashes = resume.hashes_of(data, files)
-    if config["verify_data"]:
-        resume.verify_data(data, hashes)
-    else:
-        print(f"verify_data=False: the files in {data} are taken to be what meta.json says")
+    calibrated = quant.get("algorithm") == "gptq"
+    hashes = check_data(data, val, config["calibration"] if calibrated else None, config["verify_data"])
     if calibrated:
         sizes = config["calibration_tokens"], model.config.max_seq_len, config["eval_batch_size"]
         batches = calibration_batches(data, config["calibration"], *sizes, tok.vocab_size)
@@ -313,13 +319,12 @@ def main(argv=None):
         if not math.isfinite(found := metrics.get(name, 0)):
             raise CheckpointError(f"{ckpt.path}: {name} is {found}: weights are too large, or training diverged")
     if config["sample_prompts"] and not model.config.scalar_head:
-        continues, context = checkpoint.continues(ckpt), model.config.max_seq_len
-        if config["sample_tokens"] >= context:
+        if config["sample_tokens"] >= (context := model.config.max_seq_len):
             print(f"sample_tokens={config['sample_tokens']}: the context of {context} tokens ends a reply sooner")
+        asked = tok, checkpoint.continues(ckpt), config["sample_prompts"], config["sample_tokens"]
         for m, label in ((model, "float32"), (low_model, quant["method"])):
             with checkpoint.naming(ckpt):
-                pairs = sample_pairs(m, label, tok, continues, config["sample_prompts"], config["sample_tokens"])
-            log.samples(ckpt.step, pairs)
+                log.samples(ckpt.step, sample_pairs(m, label, *asked))
 
     checkpoint.save(
         new,
