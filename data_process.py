@@ -107,6 +107,8 @@ list_units = functools.cache(sources.list_units)  # what it says of files is sai
 def list_jobs(part, config, tokenizer):
     """Every unit of the part's sources, in the order that their documents will have."""
     named = sources.parse_sources(config["sources"], SOURCES)
+    if len(named) > 256:
+        raise ConfigError(f"sources: {len(named)} of them, and no more than 256 can be told apart")
     stages = {SOURCES[layout].stage for _, layout, _ in named}
     stage = "rm" if part == "prompts" and "prompts" not in stages else STAGES[part]
     sha256, model_bytes = (tokenizer.sha256, tokenizer.model_bytes) if tokenizer else (None, b"")

@@ -34,11 +34,17 @@ def choices(row, question, answered, notes):
         found = labelled(value, name, notes)
     else:
         return [], set()
-    if all(re.search(rf"(?<![A-Za-z\d]){label}\W{{0,3}}{re.escape(text)}", question) for label, text in found):
+    if all(stands_in(question, label, text) for label, text in found):
         return [], used
     if all((match := _LABELLED.match(text)) and match[1].upper() == label.upper() for label, text in found):
         return [text for _, text in found], used
     return [f"{label}. {text}" for label, text in found], used
+
+
+def stands_in(question, label, text):
+    """Whether a choice is in the question, A. text or A甲; the 1 of A1 is no choice A."""
+    between, after = r"\W{1,3}" if text[:1].isascii() else r"\W{0,3}", r"(?![A-Za-z\d])" if text[-1:].isascii() else ""
+    return re.search(rf"(?<![A-Za-z\d]){label}{between}{re.escape(text)}{after}", question)
 
 
 def labelled(value, name, notes):

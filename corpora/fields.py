@@ -82,8 +82,10 @@ def note_others(row, notes, names, taken, text):
         value = row.get(name)
         if value is None or name == taken or isinstance(value, bool) or missing(value):
             continue
-        other = (as_text(value, []) or "").strip()
-        if other != text.strip() and not is_blank(other):
+        other = as_text(value, [])
+        if other is None and not nothing(value):
+            notes.append(f"{name} left out: {kind(value)}")
+        elif other and other.strip() != text.strip() and not is_blank(other):
             notes.append(f"{name} left out, {taken} taken")
 
 

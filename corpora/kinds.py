@@ -57,7 +57,20 @@ def integer(digits):
     return int(digits) if len(digits) < 4000 else digits
 
 
-DECODER = json.JSONDecoder(strict=False, parse_int=integer)  # raw line breaks inside strings are common, and harmless
+class AsWritten(float):
+    """A float that is shown as it was written: 0.10, 1e3, more digits than a float has."""
+
+    def __new__(cls, digits):
+        number = super().__new__(cls, digits)
+        number.digits = digits
+        return number
+
+    def __str__(self):
+        return self.digits
+
+
+NUMBERS = dict(parse_int=integer, parse_float=AsWritten)
+DECODER = json.JSONDecoder(strict=False, **NUMBERS)  # raw line breaks inside strings are common, and harmless
 
 
 class Unread(DataError):

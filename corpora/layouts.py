@@ -156,29 +156,40 @@ def history(row, notes):
     return read_turns(value, "history", notes)
 
 
-def question_text(row, notes, *names):
-    """(the question, the fields it stands in); `names` are more fields that it may stand in."""
+def question_text(row, notes, *names, replies=False):
+    """(the question, the fields it stands in); `names` are more fields that it may stand in.
+
+    `replies`: columns A, B, ... may be answers to it, unless one stands elsewhere.
+    """
     used, parts = set(), []
     context = ["context"] if present(row, [name for name in INPUTS if name != "context"]) else []
     for group in (INSTRUCTIONS, [*QUESTIONS, *names], context, [name for name in INPUTS if name not in context]):
         if name := present(row, group):
             used.add(name)
             text = optional(row, notes, name) if group is context else required(row, notes, *group)
-            again = name not in INPUTS and any(text in part for part in parts)  # a prompt made out of the question
+            again = name not in INPUTS and any(holds(part, text) for part in parts)  # a prompt made of the question
+            notes += [f"{name} stands in the question already"] if again and text not in parts else []
             parts += [] if is_blank(text) or again else [text]
     if not parts and used <= set(INPUTS):
         raise Drop("no instruction")
-    lines, fields = choices(row, "\n".join(parts), bool(present(row, ANSWERS)), notes)
+    lines, fields = choices(row, "\n".join(parts), not replies or bool(present(row, ANSWERS)), notes)
     parts, used = parts + lines if parts else [], used | fields
     return "\n".join(parts), used
 
 
-def question_turns(row, notes, *names):
+def holds(part, text):
+    """Whether a part holds a text as a line of its own or after a colon, as templates do; a long one, anywhere."""
+    text = text.strip()
+    alone = re.search(rf"(?m)(?:^|[:：])[ \t]*{re.escape(text)}[ \t]*$", part)
+    return bool(alone) or len(text) >= 16 and text in part
+
+
+def question_turns(row, notes, *names, replies=False):
     """(the history and the question, the fields they stand in); `names` are more fields that it may stand in."""
     prompt = row.get("prompt")
     if (found := messages_in(prompt)) and not (isinstance(prompt, str) and asks(row, "prompt")):
         return read_turns(found, "prompt", notes), {"prompt", *SYSTEMS}
-    question, used = question_text(row, notes, *names)
+    question, used = question_text(row, notes, *names, replies=replies)
     question = strip_template(question, notes)
     turns = marked_turns(question)
     if turns and turns[-1]["role"] == "assistant":
@@ -194,13 +205,13 @@ def question_turns(row, notes, *names):
     return history(row, notes) + turns, used | {"history", *SYSTEMS}
 
 
-def prompt_turns(row, notes, *names):
+def prompt_turns(row, notes, *names, replies=False):
     """The same of a row that may hold its question as messages."""
     if found := conversation_in(row, notes):
         return found
     if not asks(row) and (messages := messages_in(row.get("context"))):
         return read_turns(messages, "context", notes), {"context"}
-    return question_turns(row, notes, *names)
+    return question_turns(row, notes, *names, replies=replies)
 
 
 def answer_turns(row, notes, *names):
@@ -361,7 +372,8 @@ def prompts(row, notes):
     if len(turns) % 2 == 0:
         raise Drop(cut or "no question")
     try:
-        others = {name: plain(value) for name, value in row.items() if re.split(r"[.\[]", str(name))[0] not in used}
+        roots = {name: re.split(r"[.\[]", name)[0] if _DOTTED.match(name) else name for name in map(str, row)}
+        others = {name: plain(value) for name, value in row.items() if roots[str(name)] not in used}
         size = len(json.dumps(others, ensure_ascii=False).encode())
     except (RecursionError, ValueError):  # ValueError: an integer of more than 4,300 digits
         raise Drop("fields that JSON cannot hold") from None

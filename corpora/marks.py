@@ -5,7 +5,7 @@ import re
 from corpora.fields import role_of, turn
 
 # Conversations in one text, by what opens a turn: Llama-Chinese's, ChatML's, Llama 3's, Llama 2's, MOSS's, ChatGLM3's,
-# Guanaco's, Alpaca's, and those of hh-rlhf, BELLE and ChatGLM, which ordinary text may begin with as well.
+# Guanaco's, which need not begin a line, and Alpaca's.
 _OPENINGS = [
     re.compile(r"<s>\s*(Human|User|Assistant|Bot|System)\s*[:：][ \t]*"),
     re.compile(r"<\|im_start\|>[ \t]*(\w+)[ \t]*\n"),
@@ -13,9 +13,13 @@ _OPENINGS = [
     re.compile(r"(?:<s>\s*)?(\[/?INST\]|<</?SYS>>)\s*"),
     re.compile(r"(?:<\||\[)(Human|MOSS)(?:\|>|\])[:：][ \t]*"),
     re.compile(r"<\|(user|assistant|system|observation)\|>\s*"),
-    re.compile(r"(?im)^###[ \t]*(Human|User|Assistant|System)[:：][ \t]*"),
+    re.compile(r"(?i)###[ \t]*(Human|User|Assistant|System)[:：][ \t]*"),
     re.compile(r"(?im)^(?:Below is an instruction[^\n]*\n\s*)?###[ \t]*(Instruction|Input|Response)[:：]\s*"),
-    re.compile(r"(?im)^[ \t]*(?:\[Round[ \t]*\d+\]\s*)?(Human|User|Assistant|Bot|用户|助手|问|答)[:：][ \t]*"),
+]
+# Those of hh-rlhf, BELLE and ChatGLM, which ordinary text may begin with as well; another pair of them inside is text.
+_PLAIN = [
+    re.compile(rf"(?im)^[ \t]*(?:\[Round[ \t]*\d+\]\s*)?({names})[:：][ \t]*")
+    for names in ("Human|Assistant|Bot", "User|Assistant|Bot", "用户|助手", "问|答")
 ]
 _ROLES = {"[INST]": "user", "[/INST]": "assistant", "<<SYS>>": "system", "<</SYS>>": "user"}
 _START = re.compile(r"\A\s*(?:(?:<s>|<\|begin_of_text\|>|\[gMASK\]|<sop>)\s*)+")
@@ -29,12 +33,39 @@ MARKS = "marks of turns removed"
 def parts_of(text):
     """[(role or None, text), ...] of a text that begins with the mark of a turn; [] of any other."""
     for bare in (text.lstrip(), _START.sub("", text)):
-        for opening in _OPENINGS:
-            if opening.match(bare):
-                _, *found = opening.split(bare)
-                names = [_ROLES.get(name.upper()) or role_of(name) for name in found[::2]]
-                return list(zip(names, [_CLOSING.sub("", part) for part in found[1::2]], strict=True))
+        begins = [opening for opening in _OPENINGS if opening.match(bare)][:1]
+        plain = [opening for opening in _PLAIN if not begins and opening.match(bare)]
+        if begins or plain:
+            opening = max(begins or plain, key=lambda opening: len(opening.findall(bare)))
+            marks = in_template(list(opening.finditer(bare)))
+            ends = [mark.start() for mark in marks[1:]] + [len(bare)]
+            parts = [_CLOSING.sub("", bare[mark.end() : end]) for mark, end in zip(marks, ends, strict=True)]
+            return [
+                (_ROLES.get(mark[1].upper()) or role_of(mark[1]), part) for mark, part in zip(marks, parts, strict=True)
+            ]
     return []
+
+
+def in_template(marks):
+    """The marks of turns without those inside an answer to Alpaca's prompt, after which only another prompt comes."""
+    kept = []
+    for mark in marks:
+        name, before = mark[1].lower(), kept[-1] if kept else None
+        doubled = before and not mark.string[before.end() : mark.start()].strip()
+        if name in ("input", "response") and before and before[1].lower() == "response" and not doubled:
+            continue
+        kept.append(mark)
+    return kept
+
+
+def marked_texts(items):
+    """The turns of a list of texts that each begin with the mark of one, 问：... and 答：...; [] of any other."""
+    if len(items) < 2 or not all(isinstance(item, str) for item in items):
+        return []
+    parts = [parts_of(item) for item in items]
+    turns = [turn(*part[0]) for part in parts if len(part) == 1]
+    both = {"user", "assistant"} <= {each["role"] for each in turns} <= {"user", "assistant", "system"}
+    return turns if both and len(turns) == len(items) else []
 
 
 def marked_turns(text):
@@ -50,7 +81,7 @@ def marked_turns(text):
 
 def begins_marked(text):
     """Whether a text begins as a conversation does, and neither a question nor a document."""
-    return bool(parts_of(text)) and bool(not _OPENINGS[-1].match(text.lstrip()) or _ALONE.match(text))
+    return bool(parts_of(text)) and bool(not any(each.match(text.lstrip()) for each in _PLAIN) or _ALONE.match(text))
 
 
 def bare_question(text, notes):

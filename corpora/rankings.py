@@ -17,7 +17,9 @@ RANKS = ("rank", "ranks")  # 1 is the best
 CHOICE = "better_response_id"  # PKU-SafeRLHF
 
 _SCORED = re.compile("(?i)score|rank|rating|reward|grade|vote|annotation|[得评]分|分数|排[名序]")
-_CHOOSING = re.compile("(?i)better|best|safer|winner|prefer|chosen|label")
+_CHOOSING = re.compile("(?i)better|best|safer|winner|prefer|chosen|label|correct")
+_JUDGING = re.compile(f"{_SCORED.pattern}|{_CHOOSING.pattern[4:]}|good|quality|level")  # of each answer
+_POINTING = re.compile(r"(?i)(?:.*[^a-z\d])?([a-h]|\d)")  # B, answer_b, response 2
 _COUNTING = re.compile("(?i)(.*[ _-])?(ids?|idx|index|indices|lens?|lengths?|tokens|num|no|counts?|times?)")
 _PLACE = re.compile(r"(\D*[^\d _-])[ _-]?(\d+)|(.+)[ _-]([A-Za-z])")  # answer1, response_0, reply_b
 _ANSWERING = re.compile(
@@ -47,8 +49,11 @@ def told(fields):
 def inner_fields(answers):
     """What answers that are objects have of scores."""
     objects = [answer if isinstance(answer, dict) else {} for answer in answers]
-    names = dict.fromkeys(name for answer in objects for name in answer if _SCORED.search(str(name)))
-    return {name: [answer.get(name) for answer in objects] for name in names}
+    names = dict.fromkeys(name for answer in objects for name in answer if _JUDGING.search(str(name)))
+    fields = {name: [answer.get(name) for answer in objects] for name in names}
+    return {
+        name: values for name, values in fields.items() if _SCORED.search(str(name)) or len({*map(repr, values)}) > 1
+    }
 
 
 def outer_fields(row, places, used):
@@ -60,12 +65,15 @@ def outer_fields(row, places, used):
             continue
         if isinstance(value, (list, tuple)):
             known = name in (*SCORES, *RANKS)
-            as_many = len(value) == len(places) and all(isinstance(item, (int, float)) for item in value)
+            kinds = (int, float, str) if _JUDGING.search(said) else (int, float)
+            as_many = len(value) == len(places) and all(isinstance(item, kinds) for item in value)
             if known or as_many and not _COUNTING.fullmatch(said):
                 fields[name] = value if len(value) == len(places) else [None]
         elif isinstance(value, dict) and _SCORED.search(said):
             fields[name] = [None]
-        elif isinstance(value, (int, float)) and _CHOOSING.search(said) or re.search("(?i)winner|prefer", said):
+        elif re.search("(?i)winner|prefer", said):
+            fields[name] = [None]
+        elif _CHOOSING.search(said) and (isinstance(value, (int, float)) or _POINTING.fullmatch(str(value).strip())):
             fields[name] = [None]
     return fields
 
@@ -105,7 +113,7 @@ def columns(row, used):
 
 @adapter
 def ranked(row, notes):
-    turns, used = prompt_turns(row, notes)
+    turns, used = prompt_turns(row, notes, replies=True)
     name = present(row, RANKED)
     answers = unpacked(row[name]) if name else None
     if isinstance(answers, dict):

@@ -12,7 +12,7 @@ import sys
 from corpora import encodings
 from corpora.encodings import BLOCK, ENCODINGS, WIDE, escaped, is_clean, lines_of, open_bytes, open_text, reading
 from corpora.fields import nothing, shown
-from corpora.kinds import BLANKS, decode_json, integer, is_row
+from corpora.kinds import BLANKS, NUMBERS, decode_json, is_row
 from corpora.tables import read_arrow, read_csv, read_parquet
 from dataset.formats import DataError
 
@@ -42,7 +42,7 @@ def single(pairs):
     return fields
 
 
-DECODER = json.JSONDecoder(strict=False, parse_int=integer, object_pairs_hook=single)
+DECODER = json.JSONDecoder(strict=False, **NUMBERS, object_pairs_hook=single)
 
 
 def remark():
@@ -161,8 +161,9 @@ def read_value(unit):
     """A file that is one row, which was read once to tell that."""
     with open_text(unit.path, unit.encoding) as file:
         text = file.read().strip(BLANKS)
-    row = decode_json(text) if is_clean(text) else None
-    yield f"{escaped(unit.path)}:record 1", row, None if row else f"not {ENCODINGS[unit.encoding]}"
+    _repeated.clear()
+    row = DECODER.decode(text) if is_clean(text) else None
+    yield f"{escaped(unit.path)}:record 1", row, remark() if row else f"not {ENCODINGS[unit.encoding]}"
 
 
 def check_rest(unit, rest, records, key, first):

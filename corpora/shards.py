@@ -28,6 +28,7 @@ from common.progress import Progress
 from corpora.encodings import reading
 from dataset.formats import OURS, DataError, writable
 
+BLOCK = 1 << 20  # bytes that are hashed at once
 SAMPLES = 20  # dropped records kept of each reason, to look at
 SHOWN = 500  # characters of a sample
 SHARD_FORMAT = 3  # of a shard folder: those of another are made again
@@ -249,8 +250,8 @@ def read_done(folder):
     return done if isinstance(done, dict) else None
 
 
-def content_mark(path, start=0, stop=0, whole=1 << 24, size=1 << 16):
-    """What tells a changed input file: its size, and a hash of the range, of one above 16 MB that of 64 blocks.
+def content_mark(path, start=0, stop=0, whole=1 << 30, size=1 << 16):
+    """What tells a changed input file: its size, and a hash of the range, in files above 1 GB that of 64 blocks of it.
 
     When it was written is no sign: copies on several machines must count as the same.
     """
@@ -259,10 +260,13 @@ def content_mark(path, start=0, stop=0, whole=1 << 24, size=1 << 16):
     with reading(path), open(path, "rb") as file:
         total, digest = os.fstat(file.fileno()).st_size, hashlib.sha256()
         length = min(stop or total, total) - start
-        at, size = (np.linspace(0, length - size, 64, dtype=int), size) if length > whole else ([0], max(0, length))
-        for position in at:
-            file.seek(start + int(position))
-            digest.update(file.read(size))
+        if total > whole and length > 64 * size:
+            blocks = [(start + int(at), size) for at in np.linspace(0, length - size, 64)]
+        else:
+            blocks = [(at, min(BLOCK, start + length - at)) for at in range(start, start + max(0, length), BLOCK)]
+        for position, n in blocks:
+            file.seek(position)
+            digest.update(file.read(n))
     return [total, digest.hexdigest()]
 
 

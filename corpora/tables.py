@@ -38,7 +38,7 @@ def read_csv(unit):
             # of files joined to one, each may have its own order
             header = names_of(row)
             yield place, None, "header once more"
-        elif len(row) != len(header):
+        elif len(row) != len(header) or "".join(row[named_columns(header) :]).strip():  # a bare comma in a text
             yield place, None, "wrong number of columns"
         else:
             clean = is_clean("".join(row))
@@ -48,6 +48,11 @@ def read_csv(unit):
 
 def names_of(row):
     return [name.strip() for name in row]
+
+
+def named_columns(header):
+    """How many columns there are up to the last that has a name."""
+    return max((i for i, name in enumerate(header, 1) if name), default=len(header))
 
 
 def refuse_twins(names, place):

@@ -4,7 +4,6 @@ A turn is {"role", "content"}, of an answer that is not to be learnt also "train
 remarks on the row are added to; Drop is raised with the reason why a row gives no record.
 """
 
-import itertools
 import numbers
 import re
 
@@ -23,7 +22,7 @@ from corpora.fields import (
     turn,
     unpacked,
 )
-from corpora.marks import marked_turns
+from corpora.marks import marked_texts, marked_turns
 
 CUTS = dict(tool="tool calls", image="images")  # what a prompt cannot hold: a conversation ends before it
 EMPTY = "pair with an empty turn left out"
@@ -166,6 +165,8 @@ def read_turns(value, name, notes):
         raise Drop(f"no {name}")
     if not isinstance(value, (list, tuple)):
         raise Drop(f"{name} is {kind(value)}")
+    if turns := marked_texts(value):
+        return turns
     exchanges = [item for item in value if isinstance(item, dict) and role_in(item) is None]
     if name == "data" and len(exchanges) > 1 and any(map(is_row, exchanges)):
         raise Drop("data holds rows, not turns")
@@ -177,7 +178,7 @@ def read_turns(value, name, notes):
         elif isinstance(item, dict):
             turns += turns_of(item, notes, whole)
         elif named:
-            turns.append(turn(role_of(item[0]), content_of(item[1], notes)))
+            turns += turns_of(dict(role=item[0], content=item[1]), notes)
         elif isinstance(item, (list, tuple)) and len(item) == 2:
             turns += [
                 turn(role, content_of(text, notes)) for role, text in zip(("user", "assistant"), item, strict=True)
@@ -208,11 +209,11 @@ def is_spoken(value):
 
 
 def named_turns(items):
-    """Whether items are [role, text], the roles in turn, rather than [question, answer]."""
+    """Whether items are [role, text], of both sides, rather than [question, answer]."""
     if not all(isinstance(item, (list, tuple)) and len(item) == 2 and isinstance(item[0], str) for item in items):
         return False
-    roles = [role for role in (role_of(item[0]) for item in items) if role != "system"]
-    return {*roles} == {"user", "assistant"} and all(a != b for a, b in itertools.pairwise(roles))
+    roles = {role_of(item[0]) for item in items}
+    return None not in roles and {"user", "assistant"} <= roles
 
 
 def listed(value):

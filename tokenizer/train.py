@@ -16,6 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import sentencepiece
 
@@ -28,6 +29,7 @@ SAMPLE_LINES = 10_000  # kept aside to measure characters per token
 SHOWN_PER_REASON = 5  # skipped lines named one by one, the rest only counted
 RESERVED = re.compile("[\0\u2585]")  # SentencePiece's trainer drops lines holding these
 REQUIRED = SPACE_MARK + "".join(map(chr, range(0x21, 0x7F)))  # however rare: a space in bytes would come back as U+2581
+UNFINISHED = re.compile(rb"(?:[\xc0-\xff][\x80-\xbf]{0,2})?\Z")  # what may be half a character
 ROWS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".bz2", ".xz", ".zst", ".zip")
 STOPS = ("。！？；!?;", "，、,", " ")  # after which a line is cut that is too long: the first kind that it has
 
@@ -57,7 +59,7 @@ class Corpus:
     def __iter__(self) -> Iterator[str]:
         for path in self.paths:
             with open(path, "rb") as file:
-                for number, raw in enumerate(file, 1):
+                for number, raw in pieces_of(file):
                     for line in self._usable(raw.rstrip(b"\r\n"), path, number):
                         self._count(line)
                         yield line
@@ -86,6 +88,16 @@ class Corpus:
             self.sample.append(line)
         elif (slot := self._random.randrange(self.lines)) < SAMPLE_LINES:
             self.sample[slot] = line
+
+
+def pieces_of(file: BinaryIO, limit: int = 1 << 20) -> Iterator[tuple[int, bytes]]:
+    """(number, bytes) of each line, of one longer than `limit` in several that end with whole characters of UTF-8."""
+    number, rest = 1, b""
+    while raw := rest + (more := file.readline(limit)):
+        whole = not more or more.endswith(b"\n") or len(more) < limit
+        rest = b"" if whole else UNFINISHED.search(raw)[0]
+        yield number, raw[: len(raw) - len(rest)]
+        number += whole
 
 
 def cut_line(text: str, max_bytes: int) -> list[str]:

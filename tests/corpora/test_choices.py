@@ -82,3 +82,22 @@ def test_choices_that_are_none():
     assert one("prompts", row) == ({"messages": chat("问"), "fields": {"choices": replies}}, None)
     row = {"question": "首选药物是", "options": ["甲", "乙"], "answers": ["好", "坏"]}
     assert adapt("ranked", row) == [({"messages": chat(WANTED), "chosen": "好", "rejected": "坏"}, None)]
+
+
+@pytest.mark.parametrize(
+    "layout, more", [("prompts", {}), ("prompts", {"ground_truth": "B"}), ("pairs", {"chosen": "乙", "rejected": "甲"})]
+)
+def test_columns_are_choices_whatever_the_answer_is_called(layout, more):
+    [(record, _)] = adapt(layout, {"question": "首选药物是", "A": "甲", "B": "乙"} | more)
+    assert record["messages"][0]["content"] == WANTED
+
+
+def test_a_name_in_the_question_is_no_choice():
+    question = "点A1和点B2在同一直线上吗"
+    [(record, _)] = adapt("prompts", {"question": question, "A": "1", "B": "2"})
+    assert record["messages"][0]["content"] == question + "\nA. 1\nB. 2"
+
+
+def test_a_field_whose_name_goes_on_after_a_dot_is_kept():
+    [(record, _)] = adapt("prompts", {"question": "问", "question.id": 7, "answer": "答"})
+    assert record["fields"] == {"question.id": 7, "answer": "答"}

@@ -33,7 +33,7 @@ def test_inputs_that_hold_nothing(tmp_path, capsys):
         list_units("x", "txt", tmp_path / "nowhere")
     write(tmp_path / "a.md", "文")
     empty = write(tmp_path / "a.jsonl", "")
-    with pytest.raises(DataError, match=r"no data in it; a alpaca source is \.jsonl \.ndjson"):
+    with pytest.raises(DataError, match=r"no data in it; alpaca sources are \.jsonl \.ndjson"):
         list_units("x", "alpaca", tmp_path)
     said = f"{tmp_path / 'a.md'}: not read: notes or metadata\n{empty}: empty\n"
     assert capsys.readouterr().err == said

@@ -80,3 +80,33 @@ def test_marks_speak_against_documents():
 )
 def test_layouts_that_fields_speak_for(row, layouts):
     assert hints.fitting(row) == layouts
+
+
+@pytest.mark.parametrize("between", ["\n", "", " "])
+def test_marks_that_need_no_line_of_their_own(between):
+    text = f"### Human: 一{between}### Assistant: 甲{between}### Human: 二{between}### Assistant: 乙"
+    assert one("messages", {"text": text}) == ({"messages": TWO}, None)
+
+
+@pytest.mark.parametrize(
+    "question, answer",
+    [
+        ("User: 写一段问答\nBot: ", "好的：\n问：多少钱？\n答：10元。\n就是这样。"),
+        ("Human: 写一段问答\nAssistant: ", "好的：\n用户：多少钱？\n助手：10元。"),
+        ("问：写一段问答\n答：", "User: how much?\nBot: 10"),
+        ("### Instruction:\n写一段问答\n\n### Response:\n", "# 用法\n### Input:\n一个数\n### Response:\n一个数"),
+    ],
+)
+def test_marks_of_another_kind_inside_an_answer_are_text(question, answer):
+    assert one("messages", {"text": question + answer}) == ({"messages": chat("写一段问答", answer)}, None)
+
+
+def test_a_doubled_mark_is_one():
+    text = "### Instruction:\n问\n\n### Response:\n### Response:\n答"
+    assert one("messages", {"text": text}) == ({"messages": chat("问", "答")}, None)
+
+
+def test_texts_that_each_begin_with_a_mark():
+    assert one("messages", {"data": ["问：一", "答：甲", "问：二", "答：乙"]}) == ({"messages": TWO}, None)
+    texts = ["一：", "甲", "二", "乙"]
+    assert one("messages", {"data": texts}) == ({"messages": chat(*texts)}, None)

@@ -72,3 +72,30 @@ def test_numbers_that_are_no_scores():
     }
     found = [(record["chosen"], record["rejected"]) for record, _ in adapt("ranked", row)]
     assert found == [("甲", "乙"), ("甲", "丙"), ("乙", "丙")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"output": [{"text": "坏", "label": 0}, {"text": "好", "label": 1}]},
+        {"output": [{"text": "坏", "is_best": False}, {"text": "好", "is_best": True}]},
+        {"output": [{"text": "坏", "quality": "low"}, {"text": "好", "quality": "high"}]},
+        {"output": ["坏", "好"], "rankings": ["2", "1"]},
+        {"output": ["坏", "好"], "labels": ["bad", "good"]},
+        {"output": ["坏", "好"], "best": "b"},
+        {"output": ["坏", "好"], "correct": 1},
+        {"answer_a": "坏", "answer_b": "好", "better": "B"},
+        {"answer_a": "坏", "answer_b": "好", "chosen": "answer_b"},
+    ],
+)
+def test_a_label_that_cannot_be_read_drops_the_row(row):
+    assert adapt("ranked", {"question": "问"} | row) == [(None, "answers with scores, not in order")]
+
+
+@pytest.mark.parametrize("beside", [{"label": "体育"}, {"category": "A"}, {"level": 3}])
+def test_what_says_nothing_of_the_answers_is_passed_over(beside):
+    [(record, note)] = adapt("ranked", {"question": "问", "output": ["好", "坏"]} | beside)
+    assert (record["chosen"], record["rejected"], note) == ("好", "坏", None)
+    answers = [{"text": "好", "label": "回答"}, {"text": "坏", "label": "回答"}]
+    [(record, note)] = adapt("ranked", {"question": "问", "output": answers} | beside)
+    assert (record["chosen"], record["rejected"]) == ("好", "坏")

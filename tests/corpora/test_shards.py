@@ -17,6 +17,12 @@ def test_a_changed_file_is_told_wherever_it_changed(tmp_path):
         path.write_bytes(text[:at] + bytes([text[at] ^ 1]) + text[at + 1 :])
         assert content_mark(path) != before
     assert content_mark(path, 0, 1000) == content_mark(path, 0, 1000, whole=1000)
+    large = tmp_path / "large"
+    for change in (b"3", b"9"):  # more than is hashed at once
+        large.write_bytes(b"a" * (3 << 20) + change + b"a" * (5 << 20))
+        marks = content_mark(large), content_mark(large, 1 << 20, 4 << 20), content_mark(large, 4 << 20)
+        assert change == b"3" or [a == b for a, b in zip(marks, before, strict=True)] == [False, False, True]
+        before = marks
     path.write_bytes(text)
     large = content_mark(path, whole=1000, size=100)
     for at in (0, len(text) - 1):  # of a large one its ends and some of the rest

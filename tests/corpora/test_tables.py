@@ -214,7 +214,12 @@ def test_what_spreadsheets_write(tmp_path, head):
     path = write(tmp_path / "a.csv", head + '\n题,文\n题,文,,\n,,,\n题,文,\n题,"文\n字",,\n题,文,多,余\n')
     found, row = notes_and_texts(path), ("题\n文", None)
     assert found[:-1] == [row, row, (None, "blank"), row, ("题\n文\n字", None)]
-    assert found[-1] == (row if head == "title,text,," else (None, "wrong number of columns"))
+    assert found[-1] == (None, "wrong number of columns")
+
+
+def test_a_bare_comma_where_the_last_column_has_no_name(tmp_path):
+    path = write(tmp_path / "a.csv", ",title,text,\n1,题,文,\n2,题二,先文二,再文三\n")
+    assert notes_and_texts(path) == [("题\n文", None), (None, "wrong number of columns")]
 
 
 def test_the_separator_that_a_first_line_names(tmp_path):

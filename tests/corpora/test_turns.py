@@ -172,3 +172,51 @@ def test_a_question_does_not_get_the_answer_of_the_next():
         assert one("firefly", {"conversation": [two, one_sided, two]}) == ({"messages": chat("二", "乙") * 2}, EMPTY)
     sides = [{"human": "一", "assistant": None}, {"human": None, "assistant": "甲"}]  # a turn each, as Arrow has them
     assert one("firefly", {"conversation": sides}) == ({"messages": chat("一", "甲")}, None)
+
+
+@pytest.mark.parametrize(
+    "pairs, wanted, note",
+    [
+        ([["user", "一"], ["assistant", "甲"]], chat("一", "甲"), None),
+        ([["user", "一"], ["user", "二"], ["assistant", "甲"]], chat("一\n二", "甲"), "user turns joined"),
+        ([["human", "一"], ["gpt", "甲"], ["tool", "x"], ["gpt", "乙"]], chat("一", "甲"), "cut at tool calls"),
+        ([["user", "甲"], ["user 二", "乙"]], chat("user", "甲", "user 二", "乙"), None),
+    ],
+)
+def test_pairs_of_a_role_and_a_text(pairs, wanted, note):
+    assert one("messages", {"messages": pairs}) == ({"messages": wanted}, note)
+
+
+@pytest.mark.parametrize(
+    "row, question",
+    [
+        ({"instruction": "把中文词语翻译成英文", "query": "中文"}, "把中文词语翻译成英文\n中文"),
+        ({"prompt": "判断17这样的数是不是质数", "question": "7"}, "判断17这样的数是不是质数\n7"),
+        ({"prompt": "Question: 1+1=?\nAnswer:", "question": "1+1=?"}, "Question: 1+1=?\nAnswer:"),
+        ({"prompt": "请回答。\n1+1=?", "question": "1+1=?"}, "请回答。\n1+1=?"),
+        ({"prompt": "请问一加一等于几，为什么等于它，说说看", "question": "一加一等于几，为什么等于它，说说"}, None),
+    ],
+)
+def test_a_question_that_stands_in_the_prompt_already(row, question):
+    record, note = one("alpaca", row | {"output": "答"})
+    question = question or row["prompt"]
+    assert record == {"messages": chat(question, "答")}
+    again = question == row.get("prompt")
+    assert note == ("question stands in the question already" if again else None)
+
+
+@pytest.mark.parametrize("digits", ["0.10", "1e3", "3.14159265358979323846", "-0.0"])
+def test_numbers_stay_as_they_are_written(tmp_path, digits):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"instruction": "问", "output": {digits}}}\n')
+    [unit] = list_units("x", "alpaca", path)
+    [(_, record, note)] = read_records(unit)
+    assert (record, note) == ({"messages": chat("问", digits)}, "number taken as text")
+
+
+def test_a_key_given_twice_in_a_file_that_is_one_row(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('[{"role": "user", "content": "甲", "content": "乙"},\n {"role": "assistant", "content": "丙"}]\n')
+    [unit] = list_units("x", "messages", path)
+    [(_, record, note)] = read_records(unit)
+    assert (record, note) == ({"messages": chat("乙", "丙")}, "content given twice, the last taken")

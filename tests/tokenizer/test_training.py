@@ -15,7 +15,7 @@ from saving import killed_before
 from common.config import UserError, ending
 from configs.tokenizer import config as train_defaults
 from tokenizer import Tokenizer, TokenizerError
-from tokenizer.train import Corpus, characters_per_token, cut_line, main, train_bpe
+from tokenizer.train import Corpus, characters_per_token, cut_line, main, pieces_of, train_bpe
 
 
 def train(*options):
@@ -163,6 +163,19 @@ def test_unusable_corpora(tmp_path, content, message):
     with pytest.raises(TokenizerError, match=message), ending:
         train(("input", path), ("out", out / "deeper"), ("vocab_size", 5000))
     assert not out.exists()
+
+
+@pytest.mark.parametrize("limit", [1, 4, 5, 7, 1000])
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_a_long_line_is_read_in_pieces_of_whole_characters(limit, end):
+    text = "aé中𠀀文" * 5 + f"\n第二行\n\n𠀀{end}"
+    pieces = [(number, raw.decode()) for number, raw in pieces_of(io.BytesIO(text.encode()), limit) if raw]
+    assert "".join(piece for _, piece in pieces) == text
+    lines = text.splitlines(keepends=True)
+    assert ["".join(p for n, p in pieces if n == number) for number in range(1, len(lines) + 1)] == lines
+    assert max(len(piece.encode()) for _, piece in pieces) <= limit + 3
+    stray = [raw for _, raw in pieces_of(io.BytesIO(b"\xe4\xe4\xb8" * 3), limit)]
+    assert b"".join(stray) == b"\xe4\xe4\xb8" * 3
 
 
 def test_what_is_no_text_file(tmp_path):
