@@ -156,7 +156,7 @@ def score(loaded, messages, reply):
 
 def perplexity(loaded, val, config, env):
     """(Markdown, figures) of the loss on a Corpus."""
-    masked = loaded.tokenizer.eos_id if loaded.ckpt.config.get("mask_documents") else None  # as it was trained
+    masked = loaded.tokenizer.eos_id if checkpoint.masks_documents(loaded.ckpt) else None  # as it was trained
     total, sources = source_losses(loaded.model, val, env, config["eval_tokens"] or None, eos_id=masked)
     if not math.isfinite(total.perplexity):
         found = f"its perplexity is {total.perplexity}: weights are too large, or training diverged"

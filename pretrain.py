@@ -84,7 +84,7 @@ def continue_prompts(model, tokenizer, prompts, config, env):
 def announce(train, val, rows_per_step, prompts, context, config):
     """Print what is validated and sampled, and how often each source is read."""
     T, last = config["seq_len"], ", at the end on all" if config["eval_all"] else ""
-    print(f"validation on at most {min(config['eval_tokens'], len(val)):,} of {len(val):,} tokens{last}")
+    print(f"validation on about {min(config['eval_tokens'], len(val)):,} of {len(val):,} tokens{last}")
     if T < context:
         print(f"rows of {T} tokens are trained, of model.max_seq_len={context} validated")
     if prompts and config["sample_tokens"] >= context:
@@ -105,7 +105,9 @@ def main(argv=None):
     meta, tokenizer = load_meta(data), Tokenizer.load(config["tokenizer"])
     check_data(tokenizer, config["tokenizer"], meta, data / "meta.json")
     train, val = Corpus(data, "train", mixture=config["mixture"]), Corpus(data, "val")
-    stage.check_data(*(split.file(source).name for source in train.sources for split in (train, val)))
+    others = [source for source in val.sources if source not in train.sources]  # of no share in the mixture
+    files = [split.file(source) for source in train.sources for split in (train, val)] + [*map(val.file, others)]
+    stage.check_data(*(file.name for file in files))
 
     shape, prompts = plan.shape_of(config, tokenizer.vocab_size), openings(tokenizer, config)
     plan.check_fits(shape, config, env)

@@ -225,15 +225,15 @@ def score_drift(model, other, x, batch_size, env):
     return (scores[0] - scores[1]).square().mean().sqrt().item(), scores[0].std().item()
 
 
-def evaluate(model, low_model, val, config, env):
-    """What quantization changed on val, a Corpus, as metrics."""
+def evaluate(model, low_model, val, config, env, eos_id=None):
+    """What quantization changed on val, a Corpus, as metrics; given eos_id, no document attends to those before it."""
     max_tokens, batch_size = config["eval_tokens"] or len(val), config["eval_batch_size"]
     if model.config.scalar_head:
         T = min(model.config.max_seq_len, len(val))
         x, _ = val.batch(0, max(1, min(max_tokens, len(val)) // T), T, seed=0)
         drift, std = score_drift(model, low_model, x, batch_size, env)
         return {"quantize/score_rms_difference": drift, "quantize/score_std": std}
-    losses = (source_losses(m, val, env, max_tokens, batch_size)[0] for m in (model, low_model))
+    losses = (source_losses(m, val, env, max_tokens, batch_size, eos_id)[0] for m in (model, low_model))
     before, after = (loss.perplexity for loss in losses)
     return {
         "quantize/perplexity_float32": before,
@@ -314,7 +314,8 @@ def main(argv=None):
     if calibrated:
         options = dict(damping=config["damping"], act_order=config["act_order"], search=config["range_search"])
         calibrate(low_model, ckpt.weights, batches, quant, **options)
-    metrics = evaluate(model, low_model, val, config, env)
+    masked = tok.eos_id if checkpoint.masks_documents(ckpt) else None
+    metrics = evaluate(model, low_model, val, config, env, masked)
     for name in ("quantize/perplexity_float32", "quantize/score_rms_difference"):
         if not math.isfinite(found := metrics.get(name, 0)):
             raise CheckpointError(f"{ckpt.path}: {name} is {found}: weights are too large, or training diverged")

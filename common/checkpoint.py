@@ -310,4 +310,10 @@ def check_data(tokenizer, source, meta: dict, meta_path) -> None:
 
 def parent_of(ckpt: Checkpoint) -> dict:
     """What a child checkpoint records about the one it started from."""
-    return dict(path=str(ckpt.path), stage=ckpt.stage, sha256=file_sha256(ckpt.path))
+    masked = dict(mask_documents=True) if masks_documents(ckpt) else {}
+    return dict(path=str(ckpt.path), stage=ckpt.stage, sha256=file_sha256(ckpt.path)) | masked
+
+
+def masks_documents(ckpt: Checkpoint) -> bool:
+    """Whether it was pretrained, or what it came from was, with no document attending to another one."""
+    return bool((ckpt.config or {}).get("mask_documents", (ckpt.parent or {}).get("mask_documents")))

@@ -282,8 +282,8 @@ def shard_state(state: dict, optimizer) -> dict:
 def gather(model, optimizer, env: Env):
     """(a plain copy of a sharded model, its optimizer's state in one piece) on rank 0, (None, None) on the others.
 
-    All ranks must call it. Rank 0 needs the host memory of all weights, the others that of the largest on their device;
-    without an optimizer no state is gathered.
+    All ranks must call it. Rank 0 needs the host memory of all weights, the others that of the largest on their device.
+    Without an optimizer no state is gathered, and the copy is on the device, to be evaluated; else it is to be saved.
     """
 
     def collect(tensors):
@@ -299,7 +299,7 @@ def gather(model, optimizer, env: Env):
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn, in vain
         copy = Llama(model.config)
     copy.load_state_dict(weights)
-    return copy.to(env.device).train(model.training), state
+    return copy.to("cpu" if optimizer else env.device).train(model.training), state
 
 
 def clip_gradients(params, largest: float) -> float:

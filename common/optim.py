@@ -35,7 +35,13 @@ def keep_decay(config, step, before):
 
     A rate that jumps from the end of a cosine to its middle undoes what the end has won. `before` is the config that
     the run had. Returns a line to print, "" if nothing was set; raises ConfigError where the rate would stay 0.
+    An end that was asked for then stays, unless nothing would be learnt after it.
     """
+    if (asked := before.get("decay_steps")) and not config["decay_steps"]:
+        config["decay_steps"] = asked
+        if config["max_steps"] <= before["max_steps"] or learning_rate(asked, config) > 0:
+            return f"learning rate: decay_steps={asked}, as before"
+        config["decay_steps"] = 0
     old = config | dict(max_steps=before["max_steps"], decay_steps=before.get("decay_steps", 0))
     kept, anew = learning_rate(step, old), learning_rate(step, config)
     if config["decay_steps"] or anew <= 1.01 * kept:
@@ -74,7 +80,8 @@ def has_fused(device):
 def build_optimizer(model, config):
     """AdamW, or Muon on the trunk's matrices with AdamW for the rest; weight decay on matrices only.
 
-    Under Muon the embedding and the output projection learn embedding_rate times as fast, and decay no faster.
+    Under Muon the embedding and the output projection or scalar head learn embedding_rate times as fast, and decay no
+    faster.
     """
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
@@ -151,7 +158,9 @@ class Muon(torch.optim.Optimizer):
         for shape, same in by_shape.items():
             updates = []
             for p in same:
-                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                buffer = self.state[p]["momentum"]
                 buffer.lerp_(p.grad, 1 - group["momentum"])
                 updates.append(p.grad.lerp(buffer, group["momentum"]))  # Nesterov
             scale = 0.2 * math.sqrt(max(shape))

@@ -65,6 +65,7 @@ def check_fits(shape: ModelConfig, config: dict, env) -> None:
     total = sum(count_parameters(shape).values())
     shards = env.world_size if config["parallel"] == "fsdp" else 1
     needed = total * 4 * (3 if config["optimizer"] == "muon" else 4) / shards  # weights, gradients, one state or two
+    needed += total * 4 * (shards > 1)  # rank 0 evaluates a copy in one piece
     if needed > (has := machine_memory(env.device)):
         raise ConfigError(
             f"model: {total:,} parameters need {needed / 1e9:,.0f} GB with their gradients and the optimizer's state, "

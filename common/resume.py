@@ -159,7 +159,8 @@ def _refuse_changes(ckpt: Checkpoint, config: dict) -> None:
     # where they lie does not matter if the stage can compare what they are
     training = ckpt.training or {}
     known = dict(data=training.get("data"), init_from=ckpt.parent)
-    known["reward_model"] = (training.get("extra") or {}).get("reward_model")
+    unread = here.get("reward", "model").partition("+")[0] != "model"
+    known["reward_model"] = unread or (training.get("extra") or {}).get("reward_model")
     if here.get("tokenizer") not in (None, there.get("tokenizer")):
         known["tokenizer"] = Tokenizer.load(here["tokenizer"]).model_bytes == ckpt.tokenizer
     known |= dict.fromkeys(("momentum", "embedding_rate"), here.get("optimizer") == "adamw")  # which has neither
@@ -278,11 +279,12 @@ def same_data(ckpt: Checkpoint, directory, now: dict) -> None:
         return
     for name in before | now:
         old, new = before.get(name), now.get(name)
-        if old != new:
+        unmentioned = old is None and name.startswith("val.")  # an older file tells only of a mixture's
+        if old != new and not unmentioned:
             here = f"is {new[:16]}" if new else "is not read"
             there = f"on {old[:16]}" if old else "without it"
             raise CheckpointError(f"cannot resume: {Path(directory) / name} {here}, {run} was trained {there}")
-    if list(before) != list(now):
+    if list(before) != [name for name in now if name in before]:
         raise CheckpointError(
             f"cannot resume: {directory} has {', '.join(now)} in this order, {run} was trained on {', '.join(before)}"
         )

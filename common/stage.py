@@ -170,7 +170,9 @@ class Stage:
 
     @functools.cached_property
     def best(self):
-        """The lowest validation loss so far."""
+        """The lowest validation loss so far, of those whose weights are kept."""
+        if not (self.out / checkpoint.BEST_NAME).exists():
+            return math.inf
         return min(points(self.metric_log.read(), "val/loss")[1], default=math.inf)
 
     def _begin_anew(self):
@@ -209,6 +211,7 @@ class Stage:
         due = (saves and self.stopping) or step == self.config["max_steps"] or step % self.config[interval] == 0
         if due and distributed.is_sharded(self.model):
             optimizer = self.optimizer if saves else None
+            self.whole = self.whole_optimizer = None  # the copy that was evaluated, before there is another
             self.whole, self.whole_optimizer = distributed.gather(self.model, optimizer, self.env)
         return due and self.env.is_main
 

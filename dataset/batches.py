@@ -142,9 +142,13 @@ def pack_batch(rows, multiple=1):
 
 
 def move(tensors, device):
-    """Tensors on their way to a device; from pinned memory CUDA copies while it computes."""
-    pinned = (t.pin_memory() if device.type == "cuda" else t for t in tensors)
-    return [t.to(device, non_blocking=True) for t in pinned]
+    """Tensors on their way to a device; from pinned memory CUDA copies while it computes.
+
+    MPS would read the memory of a tensor that is gone by then (pytorch/pytorch#139550, #189690).
+    """
+    if device.type != "cuda":
+        return [t.to(device) for t in tensors]
+    return [t.pin_memory().to(device, non_blocking=True) for t in tensors]
 
 
 def to_device(batch, device):

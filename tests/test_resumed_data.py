@@ -71,6 +71,15 @@ def test_sources_that_a_mixture_leaves_out_may_change(chain, tmp_path, capsys):
     assert "train.reviews.bin is eeee" in line
 
 
+def test_validation_text_that_a_mixture_leaves_out_is_verified(chain, tmp_path, capsys):
+    shutil.copytree(chain / "data", tmp_path / "data")
+    path = tmp_path / "data" / "val.people_daily.bin"
+    path.write_bytes(path.read_bytes()[:-2] + b"\1\0")
+    options = dict(data=tmp_path / "data", mixture="reviews=1", max_steps=1)
+    line = failure(capsys, MAINS["pretrain"].main, options_of(chain, "pretrain", tmp_path / "run", options))
+    assert f"{path}: its sha256 is not the one in meta.json" in line
+
+
 def test_sources_added_or_in_another_order_are_other_data(chain, tmp_path):
     ckpt = checkpoint.load(chain / "pretrain")
     files = ckpt.training["data"]

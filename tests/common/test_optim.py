@@ -99,6 +99,18 @@ def test_a_prolonged_run_never_raises_its_rate_unless_told_to():
         keep_decay(nothing, 100, before)
 
 
+@pytest.mark.parametrize("schedule", ["wsd", "cosine"])
+@pytest.mark.parametrize("max_steps", [200, 400])
+def test_an_end_that_was_asked_for_stays(schedule, max_steps):
+    before = WSD | dict(schedule=schedule, max_steps=200, decay_steps=100)
+    for step in (5, 50, 90, 150):
+        config = before | dict(max_steps=max_steps, decay_steps=0)
+        assert keep_decay(config, step, before) == "learning rate: decay_steps=100, as before"
+        assert all(learning_rate(n, config) == learning_rate(n, before) for n in range(200))
+    told = before | dict(max_steps=max_steps, decay_steps=max_steps)
+    assert keep_decay(told, 50, before) == "" and told["decay_steps"] == max_steps
+
+
 @pytest.mark.parametrize("step, kept", [(5, False), (80, False), (81, True), (100, True)])
 def test_a_wsd_run_is_prolonged_freely_until_its_decay(step, kept):
     config = WSD | dict(max_steps=400, decay_steps=0)

@@ -106,7 +106,8 @@ def test_what_cannot_be_trained_is_not_planned(changes, message):
 def test_a_model_that_this_machine_cannot_hold_is_refused(monkeypatch, tied):
     shape, env = ModelConfig(**SHAPE, tied=tied), Env(0, 2, torch.device("cpu"))
     n = sum(plan.count_parameters(shape).values())
-    for bytes_each, changes in ((16, {}), (12, dict(optimizer="muon")), (8, dict(parallel="fsdp"))):
+    sharded = dict(parallel="fsdp")  # and a copy in one piece
+    for bytes_each, changes in ((16, {}), (12, dict(optimizer="muon")), (8 + 4, sharded)):
         config = dict(optimizer="adamw", parallel="ddp", batch_size=1, seq_len=1, recompute=False) | changes
         monkeypatch.setattr(plan, "machine_memory", lambda device, has=bytes_each * n: has)
         plan.check_fits(shape, config, env)
