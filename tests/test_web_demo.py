@@ -295,7 +295,8 @@ def test_the_command_serves_until_ctrl_c(runs):
         finally:
             process.send_signal(signal.SIGINT)
         out, err = process.communicate()
-        assert process.returncode == 130 and err == "interrupted\n" and "hidden" not in out
+        assert process.returncode == 130 and "hidden" not in out
+        assert err == "odd is not served: cut short or not a checkpoint\ninterrupted\n"
 
 
 def test_the_page_is_files_of_ours(server):
