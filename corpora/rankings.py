@@ -18,7 +18,7 @@ CHOICE = "better_response_id"  # PKU-SafeRLHF
 
 _SCORED = re.compile("(?i)score|rank|rating|reward|grade|vote|annotation|[得评]分|分数|排[名序]")
 _CHOOSING = re.compile("(?i)better|best|safer|winner|prefer|chosen|label|correct")
-_JUDGING = re.compile(f"{_SCORED.pattern}|{_CHOOSING.pattern[4:]}|good|quality|level")  # of each answer
+_GRADING = re.compile("(?i)good|quality|level")  # each answer, where others do not have the same
 _POINTING = re.compile(r"(?i)(?:.*[^a-z\d])?([a-h]|\d)")  # B, answer_b, response 2
 _COUNTING = re.compile("(?i)(.*[ _-])?(ids?|idx|index|indices|lens?|lengths?|tokens|num|no|counts?|times?)")
 _PLACE = re.compile(r"(\D*[^\d _-])[ _-]?(\d+)|(.+)[ _-]([A-Za-z])")  # answer1, response_0, reply_b
@@ -46,10 +46,15 @@ def told(fields):
     return [-rank for rank in found] if names and names[0] in RANKS else found
 
 
+def is_judging(name):
+    """Whether a field says, of each answer, how good it is."""
+    return any(words.search(name) for words in (_SCORED, _CHOOSING, _GRADING))
+
+
 def inner_fields(answers):
     """What answers that are objects have of scores."""
     objects = [answer if isinstance(answer, dict) else {} for answer in answers]
-    names = dict.fromkeys(name for answer in objects for name in answer if _JUDGING.search(str(name)))
+    names = dict.fromkeys(name for answer in objects for name in answer if is_judging(str(name)))
     fields = {name: [answer.get(name) for answer in objects] for name in names}
     return {
         name: values for name, values in fields.items() if _SCORED.search(str(name)) or len({*map(repr, values)}) > 1
@@ -65,7 +70,7 @@ def outer_fields(row, places, used):
             continue
         if isinstance(value, (list, tuple)):
             known = name in (*SCORES, *RANKS)
-            kinds = (int, float, str) if _JUDGING.search(said) else (int, float)
+            kinds = (int, float, str) if is_judging(said) else (int, float)
             as_many = len(value) == len(places) and all(isinstance(item, kinds) for item in value)
             if known or as_many and not _COUNTING.fullmatch(said):
                 fields[name] = value if len(value) == len(places) else [None]
