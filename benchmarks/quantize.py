@@ -12,9 +12,11 @@ out: out/{quantize.md, quantize.png}; the tables and, last, one line of JSON on 
 """
 
 import contextlib
+import math
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import gguf
@@ -160,10 +162,13 @@ def jobs_of(files, context):
 def draw(rows, path):
     figure = new_figure(8, 5)
     axes = figure.add_subplot()
-    for i, row in enumerate(sorted(rows, key=lambda row: row["rise"])):
+    order = sorted(rows, key=lambda row: row["rise"])
+    gaps = [math.inf, *(b["rise"] - a["rise"] for a, b in pairwise(order)), math.inf]
+    for row, (below, above) in zip(order, pairwise(gaps), strict=True):
         at = row["file"] / 1e6, 100 * row["rise"]
         axes.scatter(*at, color="C1" if row["format"] in LLAMA_CPP else "C0")
-        axes.annotate(row["format"], at, (6, 4 if i % 2 else -12), textcoords="offset points")  # neighbours apart
+        where = (6, 4) if above >= below else (6, -12)  # a label goes to the side whose neighbour is farther
+        axes.annotate(row["format"], at, where, textcoords="offset points")
     axes.set_xlabel("file (MB)")
     axes.set_ylabel("rise of validation perplexity over float32 (%)")
     axes.margins(0.15)

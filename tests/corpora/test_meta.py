@@ -184,7 +184,7 @@ def test_only_shards_are_removed_from_work(tmp_path, run):
 
 
 SLEEPERS = """
-import os, sys, time
+import os, signal, sys, time
 from corpora.shards import make_in_parallel
 
 class Silent:
@@ -194,6 +194,7 @@ def sleep(job):
     open(os.path.join(sys.argv[1], str(os.getpid())), "w").close()
     time.sleep(60)
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which the tests may run, ignores it
 make_in_parallel([0, 1], sleep, 2, Silent())
 """
 
