@@ -186,7 +186,8 @@ def main(argv=None):
     order = BatchOrder(len(train[0]), config["batch_size"], config["seed"], lengths, data / "rm.pkl")
     val = [side.select(np.arange(min(len(side), config["eval_pairs"]))) for side in val]
     room = parent.model_config["max_seq_len"], config["eval_new_tokens"]
-    prompts = load_prompts(data / "prompts.pkl", tokenizer.vocab_size, *room)[1][: config["eval_prompts"]]
+    _, prompts = load_prompts(data / "prompts.pkl", tokenizer.vocab_size, *room, needed=["held-out"])
+    prompts = prompts[: config["eval_prompts"]]
 
     model, reference = (checkpoint.build_model(parent).to(env.device).eval() for _ in range(2))  # no dropout
     reference.requires_grad_(False)

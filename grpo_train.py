@@ -164,7 +164,8 @@ def main(argv=None):
     room = reward.context, config["max_new_tokens"]
     path = Path(config["data"]) / "prompts.pkl"
     train, held_out = load_prompts(path, tokenizer.vocab_size, *room)
-    order = BatchOrder(len(train), config["rollout_size"] // config["group_size"], config["seed"], path=path)
+    per_step, key = config["rollout_size"] // config["group_size"], "rollout_size, or a larger group_size"
+    order = BatchOrder(len(train), per_step, config["seed"], path=path, key=key)
     held_out = held_out[: config["eval_prompts"]]
 
     policy, reference = (checkpoint.build_model(parent).to(env.device) for _ in range(2))

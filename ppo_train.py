@@ -171,7 +171,7 @@ def main(argv=None):
     room = reward.context, config["max_new_tokens"]
     path = Path(config["data"]) / "prompts.pkl"
     train, held_out = load_prompts(path, tokenizer.vocab_size, *room)
-    order = BatchOrder(len(train), config["rollout_size"], config["seed"], path=path)
+    order = BatchOrder(len(train), config["rollout_size"], config["seed"], path=path, key="rollout_size")
     held_out = held_out[: config["eval_prompts"]]
 
     policy, reference = (checkpoint.build_model(parent).to(env.device) for _ in range(2))

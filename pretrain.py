@@ -84,7 +84,8 @@ def continue_prompts(model, tokenizer, prompts, config, env):
 def announce(train, val, rows_per_step, prompts, context, config):
     """Print what is validated and sampled, and how often each source is read."""
     T, last = config["seq_len"], ", at the end on all" if config["eval_all"] else ""
-    print(f"validation on about {min(config['eval_tokens'], len(val)):,} of {len(val):,} tokens{last}")
+    n = len(val) if config["eval_all"] and config["keep_best"] else min(config["eval_tokens"], len(val))
+    print(f"validation on about {n:,} of {len(val):,} tokens{last}")
     if T < context:
         print(f"rows of {T} tokens are trained, of model.max_seq_len={context} validated")
     if prompts and config["sample_tokens"] >= context:
@@ -130,8 +131,7 @@ def main(argv=None):
         for step in range(stage.first, config["max_steps"] + 1):
             lr = set_learning_rate(optimizer, learning_rate(step, config))
             if stage.due(step, "eval_interval"):
-                full = config["eval_all"] and step == config["max_steps"]
-                shown = None if full else config["eval_tokens"]
+                shown = None if stage.validates_on_all(step) else config["eval_tokens"]
                 metrics = evaluate(stage.whole, val, env, shown, eos_id if config["mask_documents"] else None)
                 stage.report(step, metrics, continue_prompts(stage.whole, tokenizer, prompts, config, env))
                 if step == 0:

@@ -37,6 +37,7 @@ PANELS = [
     ("expected calibration error", ["val/ece"]),
     ("gradient norm", ["train/grad_norm"]),
 ]
+CALIBRATION = "calibration.png"
 
 
 def reward_loss(chosen_scores, rejected_scores, margin=0.0, centring=0.0):
@@ -147,7 +148,6 @@ def main(argv=None):
     forward = distributed.wrap(model, env, config)
     optimizer = build_optimizer(model, config)
     stage.start(model, optimizer, tokenizer, parent)
-    picture = stage.out / "calibration.png"
     accumulation = config["grad_accumulation_steps"]
     objective = partial(reward_loss, margin=config["margin"], centring=config["centring"])
 
@@ -157,11 +157,12 @@ def main(argv=None):
 
     if env.is_main:
         if stage.resumed:
-            picture.unlink(missing_ok=True)  # of an earlier end, which more steps have made untrue
+            (stage.folder / CALIBRATION).unlink(missing_ok=True)  # of an earlier end, which more steps have made untrue
         epochs = config["max_steps"] * accumulation * env.world_size / order.per_epoch
         print(f"{len(train[0]):,} training and {len(val[0]):,} validation pairs; {epochs:.2f} epochs")
         last = ", at the end on all" if config["eval_all"] else ""
-        print(f"validation on {min(config['eval_pairs'], len(val[0])):,} of {len(val[0]):,} pairs{last}")
+        n = len(val[0]) if stage.validates_on_all(0) else min(config["eval_pairs"], len(val[0]))
+        print(f"validation on {n:,} of {len(val[0]):,} pairs{last}")
 
     batch = fetch(stage.first * accumulation)
     with stage.interrupt:
@@ -169,11 +170,11 @@ def main(argv=None):
             lr = set_learning_rate(optimizer, learning_rate(step, config))
             if stage.due(step, "eval_interval"):
                 last = step == config["max_steps"]
-                n_pairs = len(val[0]) if last and config["eval_all"] else min(len(val[0]), config["eval_pairs"])
+                n_pairs = len(val[0]) if stage.validates_on_all(step) else min(len(val[0]), config["eval_pairs"])
                 metrics, *scores = evaluate(stage.whole, *val, env, n_pairs, objective)
                 stage.report(step, metrics)
                 if last and math.isfinite(metrics["val/loss"]):
-                    write_file(picture, draw_calibration(*scores))
+                    write_file(stage.folder / CALIBRATION, draw_calibration(*scores))
             if stage.due(step, "save_interval"):
                 stage.save(step)
             if stage.ends(step):

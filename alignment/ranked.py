@@ -82,7 +82,8 @@ def main(argv=None):
     checkpoint.check_data(tokenizer, ckpt.path, load_meta(data), data / "meta.json")
     resume.verify_data(data, resume.hashes_of(data, ["prompts.pkl"]))
     reward = Reward(config, ckpt, tokenizer, env)
-    prompts, _ = load_prompts(data / "prompts.pkl", tokenizer.vocab_size, reward.context, config["max_new_tokens"])
+    room = reward.context, config["max_new_tokens"]
+    prompts, _ = load_prompts(data / "prompts.pkl", tokenizer.vocab_size, *room, needed=["training"])
     if reward.function:
         reward.fields = fields_taken(reward.name, reward.function, prompts[0].fields)
     model = checkpoint.build_model(ckpt).to(env.device).eval()

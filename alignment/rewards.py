@@ -72,6 +72,8 @@ def split_reward(name):
     """(whether a reward model is asked, the function's name or "") of "model", "MODULE:FUNCTION" or model+ and that."""
     if name == "model":
         return True, ""
+    if name == "model+":
+        raise ConfigError("reward=model+: a function is needed after it, MODULE:FUNCTION")
     return name.startswith("model+"), name.removeprefix("model+")
 
 

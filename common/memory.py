@@ -48,12 +48,12 @@ def count_parameters(shape: ModelConfig) -> dict[str, int]:
     return dict(trunk=trunk, embedding=embedding, output=0 if shape.tied or shape.scalar_head else embedding)
 
 
-def activation_bytes(shape: ModelConfig, n_tokens: int, size: int, fused_norm: bool) -> int:
+def activation_bytes(shape: ModelConfig, n_tokens: int, size: int, fused_norm: bool, recompute: bool = False) -> int:
     """What the trunk keeps of a micro-batch for the backward pass.
 
     size: bytes of a number in the matrix products: 4, or 2 under bfloat16 autocast, where what is added up and
     normalised still has 4, a norm's output is kept in 2 and every matrix has a copy in bfloat16.
-    fused_norm: CUDA's, which keeps no normalised copy.
+    fused_norm: CUDA's, which keeps no normalised copy. recompute: of each block its input, and all of one at a time.
     """
     D, F, H = shape.dim, shape.hidden_dim, shape.n_heads
     kv = shape.n_kv_heads * shape.head_dim
@@ -61,7 +61,9 @@ def activation_bytes(shape: ModelConfig, n_tokens: int, size: int, fused_norm: b
     attention = size * (D + D + kv + kv + D) + 4 * H  # input, rotated q and k, v, output; log-sum-exp of each head
     feed_forward = size * (D + 3 * F)  # input, w1's output, w3's output, the product of the gated
     cast = size * count_parameters(shape)["trunk"] if size < 4 else 0
-    return n_tokens * (shape.n_layers * (2 * norm + attention + feed_forward) + norm) + cast
+    block = 2 * norm + attention + feed_forward
+    blocks = 4 * D * shape.n_layers + block if recompute else shape.n_layers * block
+    return n_tokens * (blocks + norm) + cast
 
 
 def loss_bytes(shape: ModelConfig, n_tokens: int, size: int, on_gpu: bool, head: str = "loss") -> int:
@@ -124,7 +126,8 @@ def stage_memory(stage: str, shape: ModelConfig, config: dict, on_gpu: bool, B: 
     count = {head: sum(count_parameters(each).values()) for head, each in shapes.items()}
     weights, gradients = (4 * sum(count[head] for head in some) for some in (kind.trained + kind.frozen, kind.trained))
     states, scratches = zip(*(optimizer_bytes(shapes[head], config, size) for head in kind.trained), strict=True)
-    activations = [activation_bytes(shapes[head], n_tokens, size, on_gpu) for head in kind.trained]
+    recompute = config.get("recompute", False)
+    activations = [activation_bytes(shapes[head], n_tokens, size, on_gpu, recompute) for head in kind.trained]
     losses = [loss_bytes(shape, n_tokens, size, on_gpu, head) for head in kind.trained]
     # the backward of the last model is done before that of the first one's head begins
     heads = [

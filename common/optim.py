@@ -34,15 +34,27 @@ def keep_decay(config, step, before):
     """Set decay_steps to where the schedule of a resumed run ended if max_steps would now raise its rate; says so.
 
     A rate that jumps from the end of a cosine to its middle undoes what the end has won. `before` is the config that
-    the run had. Returns a line to print, "" if nothing was set; raises ConfigError where the rate would stay 0.
-    An end that was asked for then stays, unless nothing would be learnt after it.
+    the run had. Returns a line to print, "" if nothing was set; raises ConfigError where the rate would stay 0, or a
+    decay that has begun would be undone by another decay_share. An end that was asked for then stays, unless nothing
+    would be learnt after it.
     """
+    line = _keep_end(config, step, before)
+    share = before.get("decay_share", config["decay_share"])
+    rate, anew = (learning_rate(step, config | dict(decay_share=each)) for each in (share, config["decay_share"]))
+    if anew > 1.01 * rate:
+        found = f"the learning rate would rise from {rate:.3g} to {anew:.3g} at step {step}, where its decay has begun"
+        raise ConfigError(f"decay_share={config['decay_share']}: {found}; it was {share}")
+    return line
+
+
+def _keep_end(config, step, before):
     if (asked := before.get("decay_steps")) and not config["decay_steps"]:
         config["decay_steps"] = asked
         if config["max_steps"] <= before["max_steps"] or learning_rate(asked, config) > 0:
             return f"learning rate: decay_steps={asked}, as before"
         config["decay_steps"] = 0
     old = config | dict(max_steps=before["max_steps"], decay_steps=before.get("decay_steps", 0))
+    old |= dict(decay_share=before.get("decay_share", config["decay_share"]))
     kept, anew = learning_rate(step, old), learning_rate(step, config)
     if config["decay_steps"] or anew <= 1.01 * kept:
         return ""

@@ -31,6 +31,7 @@ CARDS = {
     "H200": (989.4, 4.8, 141, "H200"),
     "B200": (2250, 8.0, 180, "B200"),
 }
+OTHERS = r"(?! Ti| Laptop| SUPER| D\b| NVL|.* MIG )"  # after a name: another card, or a slice of one
 # What programs reach of these: large products (0.69 was measured on an H100), and kernels that only move numbers.
 PRODUCTS, BANDWIDTH = 0.7, 0.75
 HOST = 0.018  # seconds that a host takes to launch a micro-batch, however small: measured, compiled, beside an H100
@@ -72,9 +73,7 @@ def check_fits(shape: ModelConfig, config: dict, env) -> None:
             f"and {env.device} has {has / 1e9:,.0f} GB: choose a smaller model.dim, model.n_layers or vocabulary"
         )
     n_tokens, size = config["batch_size"] * config["seq_len"], torch.finfo(env.dtype).bits // 8
-    kept = 4 * n_tokens * shape.dim * shape.n_layers  # of each block its input
-    if not config["recompute"]:
-        kept = activation_bytes(shape, n_tokens, size, env.device.type == "cuda")
+    kept = activation_bytes(shape, n_tokens, size, env.device.type == "cuda", config["recompute"])
     if kept > has:
         raise ConfigError(
             f"batch_size={config['batch_size']}: {n_tokens:,} tokens at once need {kept / 1e9:,.0f} GB for what the "
@@ -134,7 +133,7 @@ def utilisation(flops: float, env) -> str:
         peak, what = measured_peak(), "of matrix products measured here"
     else:
         name = torch.cuda.get_device_name(env.device) if env.device.type == "cuda" else env.device.type
-        known = [tflops for part, (tflops, *_) in CARDS.items() if re.search(rf"{part}\b(?! Ti| Laptop| SUPER)", name)]
+        known = [tflops for part, (tflops, *_) in CARDS.items() if re.search(rf"\b{part}\b{OTHERS}", name)]
         if not known:
             return f"{flops / 1e9:,.0f} GFLOP/s a process; the peak of {name} is not known here"
         peak, what = known[0] * 1e12, f"of {name}'s data sheet"
@@ -179,11 +178,12 @@ def report(config: dict) -> str:
     form = {"memory (MB)": "{part}", "CPU, float32": "{cpu:,.0f}", "GPU, bfloat16": "{gpu:,.0f}"}
     lines += ["", format_table(form, rows), ""]
 
+    again = 4 / 3 if config["recompute"] else 1  # another forward beside one, and a backward of twice that
     peak = measured_peak()
     here = f"this CPU, {torch.get_num_threads()} threads, {SHARE:.0%} of {peak / 1e9:,.0f} GFLOP/s measured"
-    rows = [dict(on=here, share="", least=peak * SHARE / flops, most="", fits="")]
+    rows = [dict(on=here, share="", least=peak * SHARE / flops / again, most="", fits="")]
     for tflops, bandwidth, gigabytes, name in CARDS.values():
-        most, least = (1 / seconds for seconds in seconds_per_token(shape, n_tokens, T, tflops, bandwidth))
+        most, least = (1 / seconds / again for seconds in seconds_per_token(shape, n_tokens, T, tflops, bandwidth))
         kind = columns[0 if "float32" in name else 1]
         fits = "yes" if kind["peak"] + RESERVED < gigabytes * 1e9 else "batch_size is too large"
         share = f"{least * flops / tflops / 1e12:.0%} of {tflops} TFLOP/s"

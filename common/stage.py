@@ -15,7 +15,7 @@ from common import checkpoint, distributed, resume
 from common.config import UserError
 from common.files import save_config, unlock
 from common.loggers import logger_module, open_logger
-from common.metrics import FiniteGuard, MetricLog, NonFiniteError, points
+from common.metrics import FiniteGuard, MetricLog, NonFiniteError, plain, points
 from common.optim import keep_decay, never_low
 from common.progress import Progress, peak_memory_gb
 from dataset.formats import load_meta
@@ -226,12 +226,17 @@ class Stage:
         self.tick = time.perf_counter()
         return self.finished or self.stopping
 
+    def validates_on_all(self, step):
+        """As eval_all says: at the end, but always where best.pt is kept, as only losses on the same data compare."""
+        return self.config["eval_all"] and (self.config["keep_best"] or step == self.config["max_steps"])
+
     def report(self, step, metrics, samples=()):
         """Validation metrics and samples [(prompt, reply)] to the log, the plot and the terminal."""
         if not self.guard.stepped and math.isnan(metrics.get("val/loss", 0)):
             raise NonFiniteError("the validation loss is nan: weights are too large, or training diverged")
-        if self.config.get("keep_best") and metrics["val/loss"] < self.best:
-            self.best = metrics["val/loss"]
+        loss = plain(metrics.get("val/loss"))  # as the log has it, from which a resumed run takes the best
+        if self.config.get("keep_best") and loss is not None and loss < self.best:
+            self.best = loss
             self._write(checkpoint.BEST_NAME, step)
         self.metric_log.write(step, metrics)
         if samples:

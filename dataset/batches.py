@@ -34,13 +34,13 @@ class Prompt(list):
         self.fields = fields
 
 
-def load_prompts(path, vocab_size, context=None, new_tokens=0):
+def load_prompts(path, vocab_size, context=None, new_tokens=0, needed=("training", "held-out")):
     """prompts.pkl as (train, val), lists of Prompt; all have the same fields, None where a row lacks one.
 
     Both come in an order of chance, always the same, so that the first few are of every source.
 
-    Given the context of the models that read prompts and replies, DataError unless both splits have prompts and the
-    longest leaves room for a reply of `new_tokens`.
+    Given the context of the models that read prompts and replies, DataError unless the splits that are needed have
+    prompts and the longest of them leaves room for a reply of `new_tokens`.
     """
     arrays = load_pkl(path)
     prompts = Examples(arrays, vocab_size=vocab_size, path=path)
@@ -50,10 +50,11 @@ def load_prompts(path, vocab_size, context=None, new_tokens=0):
     shuffled = (part.index[epoch_order(len(part), 0, 0)] for part in prompts.split(False))
     train, val = ([found[i] for i in index] for index in shuffled)
     if context is not None:
-        if not (train and val):
-            side = "held-out" if train else "training"
+        splits = [dict(zip(("training", "held-out"), (train, val), strict=True))[side] for side in needed]
+        if not all(splits):
+            side = needed[splits.index([])]
             raise DataError(f"{path}: no {side} prompt; make it of two or more, with prompts_val above 0")
-        if (longest := int(prompts.lengths.max())) + new_tokens > context:
+        if (longest := max(len(prompt) for split in splits for prompt in split)) + new_tokens > context:
             raise DataError(
                 f"{path}: a prompt of {longest} tokens and a reply of {new_tokens} exceed the context of {context}; "
                 "fewer new tokens are needed, or a lower prompts_max_len of data_process.py"
@@ -178,10 +179,10 @@ class BatchOrder:
     Every epoch is a new shuffle of the examples; the few that do not fill a last batch sit that epoch out.
     """
 
-    def __init__(self, n, batch_size, seed, lengths=None, path="data"):
+    def __init__(self, n, batch_size, seed, lengths=None, path="data", key="batch_size"):
         if n < batch_size:
             raise DataError(
-                f"{path}: {n} training examples do not fill one batch of {batch_size}: choose a smaller one"
+                f"{path}: {n} training examples do not fill one batch of {batch_size}: choose a smaller {key}"
             )
         self.n, self.batch_size, self.seed, self.lengths = n, batch_size, seed, lengths
         self.per_epoch = n // batch_size

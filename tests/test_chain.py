@@ -204,6 +204,22 @@ def test_the_last_pairs_are_all_only_where_that_is_asked_for(chain, tmp_path, ca
     assert f"validation on 5 of {len(val[0]):,} pairs" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("stage", ["pretrain", "rm"])
+def test_the_best_is_the_best_on_the_same_data(chain, tmp_path, stage):
+    few = dict(pretrain=dict(eval_tokens=64), rm=dict(eval_pairs=5))[stage]
+    few |= dict(learning_rate=1e-12, min_learning_rate=0.0)
+    train(chain, stage, tmp_path / "run", **few, keep_best=True, eval_all=True, eval_interval=1, max_steps=2)
+    losses = [row["val/loss"] for row in metrics(tmp_path / "run") if "val/loss" in row]
+    assert len(losses) == 3 and len(set(losses)) == 1  # nothing is learnt, and all of them are over all
+    assert checkpoint.load(tmp_path / "run" / "best.pt").step == 0
+
+
+def test_a_reward_model_of_no_steps_takes_the_place_of_one_whole(chain, tmp_path):
+    for _ in range(2):
+        train(chain, "rm", tmp_path / "run", max_steps=0, overwrite=True)
+        assert (tmp_path / "run" / "calibration.png").is_file()
+
+
 @pytest.mark.parametrize("stage", TRAINED)
 def test_stopped_and_resumed_equals_uninterrupted(chain, stage, tmp_path, capsys):
     train_in_two_sittings(chain, stage, tmp_path / "two", capsys)
@@ -345,6 +361,8 @@ def test_a_script_ends_with_one_line_and_exit_code_2():
         ("sft", {"batch_size": 4000}, ["examples do not fill one batch of 4000"]),
         ("rm", {"eval_interval": 0}, ["eval_interval=0", "at least 1"]),
         ("dpo", {"eval_prompts": 0}, ["eval_prompts=0", "at least 1"]),
+        ("ppo", {"reward": "model+"}, ["reward=model+", "MODULE:FUNCTION"]),
+        ("ppo", {"rollout_size": 4000, "micro_batch_size": 4}, ["one batch of 4000: choose a smaller rollout_size"]),
     ],
 )
 def test_a_wrong_option_is_named(chain, tmp_path, capsys, stage, changes, words):

@@ -337,6 +337,7 @@ def test_prompts_must_leave_room_for_replies(small, tmp_path, capsys):
         (dict(score_clip=-1), "score_clip=-1.0: at least 0 is needed"),
         (dict(reward="length", reward_length="9,3"), "reward_length=[9, 3]"),
         (dict(reward="nothing"), "reward=nothing: model, length, module:function or"),
+        (dict(rollout_size=4000), "one batch of 1000: choose a smaller rollout_size, or a larger group_size"),
     ],
 )
 def test_a_wrong_option_is_named(small, tmp_path, capsys, changes, words):

@@ -60,6 +60,7 @@ def status(key):
 
 def train(config, vocab_size, chunked, steps):
     model = Llama(ModelConfig(vocab_size=vocab_size, **config["model"]))
+    model.recompute = config["recompute"]
     optimizer = build_optimizer(model, config)
     for _ in range(steps):
         for _ in range(config["grad_accumulation_steps"]):
@@ -90,6 +91,7 @@ def measured_growth(config, vocab_size, chunked=True):
 WIDE = dict(dim=256, n_layers=4, n_heads=4, n_kv_heads=2, max_seq_len=256, seq_len=256)
 MEMORY_CASES = {
     "activations": (WIDE | dict(batch_size=16, grad_accumulation_steps=1), 6144),
+    "recomputed": (WIDE | dict(batch_size=32, grad_accumulation_steps=1, recompute=True), 6144),
     "vocabulary": (WIDE | dict(batch_size=4, grad_accumulation_steps=2), 32000),
     # two gradients of it and their sum; a third would be beyond what the test allows
     "embedding": (WIDE | dict(n_layers=2, batch_size=1, seq_len=64, grad_accumulation_steps=1), 32000),

@@ -118,6 +118,18 @@ def test_a_wsd_run_is_prolonged_freely_until_its_decay(step, kept):
     assert config["decay_steps"] == (100 if kept else 0)
 
 
+def test_a_decay_that_has_begun_is_not_undone_by_another_share():
+    for max_steps in (100, 400):  # at step 90 half of the last 20 steps is over
+        config = WSD | dict(decay_share=0.05, max_steps=max_steps, decay_steps=0)
+        with pytest.raises(
+            ConfigError, match="^decay_share=0.05: the learning rate would rise from 0.364 to 1 at step"
+        ):
+            keep_decay(config, 90, WSD)
+    for step, share, max_steps in ((70, 0.05, 100), (70, 0.05, 400), (90, 0.4, 100)):
+        config = WSD | dict(decay_share=share, max_steps=max_steps, decay_steps=0)
+        assert keep_decay(config, step, WSD) == "" and config["decay_steps"] == 0
+
+
 def test_a_warm_up_longer_than_wsds_stable_part_delays_the_decay():
     config = WSD | dict(warmup_steps=90)
     assert learning_rate(89, config) == learning_rate(90, config) == 1.0

@@ -62,6 +62,18 @@ def test_traffic_grows_with_what_is_moved():
     assert plan.traffic_per_token(ModelConfig(**SHAPE), 1024) == pytest.approx(expected)
 
 
+def test_a_plan_with_recomputing_takes_less_memory_and_a_third_more_time():
+    def row(text, name):
+        return [cell.strip().replace(",", "") for cell in next(x for x in text.splitlines() if name in x).split("|")]
+
+    plain, again = (plan.report(config_of(recompute=recompute)) for recompute in (False, True))
+    for column in (2, 3):  # CPU, GPU
+        kept, fewer = (float(row(text, "activations of a micro-batch")[column]) for text in (plain, again))
+        assert fewer < kept / 3
+    rates = [int(row(text, "A100 80 GB")[2]) for text in (plain, again)]
+    assert rates[1] == pytest.approx(rates[0] * 3 / 4, abs=1)
+
+
 def test_plan_asks_the_tokenizer_if_there_is_one(tmp_path):
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("酒店很好，房间干净\n" * 20, encoding="utf-8")
@@ -119,8 +131,8 @@ def test_a_model_that_this_machine_cannot_hold_is_refused(monkeypatch, tied):
 def test_a_batch_that_this_machine_cannot_hold_is_refused(monkeypatch):
     shape, env = ModelConfig(**SHAPE), Env(0, 1, torch.device("cpu"))
     config = dict(optimizer="adamw", parallel="ddp", batch_size=1000, seq_len=1000)
-    kept = plan.activation_bytes(shape, 1_000_000, 4, False)
-    for recompute, needed in ((False, kept), (True, 4 * 1_000_000 * shape.dim * shape.n_layers)):
+    for recompute in (False, True):
+        needed = plan.activation_bytes(shape, 1_000_000, 4, False, recompute)
         monkeypatch.setattr(plan, "machine_memory", lambda device, has=needed: has)
         plan.check_fits(shape, config | dict(recompute=recompute), env)
         monkeypatch.setattr(plan, "machine_memory", lambda device, has=needed - 1: has)
@@ -149,7 +161,17 @@ def test_utilisation_of_a_known_gpu_is_beside_its_data_sheet(monkeypatch, name, 
     assert share in plan.utilisation(100e12, Env(0, 1, torch.device("cuda")))
 
 
-@pytest.mark.parametrize("name", ["GeForce 256", "NVIDIA H100 NVL"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "GeForce 256",
+        "NVIDIA H100 NVL",
+        "NVIDIA H200 NVL",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GB200",
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+    ],
+)
 def test_utilisation_of_an_unknown_gpu_says_so(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert f"the peak of {name} is not known" in plan.utilisation(1e12, Env(0, 1, torch.device("cuda")))

@@ -137,6 +137,21 @@ def test_both_sides_of_pairs_and_all_prompts_have_their_rows(tmp_path):
             load_prompts(path, 100)
 
 
+def test_only_the_prompts_that_are_needed_must_be_there_and_fit(tmp_path):
+    path = tmp_path / "prompts.pkl"
+    tokens, offsets = pack([[5] * 9, [6] * 2, [7] * 3], np.uint16)
+    save_pkl(path, dict(tokens=tokens, offsets=offsets, is_val=np.array([False, True, True])))
+    with pytest.raises(DataError, match="a prompt of 9 tokens and a reply of 4 exceed the context of 8"):
+        load_prompts(path, 100, 8, 4)
+    _, val = load_prompts(path, 100, 8, 4, needed=["held-out"])
+    assert sorted(map(len, val)) == [2, 3]
+    save_pkl(path, dict(tokens=tokens, offsets=offsets, is_val=np.zeros(3, bool)))
+    train, _ = load_prompts(path, 100, 16, 4, needed=["training"])
+    assert len(train) == 3
+    with pytest.raises(DataError, match="no held-out prompt"):
+        load_prompts(path, 100, 16, 4)
+
+
 def test_pad_batch_tells_length_apart_from_padding():
     examples = Examples(three_examples())
     batch = pad_batch([examples[i] for i in range(3)], pad_id=0)
