@@ -7,7 +7,7 @@ case ${POEMS:-} in '' | /*) ;; *) POEMS=$PWD/$POEMS ;; esac
 cd "$(dirname "$0")/.."
 . runs/setup.sh requirements.txt
 . runs/stages.sh
-python -m pip install --quiet --disable-pip-version-check opencc
+python -m pip install --quiet --disable-pip-version-check opencc==1.4.2
 began=$SECONDS
 export VERSE_TABLES=data/poems/rows/verse.json
 
@@ -48,7 +48,7 @@ stage pretrain python pretrain.py configs/poems/pretrain.py --resume
 stage sft python sft.py configs/poems/sft.py --resume
 
 # two stages side by side, each on half of the cores, are done sooner than one after the other on all: steps are small
-threads=${OMP_NUM_THREADS:-$(nproc)}
+threads=${OMP_NUM_THREADS:-$cores}
 export OMP_NUM_THREADS=$(((threads + 1) / 2))
 aside out/poems/rm.log rm python rm_train.py configs/poems/rm.py --resume
 once data/poems/rows/ranked.jsonl ranked python -m alignment.ranked configs/poems/ranked.py

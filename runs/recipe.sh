@@ -53,4 +53,4 @@ once "$out/gguf" gguf python export.py --ckpt="$out/grpo" --format=gguf --dtype=
 stage report python -m common.report "$out"
 
 printf '\nDone in %d s. All of it on one page: %s/report.html\n' $((SECONDS - began)) "$out"
-echo "Chat with it: python eval_generate.py --ckpt=$out/grpo, or in a browser: python web_demo.py --runs=$out"
+echo "Chat with it${to_activate:-}: python eval_generate.py --ckpt=$out/grpo, or in a browser: python web_demo.py --runs=$out"

@@ -9,5 +9,4 @@ if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v chromium 
 fi
 # tests are many and small: a process a core with one thread each is faster than one process on all cores; in the order
 # of their names, as xdist's own order leaves the files with one long test to the end
-cores=$(nproc)
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} python -m pytest -q -n $((cores < 8 ? cores : 8)) --dist loadfile --no-loadscope-reorder "$@"
