@@ -316,13 +316,13 @@ def main(argv=None):
     jobs = {part: list_jobs(part, config, tokenizer) for part in parts}
     refuse_own(out, [job for part in parts for job in jobs[part]])
     make_folder(out)
-    lock(out, shared=n > 1)  # several machines may make shards at once
+    lock(out, shared=bool(config["shard"]))  # several machines may make shards at once
     meta, replaced = start_meta(out, parts, config["val_share"], tokenizer)
     if not config["merge"]:
         for part in parts:
             counted = "bytes" if part == "text" else "tokens"
             make_missing(jobs[part][i::n], make_shard, config["workers"], f"{part} units", counted)
-        if n > 1:
+        if config["shard"]:
             unlock(out)
             print(f"shard {i}/{n} is done; when all are, run the same command with --merge instead of --shard")
             return

@@ -7,9 +7,11 @@ import ast
 import datetime
 import decimal
 import functools
+import io
 import json
 import numbers
 import re
+import tokenize
 import warnings
 
 from corpora.clean import is_blank
@@ -115,6 +117,40 @@ def optional(row, notes, *names):
 
 
 _PYTHON = re.compile(r"""[\[({][\s\[({]*(?:['"\]})]|None)""")  # lists and objects of texts, not {{1}, {2}} or a formula
+_NUMPY = re.compile(r"""['"\]}]\s+['"\[{]""")  # perhaps two elements without a comma
+
+
+def integer(digits):
+    """An int, or where Python refuses one of so many digits, its text."""
+    return int(digits) if len(digits) < 4000 else digits
+
+
+class AsWritten(float):
+    """A float that is shown as it was written: 0.10, 1e3, more digits than a float has."""
+
+    def __new__(cls, digits):
+        number = super().__new__(cls, digits)
+        number.digits = digits
+        return number
+
+    def __str__(self):
+        return self.digits
+
+
+NUMBERS = dict(parse_int=integer, parse_float=AsWritten)
+CELL = json.JSONDecoder(strict=False, **NUMBERS)
+
+
+def python_value(text):
+    """What Python's text stands for; NumPy's too, which has blanks where Python has commas, as pandas writes a list."""
+    if _NUMPY.search(text):
+        ends, starts, last, parts = set("'\"]}"), set("'\"[{"), "", []
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            word = token.string.strip()
+            parts += ["," if last and word and last in ends and word[0] in starts else " ", word]
+            last = word[-1:] or last
+        text = "".join(parts).strip()
+    return ast.literal_eval(text)
 
 
 def unpacked(value):
@@ -122,7 +158,7 @@ def unpacked(value):
     if not isinstance(value, str) or value.strip()[:1] not in ("[", "{"):
         return value
     text = value.strip()
-    for decode in (json.JSONDecoder(strict=False).decode, *([ast.literal_eval] if _PYTHON.match(text) else [])):
+    for decode in (CELL.decode, *([python_value] if _PYTHON.match(text) else [])):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # an odd escape in what is no Python at all

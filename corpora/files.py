@@ -8,6 +8,7 @@ it is, is a DataError.
 import errno
 import fnmatch
 import glob
+import json
 import os
 import stat
 import sys
@@ -121,10 +122,28 @@ def list_files(root, layout, globs, notes):
         except Unread as reason:
             notes[f"not read: {reason}"].append(name)
     wanted = {n for n in names if any(PurePosixPath(PurePath(n).as_posix()).match(glob) for glob in globs.split())}
+    if cached := unlisted(names):
+        notes["not read: not among the files of its state.json"] += sorted(cached)
+        names = [name for name in names if name not in cached]
+        wanted -= cached
     if wanted:
         if others := [name for name in names if name not in wanted]:
             notes[f"not read: not among {globs}"] += others
     return [name for name in names if name in wanted or not wanted]
+
+
+def unlisted(names):
+    """The .arrow files beside a state.json of Hugging Face's datasets that does not name them: what it has cached."""
+    found = set()
+    for folder in {os.path.dirname(name) for name in names if name.endswith(".arrow")}:
+        try:
+            with open(os.path.join(folder, "state.json"), encoding="utf-8") as file:
+                listed = {entry["filename"] for entry in json.load(file)["_data_files"]}
+        except (OSError, ValueError, LookupError, TypeError):  # none, or another program's
+            continue
+        arrows = [name for name in names if name.endswith(".arrow") and os.path.dirname(name) == folder]
+        found |= {name for name in arrows if os.path.basename(name) not in listed}
+    return found
 
 
 def walk(root, notes):

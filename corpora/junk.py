@@ -97,6 +97,7 @@ _BESIDE = re.compile(
 )
 _SIGN = r"[=\-_*~—–－＝＊☆★◆◇●○□■▲△※#+＃～]"
 _RULE = re.compile(rf"{_SIGN}\s*{_SIGN}\s*(?:{_SIGN}\s*)+")
+_STARS = re.compile("[★●][★☆●○]{2,4}")  # as many as people give
 _URL = r"(?:(?:https?|ftp)://|www[.．])[\w\-.．~:/?#@!$&'*+,;=%|]*"
 _AFTER = r"(?:^[\s*•·\-]*|(?<=[。！？!?…”])\s*)"
 # One that a sentence goes on behind is part of it; in brackets, or alone or with a label at the end, none is.
@@ -119,7 +120,7 @@ def _letters(text):
 def is_junk(line):
     """Whether a line is nothing but an advert of its site, navigation, a cry for votes or a rule."""
     core = line.strip(" \t（()）【】[]『』<>←→*＊-—=~～☆★|｜。！!.…")
-    rule = bool(_RULE.fullmatch(line.strip()))
+    rule = bool(_RULE.fullmatch(line.strip())) and not _STARS.fullmatch(line.strip())
     if rule or not core or core[0] in '“「"' or len(line) > 120:  # a rule; dots, speech, prose
         return rule
     if re.search(_VOTES, core):

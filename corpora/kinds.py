@@ -4,7 +4,7 @@ import json
 import re
 
 from corpora.encodings import BLOCK, COMPRESSED, detect_encoding, escaped, open_bytes, reading
-from corpora.fields import nothing
+from corpora.fields import NUMBERS, nothing
 from corpora.layouts import ANSWERS, INPUTS, INSTRUCTIONS, QUESTIONS, TEXTS, TURNS
 from corpora.turns import role_of
 from dataset.formats import DataError
@@ -50,26 +50,9 @@ _SUFFIX = re.compile(r"\.(7z|[a-z][a-z0-9]*)$")
 _ARRAY = re.compile(r'\[\s*(?:[\]{\["]|\Z)')
 _KEY = re.compile(r'\s*[{,]\s*("(?:[^"\\]|\\.)*")\s*:\s*')
 _ROWS = re.compile(r"\[\s*\{")
+_TEXTS = re.compile(r'\[\s*"')
 
 
-def integer(digits):
-    """An int, or where Python refuses one of so many digits, its text."""
-    return int(digits) if len(digits) < 4000 else digits
-
-
-class AsWritten(float):
-    """A float that is shown as it was written: 0.10, 1e3, more digits than a float has."""
-
-    def __new__(cls, digits):
-        number = super().__new__(cls, digits)
-        number.digits = digits
-        return number
-
-    def __str__(self):
-        return self.digits
-
-
-NUMBERS = dict(parse_int=integer, parse_float=AsWritten)
 DECODER = json.JSONDecoder(strict=False, **NUMBERS)  # raw line breaks inside strings are common, and harmless
 
 
@@ -145,6 +128,8 @@ def text_kind(text, whole, layout, suffix):
     if layout in TEXT_LAYOUTS:
         if isinstance(decode_json(text.split("\n", 1)[0]), dict):
             raise Unread(f"JSON, not text, which the layout {layout} reads; a layout such as text_rows reads it")
+        if layout == "lines":
+            check_breaks(text)
         return "text" if layout == "txt" else "lines", 0
     if not text:
         raise Unread("blank")
@@ -161,7 +146,14 @@ def text_kind(text, whole, layout, suffix):
         raise Unread("plain text, not rows; the layouts txt and lines read it")
     if suffix not in TEXT_SUFFIXES:
         raise Unread("plain text, not rows; prompts, one a line, are read from .txt")
+    check_breaks(text)
     return "plain", 0
+
+
+def check_breaks(text):
+    r"""DataError for text whose lines end in \r alone, as old Macs wrote them: it would be one line."""
+    if "\r" in text.strip("\r") and "\n" not in text:
+        raise DataError(r"its lines end in \r alone; make it \n: tr '\r' '\n' < FILE > NEW")
 
 
 def decode_json(text):
@@ -230,6 +222,11 @@ def members(text, at):
 
 def find_rows(text):
     """Where in the text of an object, or its beginning, the list of objects stands that are the rows; 0 if in none."""
+    if is_table(text):
+        raise DataError(
+            "rows by number or columns, as pandas' to_json and to_dict of datasets write them; write a row a line: "
+            "to_json(path, orient='records', lines=True, force_ascii=False)"
+        )
     found, others = {}, {}
     for key, at, value in members(text, 0):
         if match := _ROWS.match(text, at):
@@ -243,6 +240,26 @@ def find_rows(text):
     if len(found) > 1:
         raise DataError(f"holds several lists, {', '.join(map(escaped, found))}; write each to a file of its own")
     return next(iter(found.values()), 0)
+
+
+def is_table(text):
+    """Whether the object that a text, or its beginning, holds is a table turned to columns or to rows by number.
+
+    {"0": {...}, "1": ...}, {"question": {"0": ...}, ...}, {"question": [...], "answer": [...]} and {"columns": [...],
+    "data": [[...], ...]}: none of these is a row.
+    """
+    fields = {key: (at, value) for key, at, value in members(text, 0)}
+    opened = {text[at] for at, _ in fields.values()}
+    if opened == {"{"}:  # the first name in each
+        inner = {next(members(text, at), ("",))[0] for at, _ in fields.values()}
+        return next(iter(fields)) == "0" or inner == {"0"}
+    if opened != {"["} or len(fields) + any(value is CUT for _, value in fields.values()) < 2:
+        return False
+    if {"columns", "data"} <= fields.keys() <= {"columns", "data", "index"}:
+        return True
+    lengths = {len(value) for _, value in fields.values() if value is not CUT} or {2}
+    held = {key.lower() for key, (at, _) in fields.items() if _TEXTS.match(text, at)}
+    return bool(held & ({*TEXTS} | ASKING | ANSWERED)) and len(lengths) == 1 and max(lengths) > 1
 
 
 def may_be_rows(key, first):

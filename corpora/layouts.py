@@ -12,16 +12,17 @@ from corpora.choices import choices
 from corpora.clean import is_blank
 from corpora.fields import Drop, as_text, given, kind, missing, nothing, optional, required, role_of, turn, unpacked
 from corpora.marks import MARKS, bare_answer, bare_question, marked_turns, strip_template
-from corpora.turns import CONTENTS, SYSTEMS, THOUGHTS, UNTHOUGHT, filled, is_spoken, nested, read_turns, settle
+from corpora.turns import CONTENTS, MEDIA, SYSTEMS, THOUGHTS, UNTHOUGHT, filled, is_spoken, nested, read_turns, settle
 
 TEXTS = ("text", "content", "completion", "body")
 TURNS = ("messages", "conversations", "conversation", "dialog", "dialogue", "dialogues", "chat", "turns", "data")
 LOOSE = ("turns", "data")  # may be anything: a number of turns, a table that is asked about
 INSTRUCTIONS = "instruction prompt Instruction Prompt 指令".split()
 QUESTIONS = "question query ask problem Question Query 问题".split()
-INPUTS = "context input Input".split()
+INPUTS = "context Context input Input 输入".split()
 ANSWERS = (
-    "output response solution answer completion target std_answer reply Output Response Answer Completion 回答 答案"
+    "output response solution answer completion target std_answer reply Output Response Answer Completion"
+    " 回答 答案 输出"
 ).split()
 MARKED = ("text", "plain_text", "content")  # fields that may hold a whole conversation between marks
 FIELDS_BYTES = 1 << 16  # of a prompt's other fields as JSON: a right answer and some test cases, not a book
@@ -162,7 +163,8 @@ def question_text(row, notes, *names, replies=False):
     `replies`: columns A, B, ... may be answers to it, unless one stands elsewhere.
     """
     used, parts = set(), []
-    context = ["context"] if present(row, [name for name in INPUTS if name != "context"]) else []
+    others = [name for name in INPUTS if name.lower() != "context"]
+    context = [name for name in INPUTS if name not in others] if present(row, others) else []
     for group in (INSTRUCTIONS, [*QUESTIONS, *names], context, [name for name in INPUTS if name not in context]):
         if name := present(row, group):
             used.add(name)
@@ -230,6 +232,16 @@ def is_bad(row):
     return any(mark is False or isinstance(mark, str) and mark.strip().lower() == "false" for mark in marks)
 
 
+_SHOWN = re.compile(r"<(?:image|video|audio)>")
+_QWEN = re.compile(r"(?:Picture|Audio) \d+: ?<(?:img|audio)>[^<]*</")
+
+
+def shows(turns, row):
+    """Whether turns are on images, films or sounds, which stand beside them or, as Qwen-VL has them, within."""
+    held = given(row, *MEDIA)
+    return any(_QWEN.search(each["content"]) or held and _SHOWN.search(each["content"]) for each in turns)
+
+
 def conversation(turns, row, notes):
     """An sft record of the pairs of a question and its answer."""
     if is_bad(row):
@@ -244,8 +256,9 @@ def conversation(turns, row, notes):
     if not pairs:
         raise Drop(cut or ("no answer" if turns else "no question"))
     turns = kept[: 2 * pairs]
-    if given(row, "image", "images") and any("<image>" in each["content"] for each in turns):
+    if shows(turns, row):
         raise Drop("images")
+    notes += ["images left out"] if given(row, *MEDIA) else []
     notes += ["tools left out"] if given(row, "tools", "functions") else []
     notes += [UNTHOUGHT] if given(row, *THOUGHTS) else []
     untrained = sum("train" in each for each in turns)
@@ -349,7 +362,7 @@ def plain(value):
     if isinstance(value, (bool, int)) or value is None:
         return value
     if isinstance(value, float):
-        return value if value - value == 0 else None
+        return value if value - value == 0 else getattr(value, "digits", None)  # 1e400 as it was written
     if isinstance(value, dict):
         return {str(name): plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple, set)):
@@ -369,8 +382,8 @@ def prompts(row, notes):
     system, turns, cut = settle(turns, row, notes)
     notes += [f"cut at {cut}"] if cut else []
     turns = filled(turns, notes)
-    if len(turns) % 2 == 0:
-        raise Drop(cut or "no question")
+    if len(turns) % 2 == 0 or shows(turns, row):
+        raise Drop(cut or ("no question" if len(turns) % 2 == 0 else "images"))
     try:
         roots = {name: re.split(r"[.\[]", name)[0] if _DOTTED.match(name) else name for name in map(str, row)}
         others = {name: plain(value) for name, value in row.items() if roots[str(name)] not in used}

@@ -240,6 +240,8 @@ def verify(out):
     """Read every file of a data directory again; returns a line a file, or raises DataError at the first fault."""
     out, lines = Path(out), []
     meta = formats.load_meta(out)
+    if not (meta.get("files") and meta.get("tally")):
+        raise DataError(f"{out / 'meta.json'} names no files: the run that began it was cut off; run it again")
     for name, entry in meta["files"].items():
         path = out / name
         if wrong := formats.misfit(entry, dict(bytes=int, sha256=str), name):

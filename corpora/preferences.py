@@ -15,6 +15,7 @@ from corpora.layouts import (
     messages_in,
     present,
     prompt_turns,
+    shows,
     turns_name,
 )
 from corpora.marks import bare_answer, marked_turns, strip_template
@@ -33,8 +34,8 @@ REJECTED = (
 def preference(turns, chosen, rejected, row, notes):
     """An rm record, of a prompt that ends with the user's question."""
     system, turns, cut = settle(turns, row, notes)
-    if cut:
-        raise Drop(cut)
+    if cut or shows(turns, row):
+        raise Drop(cut or "images")
     last = turns[-1]["content"].strip() if turns and len(turns) % 2 == 0 else None
     if last is not None and (last in (chosen.strip(), rejected.strip()) or is_blank(last)):
         turns = turns[:-1]
@@ -66,10 +67,11 @@ def texts_of_messages(row, notes):
 def read_side(row, notes, names):
     """(turns before the answer, the answer) of a text, a message, or messages of which the last is the answer."""
     name = present(row, names)
-    value = unpacked(row[name]) if name else None
+    value = row[name] if name else None
     turns = None
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
         return [], value[0]
+    value = unpacked(value)  # of text only now: a list that was asked for is an answer
     if name and messages_in(row[name]) and (not isinstance(row[name], str) or texts_of_messages(row, [])):
         turns = read_turns(value, name, notes)
     elif isinstance(value, str) and not (present(row, (*INSTRUCTIONS, *QUESTIONS, *INPUTS)) or turns_name(row)):

@@ -69,6 +69,9 @@ def _masked(value):
     """What JSON holds, its texts without personal data."""
     if isinstance(value, str):
         return clean_text(value, dict(mask_personal=True))
+    if isinstance(value, int) and not isinstance(value, bool):
+        text = _masked(str(value))
+        return value if text == str(value) else text
     if isinstance(value, list):
         return [_masked(item) for item in value]
     return {key: _masked(item) for key, item in value.items()} if isinstance(value, dict) else value

@@ -11,8 +11,8 @@ import sys
 
 from corpora import encodings
 from corpora.encodings import BLOCK, ENCODINGS, WIDE, escaped, is_clean, lines_of, open_bytes, open_text, reading
-from corpora.fields import nothing, shown
-from corpora.kinds import BLANKS, NUMBERS, decode_json, is_row
+from corpora.fields import NUMBERS, nothing, shown
+from corpora.kinds import BLANKS, decode_json, is_row
 from corpora.tables import read_arrow, read_csv, read_parquet
 from dataset.formats import DataError
 

@@ -5,6 +5,7 @@ each document in each stream and columns such as its hash. It takes its name onl
 that was killed goes on with the units that are missing.
 """
 
+import functools
 import hashlib
 import heapq
 import json
@@ -31,7 +32,7 @@ from dataset.formats import OURS, DataError, writable
 BLOCK = 1 << 20  # bytes that are hashed at once
 SAMPLES = 20  # dropped records kept of each reason, to look at
 SHOWN = 500  # characters of a sample
-SHARD_FORMAT = 3  # of a shard folder: those of another are made again
+SHARD_FORMAT = 4  # of a shard folder: those of another are made again
 NAMED = 20  # distinct values that reasons of these kinds name, as a corpus may hold any number of them
 NAMING = ("unknown role",)
 
@@ -270,12 +271,23 @@ def content_mark(path, start=0, stop=0, whole=1 << 30, size=1 << 16):
     return [total, digest.hexdigest()]
 
 
+def _whole_mark(path):
+    """content_mark of a file that many units may be of: computed once, unless it was written to since."""
+    return _mark_at(path, os.stat(path).st_mtime_ns if os.path.isfile(path) else 0)
+
+
+@functools.lru_cache(maxsize=64)
+def _mark_at(path, changed):
+    return content_mark(path)
+
+
 def unit_mark(unit):
     """What tells a changed unit: a hash of the shard's format, of how its files are read and of their content marks."""
     facts = [SHARD_FORMAT]
     for part in unit.parts or [unit]:
         read_as = [part.layout, part.kind, part.start, part.stop, part.encoding, part.characters, part.revision]
-        facts.append(read_as + content_mark(part.path, part.start, part.stop))
+        by_bytes = part.kind in ("lines", "plain")  # start and stop of others, such as row groups, count no bytes
+        facts.append(read_as + (content_mark(part.path, part.start, part.stop) if by_bytes else _whole_mark(part.path)))
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

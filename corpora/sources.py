@@ -143,7 +143,7 @@ def parse_sources(texts, sources=SOURCES):
                 raise
             hint = f"a path with a comma needs the form of a list, --sources={[f'{before},{text}']}"
             raise DataError(f"{error}; {hint}") from None
-    labels = [label for label, _, _ in parsed]
+    labels = [label.casefold() for label, _, _ in parsed]  # as the disks of Windows and macOS name files
     if twice := next((label for label in labels if labels.count(label) > 1), None):
         raise DataError(f"sources: {twice} is named twice; write LABEL:LAYOUT=PATH to tell them apart")
     return [(label, settled_layout(label, layout, path), path) for label, layout, path in parsed]

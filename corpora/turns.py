@@ -32,6 +32,7 @@ EMPTY = "pair with an empty turn left out"
 CONTENTS = ("content", "value", "text", "utterance", "message")
 THOUGHTS = ("reasoning", "reasoning_content", "thinking", "thoughts")
 UNTHOUGHT = "inner thoughts left out"
+MEDIA = "image images video videos audio audios".split()
 _MEDIA = re.compile("image|audio|video|file|media")
 _THOUGHT = re.compile("thinking|reasoning")
 
@@ -106,7 +107,7 @@ def turns_of(message, notes, whole=False):
         return [turn("tool", "")]
     notes += [UNTHOUGHT] if given(message, *THOUGHTS) else []
     text = content_of(content, notes)
-    if text is None:
+    if text is None or given(message, *MEDIA):
         return [turn("image", "")]
     return [turn(role, text, role != "assistant" or is_trained(message, notes))]
 
@@ -244,7 +245,7 @@ def nested(row):
 
 # turns in order
 
-SYSTEMS = ("system", "system_prompt", "system_message")
+SYSTEMS = ("system", "system_prompt", "system_message", "System", "系统")
 
 
 def settle(turns, row, notes):

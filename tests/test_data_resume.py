@@ -37,9 +37,9 @@ def test_machines_make_shards_and_one_merges_them(tmp_path, build, tokenizer_pat
     options = (two_sources(tmp_path), "--parts=pretrain", "--unit_bytes=10000")
     whole = build("whole", *options)
 
-    def make(shard):
-        main([f"--out={tmp_path / 'apart'}", f"--tokenizer={tokenizer_path}", *options, f"--shard={shard}"])
-        assert [path.name for path in (tmp_path / "apart").iterdir()] == ["work"]
+    def make(shard, out="apart"):
+        main([f"--out={tmp_path / out}", f"--tokenizer={tokenizer_path}", *options, f"--shard={shard}"])
+        assert [path.name for path in (tmp_path / out).iterdir()] == ["work"]
 
     make("2/3")
     make("0/3")
@@ -47,6 +47,7 @@ def test_machines_make_shards_and_one_merges_them(tmp_path, build, tokenizer_pat
         build("apart", *options, "--merge")
     make("1/3")
     assert build("apart", *options, "--merge") == whole
+    make("0/1", "one")  # a single machine merges no sooner
     for shard in ("3/3", "1", "-1/2", "0/0"):
         with pytest.raises(ConfigError, match="shard = .*: write i/n"):
             make(shard)

@@ -1,7 +1,12 @@
 """corpora/fields.py and layouts.py: of several fields of a row, those that count, and what is said of the others."""
 
+import json
+
+import numpy as np
 import pytest
 from rows import chat, human_gpt, one
+
+from corpora.fields import unpacked
 
 TWO = chat("一", "甲", "二", "乙")
 
@@ -38,6 +43,27 @@ TWO = chat("一", "甲", "二", "乙")
 )  # fmt: skip
 def test_of_two_texts_of_one_kind_the_other_is_named(layout, row, record, remark):
     assert one(layout, row) == (record, remark)
+
+
+def test_columns_go_by_chinese_and_capital_names_too():
+    for asked in (
+        {"指令": "译", "输入": "你好", "输出": "hello"},
+        {"Instruction": "译", "Context": "你好", "Answer": "hello"},
+    ):
+        assert one("alpaca", asked) == ({"messages": chat("译\n你好", "hello")}, None)
+    row = {"系统": "简短", "问题": "问", "回答": "答"}
+    assert one("alpaca", row) == ({"messages": chat("问", "答", system="简短")}, None)
+
+
+def test_lists_in_cells_as_json_python_and_numpy_print_them():
+    wanted = ["甲 '乙'", "丙\n丁"]
+    for text in (json.dumps(wanted), str(wanted), str(np.array(wanted, object)), "[\"甲 '乙'\"\n '丙\\n丁']"):
+        assert unpacked(text) == wanted
+    messages = chat("问", "答", "再问", "再答")
+    assert unpacked(str(np.array(messages, object))) == messages
+    assert one("messages", {"messages": str(np.array(messages, object))}) == ({"messages": messages}, None)
+    assert unpacked("['a' + 'b']") == "['a' + 'b']" and unpacked("[1, 2") == "[1, 2"
+    assert list(map(str, unpacked("[1.50, 1e3, 7]"))) == ["1.50", "1e3", "7"]
 
 
 @pytest.mark.parametrize("value", [3, "3", True, "2024-05-01", ["3,4", "5,6"], [["3", "4"]], {"id": 3}, [{"x": 3}]])

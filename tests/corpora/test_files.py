@@ -111,6 +111,21 @@ def test_a_folder_of_the_files_of_a_layout_alone(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_what_datasets_has_cached_is_not_read(tmp_path, capsys):
+    pyarrow = pytest.importorskip("pyarrow")
+    for name, text in (("data-00000-of-00001.arrow", "原文"), ("cache-1f3a.arrow", "改过的")):
+        with pyarrow.OSFile(str(tmp_path / name), "wb") as file:
+            table = pyarrow.table(dict(text=[text]))
+            with pyarrow.ipc.new_stream(file, table.schema) as writer:
+                writer.write_table(table)
+    assert len(files_read("text_rows", tmp_path)) == 2
+    listed = [{"filename": "data-00000-of-00001.arrow"}]
+    write(tmp_path / "state.json", json.dumps({"_data_files": listed, "_split": "train"}))
+    capsys.readouterr()
+    assert files_read("text_rows", tmp_path) == ["data-00000-of-00001.arrow"]
+    assert "cache-1f3a.arrow: not read: not among the files of its state.json" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "layout, name, data, message",
     [
@@ -124,6 +139,8 @@ def test_a_folder_of_the_files_of_a_layout_alone(tmp_path, capsys):
         ("txt", "a.pdf", b"%PDF-1.7", "a.pdf: a document of an office program"),
         ("alpaca", "a.txt", "文字".encode(), "a.txt: plain text, not rows; the layouts txt and lines read it"),
         ("lines", "a.txt", ROW.encode(), "a.txt: JSON, not text, .* a layout such as text_rows reads it"),
+        ("lines", "a.txt", "一行\r又一行\r".encode(), r"a.txt: its lines end in \\r alone"),
+        ("prompts", "a.txt", "一问\r又一问".encode(), r"a.txt: its lines end in \\r alone"),
         ("txt", "a", b"PAR1", "a: rows, not text"),
         ("text_rows", "a.parquet", b"<html>404</html>", "a.parquet: does not begin as such a file does"),
         ("text_rows", "a.json", b"'text'", "a.json: neither a JSON array nor JSON Lines"),

@@ -153,6 +153,11 @@ def test_junk_lines_go():
     assert len(JUNK) >= 40 and not kept
 
 
+def test_ratings_stay():
+    assert drop_junk("★★★★★\n很好\n★★★☆☆\n一般") == "★★★★★\n很好\n★★★☆☆\n一般"
+    assert drop_junk("上文\n★★★★★★\n☆ ☆ ☆\n下文") == "上文\n下文"
+
+
 def test_innocent_lines_stay():
     assert len(INNOCENT) >= 60
     assert [line for line in INNOCENT if drop_junk(line) != line] == []

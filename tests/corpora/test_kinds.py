@@ -60,6 +60,23 @@ def test_an_object_with_lists_of_its_own_is_a_row(tmp_path, layout, row):
     assert [record for _, record, _ in read(layout, write(tmp_path / "b.json", json.dumps(row)))] == [wanted]
 
 
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"0": {"instruction": "问", "output": "答"}, "1": {"instruction": "再问", "output": "再答"}},
+        {"instruction": {"0": "问", "1": "再问"}, "output": {"0": "答", "1": "再答"}},
+        {"instruction": ["问", "再问"], "output": ["答", "再答"]},
+        {"columns": ["instruction", "output"], "index": [0, 1], "data": [["问", "答"], ["再问", "再答"]]},
+        {"instruction": ["问" * 600_000, "再问"], "output": ["答", "再答"]},  # of which only the beginning is looked at
+    ],
+)
+def test_a_table_turned_to_columns_is_no_row(tmp_path, table):
+    for indent in (None, 1):
+        path = write(tmp_path / "a.json", json.dumps(table, ensure_ascii=False, indent=indent))
+        with pytest.raises(DataError, match="a.json: rows by number or columns.* lines=True"):
+            read("alpaca", path)
+
+
 def test_conversations_of_a_list_named_so(tmp_path):
     for name, layout in (("conversations", "sharegpt"), ("dialogues", "messages"), ("chat", "messages")):
         path = write(tmp_path / "a.json", json.dumps({"title": "题", name: [ROW_OF[layout]] * 3}))

@@ -327,6 +327,16 @@ def test_what_a_prompt_cannot_hold():
     row = {"messages": [*chat("问", "答"), image, answer]}
     assert one("messages", row) == ({"messages": chat("问", "答")}, "cut at images")
     assert one("sharegpt", {"conversations": human_gpt("<image>看", "答"), "images": ["a.png"]}) == (None, "images")
+    qwen = "Picture 1: <img>a.jpg</img>\n看"
+    for media, text in (({"video": "a.mp4"}, "<video>\n看"), ({"audios": ["a"]}, "<audio>看"), ({}, qwen)):
+        assert one("alpaca", media | {"instruction": text, "output": "答"}) == (None, "images")
+        assert one("pairs", media | {"prompt": text, "chosen": "好", "rejected": "坏"}) == (None, "images")
+        assert one("prompts", media | {"prompt": text}) == (None, "images")
+    assert one("alpaca", {"instruction": "<video> 怎么用？", "output": "答"})[1] is None
+    beside = {"instruction": "问", "output": "答", "image": "a.jpg"}
+    assert one("alpaca", beside) == ({"messages": chat("问", "答")}, "images left out")
+    ollama = [{"role": "user", "content": "看", "images": ["aGk="]}, answer]
+    assert one("messages", {"messages": chat("问", "答") + ollama}) == ({"messages": chat("问", "答")}, "cut at images")
     call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
     row = {"messages": [*chat("天气"), call, {"role": "tool", "content": "3"}, answer], "tools": "[1]"}
     assert one("messages", row) == (None, "tool calls")

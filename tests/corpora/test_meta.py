@@ -69,6 +69,14 @@ def test_every_name_in_meta_is_missed(tmp_path, chain):
     assert "unknown" in silent  # which has a default
 
 
+def test_what_was_cut_off_before_it_wrote_is_told(tmp_path, run):
+    run()
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text(encoding="utf-8"))
+    (tmp_path / "out" / "meta.json").write_text(json.dumps(meta | dict(files={}, tally={})), encoding="utf-8")
+    with pytest.raises(DataError, match="meta.json names no files: the run that began it was cut off; run it again"):
+        main(["--verify", f"--out={tmp_path / 'out'}"])
+
+
 @pytest.mark.parametrize("name", ["report.md", "corpus.txt", "train.wiki.bin", "sft.pkl"])
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path, run, name):
     (tmp_path / "out").mkdir()

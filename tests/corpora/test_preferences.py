@@ -25,6 +25,15 @@ def test_row_is_dropped(layout, row, reason):
     assert one(layout, row) == (None, reason)
 
 
+@pytest.mark.parametrize("good, bad", [('["苹果"]', '["苹果", "石头"]'), ('["苹果"]', "苹果"), ("['苹果' '梨']", "无")])
+def test_an_answer_that_is_a_list_as_asked_stays_one(good, bad):
+    wanted = {"messages": chat("用 JSON 列出水果"), "chosen": good, "rejected": bad}
+    assert one("pairs", {"prompt": "用 JSON 列出水果", "chosen": good, "rejected": bad}) == (wanted, None)
+    asked = {"messages": chat("用 JSON 列出水果", good), "rejected": bad}
+    assert one("pairs", asked) == (wanted, None)
+    assert one("pairs", {"prompt": "问", "chosen": ["好"], "rejected": ["坏"]})[0]["chosen"] == "好"  # UltraFeedback's
+
+
 def test_preference_rows_of_every_shape():
     wanted = {"messages": chat("问"), "chosen": "好", "rejected": "坏"}
     good, bad = {"from": "gpt", "value": "好"}, {"role": "assistant", "content": "坏"}

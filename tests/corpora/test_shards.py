@@ -1,10 +1,13 @@
 """Shard folders, where another system than Linux would refuse what Linux allows."""
 
+import json
 import os
 
 import numpy as np
+import pytest
 
-from corpora.shards import ShardWriter, content_mark, read_done
+from corpora.files import Unit
+from corpora.shards import ShardWriter, content_mark, read_done, unit_mark
 
 
 def test_a_changed_file_is_told_wherever_it_changed(tmp_path):
@@ -30,6 +33,21 @@ def test_a_changed_file_is_told_wherever_it_changed(tmp_path):
         assert content_mark(path, whole=1000, size=100) != large
     path.write_bytes(b"")
     assert content_mark(path)[0] == 0
+
+
+def test_units_of_rows_are_told_by_the_whole_file(tmp_path):
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    path, marks = tmp_path / "a.parquet", []
+    for word in ("好", "坏", "好"):
+        parquet.write_table(pyarrow.table(dict(text=[word * 9] * 80)), path, row_group_size=20, use_dictionary=False)
+        units = [Unit("x", "text_rows", str(path), "parquet", start, start + 1) for start in range(4)]
+        marks.append([unit_mark(unit) for unit in units])
+    assert len(set(marks[0])) == 4 and not {*marks[0]} & {*marks[1]} and marks[0] == marks[2]
+    path = tmp_path / "a.json"
+    for word in ("好", "坏"):
+        path.write_text(json.dumps(dict(title="题" * 50, data=[dict(text=word)])), encoding="utf-8")
+        marks.append(unit_mark(Unit("x", "text_rows", str(path), "json", 90)))
+    assert marks[-1] != marks[-2]
 
 
 def test_a_shard_takes_its_name_with_no_file_open(tmp_path, monkeypatch):
