@@ -147,6 +147,8 @@ def score(loaded, messages, reply):
     example, why = encode_example(loaded.tokenizer, conversation, loaded.model.config.max_seq_len)
     if example is None:
         raise UserError(f"--reply={reply} cannot be scored: {why}")
+    if why:
+        print(f"{why}: what is left is scored", file=sys.stderr)
     ids = torch.tensor([example.ids], device=loaded.model.norm.weight.device)  # (1, T)
     found = sequence_scores(loaded.model, ids, torch.tensor([ids.size(1)], device=ids.device)).item()
     if not math.isfinite(found):

@@ -88,6 +88,7 @@ def write_run(config, out):
         ckpt, notes = import_hf(Path(config["import_hf"]), config["tokenizer"])
     else:
         ckpt = import_llama2c(Path(config["import_llama2c"]), config["tokenizer"])
+        notes = ["its documents are taken to open and close with <s>, as llama2.c's do; ours, sent there, knew <eos>"]
     model = checkpoint.build_model(ckpt)
     history = {
         key: getattr(ckpt, key) for key in ("stage", "step", "tokens_seen", "tokenizer", "document_ids", "parent")

@@ -38,8 +38,9 @@ from serving.runs import Runs
 from serving.worker import Worker
 
 ROOT = Path(__file__).resolve().parent
-PAGE = [*(ROOT / "serving" / "page").iterdir(), ROOT / "common" / "palette.css"]
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+PAGE = [path for path in (ROOT / "serving/page").iterdir() if path.suffix in KINDS and path.name[0] != "."]
+PAGE += [ROOT / "common/palette.css"]
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
 PATIENCE = 2  # seconds until a stream begins without its first token: then what fails is told within it
 HEARTBEAT = 5  # seconds between comments in a stream that waits

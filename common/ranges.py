@@ -40,7 +40,9 @@ RANGES = {
     "[0, 0.5)": "label_smoothing",
     "(0, 1)": "val_share held_out",
     "(0, 1]": "top_p compare_top_p",
-    "[0, 1e6]": "rule_weight kl_coef kl_target entropy_coef vf_coef sft_coef margin centring score_clip damping",
+    "[0, 1e6]": """
+        rule_weight kl_coef kl_target entropy_coef vf_coef sft_coef margin centring score_clip damping web_demo:top_k
+    """,
     "(0, 1e6]": "cliprange cliprange_value",
     "[0.01, 100]": "temperature embedding_rate",  # log-probabilities at 0 have no value
     "[1e-4, 1e6]": "beta",  # rewards are divided by it
@@ -50,6 +52,7 @@ RANGES = {
     "0 or [0.001, 2]": "web_demo:temperature",  # as in OpenAI's interface
     "[0, 65535]": "port",
     "[0.001, 1000]": "repetition_penalty",
+    "[0.1, 10]": "web_demo:repetition_penalty",  # as serving/protocol.py has it
     "[0, 1000]": "workers",
     # SentencePiece's own limits; its smallest vocabulary is 3 special, 256 byte and 95 ASCII pieces
     "[354, 1e6]": "vocab_size",

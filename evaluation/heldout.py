@@ -174,9 +174,9 @@ def of_file(path):
     except UnicodeDecodeError:
         raise DataError(f"{escaped(path)}: not UTF-8; convert it: iconv -f GB18030 -t UTF-8") from None
     if Path(path).suffix != ".jsonl":
-        return [
-            part.strip("\n") for part in re.split(r"\n\s*\n" if "\n\n" in text.strip() else "\n", text) if part.strip()
-        ]
+        blank = re.compile(r"\n\s*\n")  # lines of spaces too, wide ones among them
+        parts = (blank if blank.search(text.strip()) else re.compile("\n")).split(text)
+        return [part.strip("\n") for part in parts if part.strip()]
     found = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():

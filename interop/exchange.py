@@ -8,6 +8,7 @@ import torch
 from common import checkpoint
 from common.checkpoint import Checkpoint
 from common.config import UserError
+from common.ranges import LARGEST
 from configs.eval_generate import config as chat_defaults
 from model import Llama
 
@@ -69,6 +70,9 @@ def read_facts(path, text, vocab_size):
         right = all(isinstance(facts[key], kind) for key, kind in HISTORY.items() if key in facts)
         ids = facts.get("document_ids", [0, 0])
         right &= len(ids) == 2 and all(type(i) is int and 0 <= i < vocab_size for i in ids)
+        right &= 0 <= facts.get("step", 0) <= LARGEST and 0 <= facts.get("tokens_seen", 0) <= 10**18
+        parent = facts.get("parent")
+        right &= parent is None or all(isinstance(parent.get(key), str) for key in ("path", "stage", "sha256"))
     except (ValueError, TypeError, AttributeError, RecursionError):
         right = False
     if not right:

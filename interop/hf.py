@@ -292,13 +292,18 @@ def sampling_notes(path):
     return notes + ([f"{path.name} asks for {others}, which eval_generate.py does not have"] if others else [])
 
 
-def template_notes(folder):
-    """That a chat template of others is not kept, where a folder has one: a key or, in transformers 5, a file."""
+def read_template(folder):
+    """The chat template of a folder, a key or, in transformers 5, a file; None where it has none."""
     path = folder / "tokenizer_config.json"
-    theirs = (read_json(path) if path.exists() else {}).get("chat_template")
+    found = (read_json(path) if path.exists() else {}).get("chat_template")
     for path in folder.glob("chat_template.*"):
-        theirs = path.read_text(encoding="utf-8", errors="replace")
-    if theirs in (None, vocabulary.CHAT_TEMPLATE):
+        found = path.read_text(encoding="utf-8", errors="replace")
+    return found
+
+
+def template_notes(folder):
+    """That a chat template of others is not kept, where a folder has one."""
+    if read_template(folder) in (None, vocabulary.CHAT_TEMPLATE):
         return []
     return ["its chat template is not kept: here a conversation is `question <bos> answer <eos>`, whatever it learnt"]
 
@@ -311,7 +316,8 @@ def is_allowed(key, value):
 def import_hf(folder, tokenizer_path):
     """(Checkpoint of a Hugging Face folder, what is to be said of it).
 
-    One that we exported is what it was, another continues documents.
+    One that we exported is what it was. Of another, such as ours that was trained on elsewhere, a scalar head makes a
+    reward model and our chat template one that answers; any other continues documents.
     """
     config = read_config(folder / "config.json")
     tensors, metadata = read_weights(folder)
@@ -320,8 +326,11 @@ def import_hf(folder, tokenizer_path):
         checkpoint.check_size(config, tensors)  # before so many names and shapes are made
     except ValueError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from None
-    if config.tied:
-        tensors.pop("lm_head.weight", None)  # some write the shared tensor twice
+    if config.tied and (head := tensors.pop("lm_head.weight", None)) is not None:  # some write the shared tensor twice
+        embedding = tensors.setdefault("model.embed_tokens.weight", head)  # or by this name alone
+        if embedding.shape != head.shape or not torch.equal(embedding.float(), head.float()):
+            found = "tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight"
+            raise UserError(f"{folder}: {found}: set it to false to keep both, or take one of them out")
     ours = {renamed(name, 1): (name, shape) for name, shape in shapes_of(config).items()}
     weights = {}
     for name, weight in tensors.items():
@@ -331,5 +340,9 @@ def import_hf(folder, tokenizer_path):
     facts = read_facts(folder, metadata.get(FACTS, "{}"), config.vocab_size)
     ids, notes = read_document_ids(folder, config.vocab_size)
     ids = facts.get("document_ids", ids)
+    answers = read_template(folder) == vocabulary.CHAT_TEMPLATE
+    if "stage" not in facts and (config.scalar_head or answers):
+        facts["stage"] = "rm" if config.scalar_head else "sft"
+        notes.append(f"no history of ours is in it: by its {'head' if config.scalar_head else 'chat template'}")
     notes += sampling_notes(folder / "generation_config.json") + template_notes(folder)
     return imported(folder, config, weights, Tokenizer.load(tokenizer_path or folder), ids, facts), notes

@@ -11,6 +11,8 @@ from common.tables import markdown_table
 from dataset.formats import DataError, load_meta
 from model import ModelConfig
 
+READS = dict(pretrain=["pretrain"], sft=["sft"], rm=["rm"], dpo=["rm"], ppo=["prompts"], grpo=["prompts"])
+
 CARD = """\
 ---
 language: zh
@@ -46,7 +48,8 @@ def provenance(ckpt: Checkpoint) -> dict:
     with suppress(DataError, OSError, KeyError):
         tally = load_meta(Path(ckpt.config["data"]))["tally"]
         rows = ((part, source, counts) for part, sources in tally.items() for source, counts in sources.items())
-        facts["data"] = {f"{part}/{source}": counts["kept"] for part, source, counts in rows if part != "text"}
+        read = READS.get(ckpt.stage, ())
+        facts["data"] = {f"{part}/{source}": counts["kept"] for part, source, counts in rows if part in read}
     return facts
 
 

@@ -83,7 +83,7 @@ class Guard:
                                 for wanted in ("host", "origin", "authorization"))  # fmt: skip
         if len(hosts) != 1 or not self.is_own(name_in(hosts[0])):
             shown = hosts[0][:100] if hosts else ""
-            raise ApiError(f"Host {shown!a} is no name of this server", 403, code="wrong_host")
+            raise ApiError(f"Host {shown!a} is no name of this server: see --allowed_hosts", 403, code="wrong_host")
         origin = urlsplit_host(origins[0]) if len(origins) == 1 else ""
         if origins and (not origin or origin != hosts[0].lower() and name_in(origin) not in self.names):
             raise ApiError(f"Origin {origins[0][:100]!a} is another site", 403, code="wrong_origin")

@@ -7,6 +7,7 @@ Source: https://platform.openai.com/docs/api-reference/chat and https://platform
 import codecs
 import difflib
 import json
+import re
 import secrets
 import time
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ UNHEEDED = "user metadata store service_tier parallel_tool_calls safety_identifi
 SHARED = {"model", "stream", "stream_options", "stop", "logprobs", *NUMBERS, *NEUTRAL, *UNHEEDED}
 MOST_STOPS, LONGEST_STOP, MOST_ALTERNATIVES = 4, 200, 20
 ROLES = dict(system="system", developer="system", user="user", assistant="assistant")
+_BREAKS = re.compile("[\x85\u2028\u2029]")
 
 
 class ApiError(Exception):
@@ -100,6 +102,8 @@ def read_request(values: dict, chat: bool, defaults: dict, limits: dict) -> Want
     messages = _messages(values.get("messages"), limits) if chat else None
     prompt = None if chat else _prompt(values.get("prompt"), limits)
     options = values.get("stream_options", {})
+    if isinstance(options, dict):
+        options = {key: value for key, value in options.items() if value is not None}
     if not isinstance(options, dict) or options.keys() - {"include_usage", "include_obfuscation"}:
         raise ApiError("stream_options: an object with include_usage is needed", param="stream_options")
     return Wanted(
@@ -200,7 +204,7 @@ def _alternatives(values, chat):
             raise ApiError("top_logprobs: needs logprobs to be true", param=key)
         return None
     top = values.get("top_logprobs", 0) if chat else asked
-    if top is None:
+    if top is None or top is False:
         return None
     if not isinstance(top, int) or isinstance(top, bool) or not 0 <= top <= MOST_ALTERNATIVES:
         raise ApiError(f"{key}: a whole number from 0 to {MOST_ALTERNATIVES} is needed", param=key)
@@ -290,5 +294,7 @@ def usage_of(prompt_tokens: int, completion_tokens: int) -> dict:
 
 
 def event(value: dict | str) -> bytes:
-    """A server-sent event."""
-    return f"data: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}\n\n".encode()
+    """A server-sent event. Signs that some clients take for the end of a line are escaped."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = _BREAKS.sub(lambda sign: json.dumps(sign[0])[1:-1], text)
+    return f"data: {text}\n\n".encode()

@@ -213,6 +213,8 @@ def test_reward_model_scores_and_does_not_write(tmp_path, tok, capsys):
     expected = model.values(torch.tensor([example.ids]))[0, -1].item()
     out, _ = run(capsys, f"--ckpt={ckpt}", "--prompt=写一条", "--reply=很好看")
     assert float(out) == pytest.approx(expected, rel=1e-5)
+    out, err = run(capsys, f"--ckpt={ckpt}", f"--prompt={LONG}", "--reply=很好看")
+    assert math.isfinite(float(out)) and "cut question: what is left is scored" in err
     for options in (["--prompt=写一条"], [], ["--ppl"], [f"--compare={ckpt}"]):
         with pytest.raises(CheckpointError, match=r"rm.*ckpt\.pt \(stage rm\) is a reward model"):
             run(capsys, f"--ckpt={ckpt}", *options)

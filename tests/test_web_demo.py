@@ -59,7 +59,7 @@ def test_reply_is_that_of_generate_streamed_or_not(client, loaded):
         usage = dict(prompt_tokens=prompt, completion_tokens=n, total_tokens=prompt + n)
         assert usage.items() <= whole.usage.model_dump().items()
         *chunks, last = ask(client, "酒店", seed=seed, max_tokens=24, stream=True,
-                            stream_options=dict(include_usage=True))  # fmt: skip
+                            stream_options=dict(include_usage=True, include_obfuscation=None))  # fmt: skip
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
         assert [chunk.choices[0].finish_reason for chunk in chunks][-1] == whole.choices[0].finish_reason
         assert not last.choices and last.usage == whole.usage and all(chunk.usage is None for chunk in chunks)

@@ -95,6 +95,8 @@ def test_documents_of_files(tmp_path):
     (tmp_path / "lines.txt").write_text("\ufeff第一篇\n第二篇\n", encoding="utf-8")
     write_jsonl(tmp_path / "rows.jsonl", [dict(text="甲\n\n乙"), dict(text="丙", more=1)])
     assert of_file(tmp_path / "parted.txt") == ["一行\n又一行", "第二篇"]
+    (tmp_path / "wide.txt").write_text("一行\n又一行\n　　\n第二篇\n \n第三篇\n又一行\n", encoding="utf-8")
+    assert of_file(tmp_path / "wide.txt") == ["一行\n又一行", "第二篇", "第三篇\n又一行"]
     assert of_file(tmp_path / "lines.txt") == ["第一篇", "第二篇"]
     assert of_file(tmp_path / "rows.jsonl") == ["甲\n\n乙", "丙"]
     found = of_files([str(tmp_path / "parted.txt"), str(tmp_path / "rows.jsonl")], 1, 0)

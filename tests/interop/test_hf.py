@@ -22,6 +22,7 @@ from alignment.rollout import sequence_scores
 from common import checkpoint
 from common.config import ConfigError, UserError
 from interop import exchange
+from interop.provenance import provenance
 from model import Llama, ModelConfig
 from tokenizer import Tokenizer, TokenizerError, encode_example, encode_opening, encode_prompt
 
@@ -244,6 +245,18 @@ def test_extra_and_unknown_tensors(tmp_path, tok):
     save_file(tensors | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}, folder / "model.safetensors")
     with pytest.raises(UserError, match="self_attn.q_proj.bias is .64,. in the file, missing in the model"):
         run(import_hf=folder, out=tmp_path / "run2")
+
+
+@pytest.mark.parametrize("stage, parts", [("sft", {"sft/a"}), ("pretrain", {"pretrain/a"}), ("grpo", {"prompts/a"})])
+def test_the_card_names_what_this_stage_has_read(chain, tmp_path, tok, stage, parts):
+    meta = json.loads((chain / "data/meta.json").read_text(encoding="utf-8"))
+    counts = next(iter(meta["tally"]["sft"].values()))
+    tally = {part: dict(a=counts) for part in ("text", "pretrain", "sft", "rm", "prompts")}
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/meta.json").write_text(json.dumps(meta | dict(tally=tally)), encoding="utf-8")
+    ckpt = checkpoint.load(make(tmp_path / stage, tok, stage))
+    ckpt.config["data"] = str(tmp_path / "data")
+    assert provenance(ckpt)["data"].keys() == parts
 
 
 def test_provenance_and_card(tmp_path, tok):

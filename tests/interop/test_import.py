@@ -57,6 +57,29 @@ def test_a_chat_template_of_others_is_told(tmp_path):
     assert hf.template_notes(folder) == [line]
 
 
+@pytest.mark.parametrize("stage", ["sft", "rm"])
+def test_a_model_of_ours_that_was_trained_on_elsewhere_is_what_it_was(tmp_path, tok, capsys, stage):
+    folder = run(format="hf", ckpt=make(tmp_path / stage, tok, stage, scalar_head=stage == "rm"), out=tmp_path / "hf")
+    save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors")  # without our history
+    capsys.readouterr()
+    assert checkpoint.load(run(import_hf=folder, out=tmp_path / "again")).stage == stage
+    by = dict(sft="chat template", rm="head")[stage]
+    assert f"no history of ours is in it: by its {by}" in capsys.readouterr().out
+
+
+def test_a_shared_tensor_goes_by_either_name_and_two_by_none(tmp_path, tok):
+    folder, tensors = foreign(tmp_path / "hf", tok, tie_word_embeddings=True)
+    wanted = checkpoint.load(run(import_hf=folder, out=tmp_path / "run")).weights
+    shared = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors | {"lm_head.weight": shared}, folder / "model.safetensors")
+    found = checkpoint.load(run(import_hf=folder, out=tmp_path / "again")).weights
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    tensors |= {"lm_head.weight": shared + 1, "model.embed_tokens.weight": shared}
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UserError, match="tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens"):
+        run(import_hf=folder, out=tmp_path / "third")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_rotary_tables_of_old_files_are_compared_and_left_out(tmp_path, tok, dtype):
     folder, tensors = foreign(tmp_path / "hf", tok, dtype)
@@ -211,7 +234,8 @@ def test_import_refuses_a_config_that_is_none(tmp_path, tok, values, message):
 
 def test_import_refuses_forged_facts_and_shards_from_elsewhere(tmp_path, tok):
     folder, tensors = foreign(tmp_path / "hf", tok)
-    for facts in ("{", "[]", '{"step": "a"}', '{"document_ids": [1, 352]}', '{"document_ids": 3}', '{"parent": 1}'):
+    damaged = ['{"document_ids": [1, 352]}', '{"document_ids": 3}', '{"parent": 1}', '{"parent": {}}']
+    for facts in ("{", "[]", '{"step": "a"}', '{"step": -5}', *damaged):
         save_file(tensors, folder / "model.safetensors", {exchange.FACTS: facts})
         with pytest.raises(UserError, match="hf: its metadata tiny_llama2_zh.provenance was changed"):
             run(import_hf=folder, out=tmp_path / "run")

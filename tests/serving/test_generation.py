@@ -1,5 +1,6 @@
 """serving.generation: text up to a stop, whatever pieces it comes in."""
 
+import json
 import random
 
 import pytest
@@ -7,13 +8,20 @@ from tiny import tiny
 
 from common import checkpoint
 from serving.generation import Job, Started, Text, answer, load, named, overlap
-from serving.protocol import Answer, ApiError, Token, Wanted
+from serving.protocol import Answer, ApiError, Token, Wanted, event
 from tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
 def tok(tokenizer_path):
     return Tokenizer.load(tokenizer_path)
+
+
+def test_an_event_is_one_line_for_every_client():
+    text = "一\u2028二\x85三\u2029四\n五"
+    line, end = event(dict(text=text)).decode()[:-2], event("[DONE]")
+    assert len(line.splitlines()) == 1 and json.loads(line.removeprefix("data: "))["text"] == text
+    assert "一" in line and end == b"data: [DONE]\n\n"
 
 
 @pytest.mark.parametrize("text, stop, n", [("ab", "bc", 1), ("aab", "aabaac", 3), ("abab", "ababc", 4), ("a", "b", 0)])
