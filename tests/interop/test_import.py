@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers
 from chains import failure
+from exporting import make, run, train
 from safetensors.torch import load_file, save_file
-from test_hf import make, run, train
 
 import export
 from common import checkpoint
