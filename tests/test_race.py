@@ -91,3 +91,10 @@ def test_figures_of_two_seeds(race):
     assert found["bits_per_char"] == dict(ours=[4, 5], transformers=[5, 6.5])
     assert found["bits_per_char_ahead"] == dict(transformers=1.25)  # 5.75 - 4.5
     assert found["time_fraction"] == dict(transformers=pytest.approx((0.75 + 0.625) / 2, abs=1e-3))
+    halves = [dict(minutes=[2.5, 5], bits=[7, last]) for last in (5, 6.6)]  # the second is never there
+    curves |= {(race.HALF, "sft", seed): halves[seed - 1] for seed in (1, 2)}
+    found = race.compare(curves, "sft", ["ours", "transformers"])
+    assert found["bits_per_char_ahead"] == dict(transformers=1.25)
+    assert found["time_fraction"] == dict(transformers=pytest.approx((0.5 + 0.625) / 2, abs=1e-3))
+    curves["transformers", "sft", 1] = curve(5, 3)
+    assert race.compare(curves, "sft", ["ours", "transformers"])["time_fraction"] == dict(transformers=None)
