@@ -239,7 +239,7 @@ def test_a_run_from_before_packing_can_be_resumed_as_it_was(folder, tmp_path):
         ("is_val", False, "no held-out conversation; more or another val_share are needed"),
         ("is_val", True, "no training conversation; more or another val_share are needed"),
         ("loss_mask", 0, "example 0 has no answer, by its loss_mask"),
-        (None, None, r"\d+ training examples do not fill one batch of 1000000: choose a smaller one"),
+        (None, None, r"\d+ training examples do not fill one batch of 1000000: choose a smaller batch_size"),
     ],
 )
 def test_data_that_cannot_be_trained_on_is_refused_in_one_line(folder, tmp_path, capsys, name, value, message):

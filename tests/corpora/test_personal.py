@@ -69,9 +69,13 @@ def test_what_is_masked_keeps_the_rest_as_it_was_typed():
 
 
 def test_fields_of_prompts_are_masked():
-    fields = dict(answer="打13800138000", tests=[dict(input="a@b.com", n=13800138000), None], code="`a@b.com`")
+    fields = dict(
+        answer="打13800138000", tests=[dict(input="a@b.com", n=13800138000), None], code="`a@b.com`", right=True
+    )
     record = dict(messages=[dict(role="user", content="他的电话？")], fields=fields)
-    masked = dict(answer="打【手机号】", tests=[dict(input="【邮箱】", n=13800138000), None], code="`a@b.com`")
+    masked = dict(
+        answer="打【手机号】", tests=[dict(input="【邮箱】", n="【手机号】"), None], code="`a@b.com`", right=True
+    )
     assert clean_record(record, dict(mask_personal=True))[0]["fields"] == masked
     assert clean_record(record, dict(mask_personal=False))[0]["fields"] == fields
 

@@ -8,7 +8,7 @@ import pytest
 from configs.tokenizer import config as tokenizer_defaults
 from corpora import sources
 from corpora.clean import is_validation
-from corpora.records import clean_record, encode_records
+from corpora.records import encode_records
 from data_process import SOURCES, main
 from dataset.batches import load_pairs, load_prompts
 from dataset.examples import Examples
@@ -145,16 +145,6 @@ def test_fields_of_prompts_are_kept_for_rewards(build, model, prompt_rows, tmp_p
     assert "fields" not in arrays
     train, _ = load_prompts(tmp_path / "data" / "prompts.pkl", tokenizer.vocab_size)
     assert train[0].fields == {}
-
-
-def test_numbers_in_fields_are_masked_too():
-    fields = dict(phone=13812345678, code=12345, right=True, parts=[13812345678, "13812345678"])
-    record = dict(messages=[dict(role="user", content="问")], fields=fields)
-    cleaned, _ = clean_record(record, dict(mask_personal=True))
-    masked = cleaned["fields"]["parts"][1]
-    assert masked != "13812345678" and cleaned["fields"] == dict(
-        phone=masked, code=12345, right=True, parts=[masked] * 2
-    )
 
 
 def sides(build, questions, val_share, *options):
