@@ -11,6 +11,7 @@ from common.tables import markdown_table
 from dataset.formats import DataError, load_meta
 from model import ModelConfig
 
+# the parts of the data that a stage learns from; a quantized model's are those of the stage before
 READS = dict(pretrain=["pretrain"], sft=["sft"], rm=["rm"], dpo=["rm"], ppo=["prompts"], grpo=["prompts"])
 
 CARD = """\
@@ -48,7 +49,8 @@ def provenance(ckpt: Checkpoint) -> dict:
     with suppress(DataError, OSError, KeyError):
         tally = load_meta(Path(ckpt.config["data"]))["tally"]
         rows = ((part, source, counts) for part, sources in tally.items() for source, counts in sources.items())
-        read = READS.get(ckpt.stage, ())
+        stage = ckpt.parent["stage"] if ckpt.stage == "quantize" and ckpt.parent else ckpt.stage
+        read = READS.get(stage, ())
         facts["data"] = {f"{part}/{source}": counts["kept"] for part, source, counts in rows if part in read}
     return facts
 

@@ -203,6 +203,8 @@ def test_the_card_names_what_this_stage_has_read(chain, tmp_path, tok, stage, pa
     ckpt = checkpoint.load(make(tmp_path / stage, tok, stage))
     ckpt.config["data"] = str(tmp_path / "data")
     assert provenance(ckpt)["data"].keys() == parts
+    ckpt.stage, ckpt.parent = "quantize", dict(path="out/x", stage=stage, sha256="0" * 64)
+    assert provenance(ckpt)["data"].keys() == parts
 
 
 def test_provenance_and_card(tmp_path, tok):
