@@ -1,6 +1,7 @@
 """Pictures: loss curves in panels, and the figure that every other plot is drawn on."""
 
 import io
+import logging
 import math
 import warnings
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ def new_figure(width: float, height: float):
     from matplotlib.figure import Figure
     from matplotlib.font_manager import get_font_names
 
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # a Chinese font of one weight is no fault
     matplotlib.rcParams["font.family"] = ["DejaVu Sans", *filter(set(get_font_names()).__contains__, CHINESE_FONTS)]
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
