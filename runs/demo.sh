@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole chain on real Chinese reviews, about a quarter of an hour on two CPU cores. Run again, it skips what is
+# The whole chain on real Chinese reviews, about twelve minutes on two CPU cores. Run again, it skips what is
 # finished and resumes what was interrupted; remove data/demo and out/demo to start anew.
 # SMOKE=1 walks it in few steps, in folders of its own: it shows that all works, and its models know nothing.
 set -euo pipefail
@@ -7,9 +7,9 @@ cd "$(dirname "$0")/.."
 data=data/demo out=out/demo # as configs/demo/__init__.py has it
 if [ "${SMOKE:-}" = 1 ]; then data=${data}_smoke out=${out}_smoke; fi
 if [ "$out" = out/demo ]; then
-    echo 'About 15 minutes and 1.2 GB of memory on two CPU cores (Intel Xeon, AVX-512), after the requirements are installed.'
-    echo 'In seconds: data and tokenizer 12, pretraining 212, fine-tuning 239, reward model 42, DPO 38, PPO 150, GRPO 142,'
-    echo 'int8 10, comparison 84. SMOKE=1 bash runs/demo.sh walks all of it in a few minutes, in few steps.'
+    echo 'About 12 minutes and 1.2 GB of memory on two CPU cores (Intel Xeon, AVX-512), after the requirements are installed.'
+    echo 'In seconds: data and tokenizer 10, pretraining 164, fine-tuning 181, reward model 28, DPO 32, PPO 106, GRPO 91,'
+    echo 'int8 7, comparison 57. SMOKE=1 bash runs/demo.sh walks all of it in a few minutes, in few steps.'
     shown=(--best_of=2,4,8)
 else
     echo 'SMOKE=1: every stage in few steps, a few minutes on two CPU cores; what the models say means nothing.'
