@@ -41,6 +41,14 @@ def choices(row, question, answered, notes):
     return [f"{label}. {text}" for label, text in found], used
 
 
+def is_index(answer, lines):
+    """Whether an answer is a number that counts the choices, and neither labels nor ends one of them."""
+    digits = (answer or "").strip()
+    if not re.fullmatch(r"[0-9]{1,2}", digits) or int(digits) > len(lines):
+        return False
+    return not any(digits in re.findall(r"\w+", line) for line in lines)
+
+
 def stands_in(question, label, text):
     """Whether a choice is in the question, A. text or A甲; the 1 of A1 is no choice A."""
     between, after = r"\W{1,3}" if text[:1].isascii() else r"\W{0,3}", r"(?![A-Za-z\d])" if text[-1:].isascii() else ""

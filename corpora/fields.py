@@ -184,6 +184,20 @@ def given(row, *names):
     return not all(nothing(row[name]) for name in names if name in row)
 
 
+def plain(value):
+    """A value as JSON can hold it: dates and other objects as text, NaN as null, no lone surrogates."""
+    if isinstance(value, (bool, int)) or value is None:
+        return value
+    if isinstance(value, float):
+        return value if value - value == 0 else getattr(value, "digits", None)  # 1e400 as it was written
+    if isinstance(value, dict):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [plain(item) for item in value]
+    text = value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def by_number(digits):
     """A key that sorts texts of digits by their number, also of more than the 4,300 that int() takes."""
     bare = digits.lstrip("0")

@@ -76,7 +76,7 @@ def hub_dataset(name, globs, revision=""):
     options = dict(split="train", streaming=True, revision=revision or None)
     try:
         yield datasets.load_dataset(name, data_files=globs.split() or None, **options)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # it raises its own, requests', httpx's and OS errors
         raise unreachable(f"hf:{name}", error) from None
 
 

@@ -183,7 +183,8 @@ def json_kind(text, whole):
     """
     first, _, rest = text.partition("\n")
     if text[0] == "[":
-        if is_conversation(decode_json(first)):
+        first, second = map(decode_json, (first, rest.partition("\n")[0]))
+        if is_conversation(first) or isinstance(first, list) and is_conversation(second):
             return "lines", 0
         if whole and is_conversation(decode_json(text)):
             return "value", 0
@@ -252,7 +253,7 @@ def is_table(text):
     opened = {text[at] for at, _ in fields.values()}
     if opened == {"{"}:  # the first name in each
         inner = {next(members(text, at), ("",))[0] for at, _ in fields.values()}
-        return next(iter(fields)) == "0" or inner == {"0"}
+        return all(re.fullmatch(r"\d+", key) for key in fields) or inner == {"0"}
     if opened != {"["} or len(fields) + any(value is CUT for _, value in fields.values()) < 2:
         return False
     if {"columns", "data"} <= fields.keys() <= {"columns", "data", "index"}:

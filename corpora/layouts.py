@@ -8,21 +8,47 @@ import functools
 import json
 import re
 
-from corpora.choices import choices
+from corpora.choices import choices, is_index
 from corpora.clean import is_blank
-from corpora.fields import Drop, as_text, given, kind, missing, nothing, optional, required, role_of, turn, unpacked
+from corpora.fields import (
+    Drop,
+    as_text,
+    given,
+    kind,
+    missing,
+    nothing,
+    optional,
+    plain,
+    required,
+    turn,
+    unpacked,
+)
 from corpora.marks import MARKS, bare_answer, bare_question, marked_turns, strip_template
-from corpora.turns import CONTENTS, MEDIA, SYSTEMS, THOUGHTS, UNTHOUGHT, filled, is_spoken, nested, read_turns, settle
+from corpora.turns import (
+    MEDIA,
+    SYSTEMS,
+    THOUGHTS,
+    UNTHOUGHT,
+    filled,
+    holds,
+    is_spoken,
+    messages_in,
+    nested,
+    opened,
+    read_turns,
+    settle,
+)
 
 TEXTS = ("text", "content", "completion", "body")
 TURNS = ("messages", "conversations", "conversation", "dialog", "dialogue", "dialogues", "chat", "turns", "data")
 LOOSE = ("turns", "data")  # may be anything: a number of turns, a table that is asked about
 INSTRUCTIONS = "instruction prompt Instruction Prompt 指令".split()
-QUESTIONS = "question query ask problem Question Query 问题".split()
+QUESTIONS = "question query ask problem Question Query 问题 问".split()
 INPUTS = "context Context input Input 输入".split()
+BESIDE = ["instruction", "Instruction", "指令", *INPUTS]  # what a conversation may be about
 ANSWERS = (
     "output response solution answer completion target std_answer reply Output Response Answer Completion"
-    " 回答 答案 输出"
+    " 回答 答案 答 输出"
 ).split()
 MARKED = ("text", "plain_text", "content")  # fields that may hold a whole conversation between marks
 FIELDS_BYTES = 1 << 16  # of a prompt's other fields as JSON: a right answer and some test cases, not a book
@@ -120,23 +146,6 @@ def chinese_poetry(row, notes):
 # conversations
 
 
-def messages_in(value):
-    """The list of messages that a value is or holds as JSON, there with known roles alone; None if it is none."""
-    found = unpacked(value)
-    found = [found] if isinstance(found, dict) else found
-    if not isinstance(found, list) or not found or not isinstance(found[0], dict):
-        return None
-    if isinstance(value, str):  # which may be JSON that is talked of
-        known = all(
-            isinstance(item, dict)
-            and role_of(str(item.get("role", item.get("from"))))
-            and any(name in item for name in CONTENTS)
-            for item in found
-        )
-        return found if known else None
-    return found if "role" in found[0] or "from" in found[0] else None
-
-
 def asks(row, *but):
     """Whether a row has a question in a field of its own, other than these."""
     return given(row, *(name for name in (*INSTRUCTIONS, *QUESTIONS) if name not in but))
@@ -175,22 +184,19 @@ def question_text(row, notes, *names, replies=False):
     if not parts and used <= set(INPUTS):
         raise Drop("no instruction")
     lines, fields = choices(row, "\n".join(parts), not replies or bool(present(row, ANSWERS)), notes)
+    number = next((as_text(row[name], []) for name in [present(row, ANSWERS)] if name), None)
+    if len(lines) > 1 and not replies and is_index(number, lines):
+        raise Drop("answer is the number of a choice")  # from 0 or from 1
     parts, used = parts + lines if parts else [], used | fields
     return "\n".join(parts), used
-
-
-def holds(part, text):
-    """Whether a part holds a text as a line of its own or after a colon, as templates do; a long one, anywhere."""
-    text = text.strip()
-    alone = re.search(rf"(?m)(?:^|[:：])[ \t]*{re.escape(text)}[ \t]*$", part)
-    return bool(alone) or len(text) >= 16 and text in part
 
 
 def question_turns(row, notes, *names, replies=False):
     """(the history and the question, the fields they stand in); `names` are more fields that it may stand in."""
     prompt = row.get("prompt")
     if (found := messages_in(prompt)) and not (isinstance(prompt, str) and asks(row, "prompt")):
-        return read_turns(found, "prompt", notes), {"prompt", *SYSTEMS}
+        turns = opened(read_turns(found, "prompt", notes), row, BESIDE, notes)
+        return turns, {"prompt", *BESIDE, *SYSTEMS}
     question, used = question_text(row, notes, *names, replies=replies)
     question = strip_template(question, notes)
     turns = marked_turns(question)
@@ -312,7 +318,7 @@ def conversation_in(row, notes):
     if name := turns_name(row):
         turns = read_turns(row[name], name, notes)
         note_unread(row, name, turns, notes)
-        return turns, {name, *SYSTEMS}
+        return opened(turns, row, BESIDE, notes), {name, *BESIDE, *SYSTEMS}
     note_unread(row, None, None, notes)
     for name in MARKED:
         if isinstance(row.get(name), str) and (turns := marked_turns(row[name])):
@@ -355,20 +361,6 @@ firefly = adapter(functools.partial(question_and_answer, first="target"))
 
 
 # prompts
-
-
-def plain(value):
-    """A value as JSON can hold it: dates and other objects as text, NaN as null, no lone surrogates."""
-    if isinstance(value, (bool, int)) or value is None:
-        return value
-    if isinstance(value, float):
-        return value if value - value == 0 else getattr(value, "digits", None)  # 1e400 as it was written
-    if isinstance(value, dict):
-        return {str(name): plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple, set)):
-        return [plain(item) for item in value]
-    text = value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @adapter

@@ -19,7 +19,7 @@ _OPENINGS = [
 # Those of hh-rlhf, BELLE and ChatGLM, which ordinary text may begin with as well; another pair of them inside is text.
 _PLAIN = [
     re.compile(rf"(?im)^[ \t]*(?:\[Round[ \t]*\d+\]\s*)?({names})[:：][ \t]*")
-    for names in ("Human|Assistant|Bot", "User|Assistant|Bot", "用户|助手", "问|答")
+    for names in ("Human|Assistant|Bot", "User|Assistant|Bot|Function Response", "用户|助手", "问|答")
 ]
 _ROLES = {"[INST]": "user", "[/INST]": "assistant", "<<SYS>>": "system", "<</SYS>>": "user"}
 _START = re.compile(r"\A\s*(?:(?:<s>|<\|begin_of_text\|>|\[gMASK\]|<sop>)\s*)+")

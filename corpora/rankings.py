@@ -16,7 +16,9 @@ SCORES = "score scores overall_score overall_scores rating ratings reward reward
 RANKS = ("rank", "ranks")  # 1 is the best
 CHOICE = "better_response_id"  # PKU-SafeRLHF
 
-_SCORED = re.compile("(?i)score|rank|rating|reward|grade|vote|annotation|[得评]分|分数|排[名序]")
+_SCORED = re.compile(
+    "(?i)score|rank|rating|reward|grade|vote|annotation|[得评]分|分数|排[名序]|赞|(?<![a-z])(?:like|star|thumb)s?(?![a-z])"
+)
 _CHOOSING = re.compile("(?i)better|best|safer|winner|prefer|chosen|label|correct")
 _GRADING = re.compile("(?i)good|quality|level")  # each answer, where others do not have the same
 _POINTING = re.compile(r"(?i)(?:.*[^a-z\d])?([a-h]|\d)")  # B, answer_b, response 2
@@ -25,7 +27,10 @@ _PLACE = re.compile(r"(\D*[^\d _-])[ _-]?(\d+)|(.+)[ _-]([A-Za-z])")  # answer1,
 _ANSWERING = re.compile(
     "(?i)answer|response|output|reply|completion|candidate|text|good|bad|best|worst|[回解]答|答案|回复|[好差优劣]"
 )
-_ABOUT = re.compile(r"(?i)(.*[ _-])?(id|idx|index|no|num|source|lang|language|type|category|label|score|split)")
+_ABOUT = re.compile(
+    "(?i)(.*[ _-])?(id|idx|index|no|num|source|lang|language|type|category|label|score|split|seed|temperature"
+    "|date|created|updated|timestamp|year)"
+)
 
 
 def as_numbers(values):
@@ -51,11 +56,18 @@ def is_judging(name):
     return any(words.search(name) for words in (_SCORED, _CHOOSING, _GRADING))
 
 
+def may_judge(name, values):
+    """Whether a field of each answer may say how good it is, such as its likes: a number that is of nothing else."""
+    numbers = all(isinstance(value, (int, float)) or missing(value) for value in values)
+    return numbers and not _COUNTING.fullmatch(name) and not _ABOUT.fullmatch(name)
+
+
 def inner_fields(answers):
     """What answers that are objects have of scores."""
     objects = [answer if isinstance(answer, dict) else {} for answer in answers]
-    names = dict.fromkeys(name for answer in objects for name in answer if is_judging(str(name)))
+    names = dict.fromkeys(name for answer in objects for name in answer)
     fields = {name: [answer.get(name) for answer in objects] for name in names}
+    fields = {name: values for name, values in fields.items() if is_judging(str(name)) or may_judge(str(name), values)}
     return {
         name: values for name, values in fields.items() if _SCORED.search(str(name)) or len({*map(repr, values)}) > 1
     }
@@ -102,7 +114,8 @@ def columns(row, used):
         if match := _PLACE.fullmatch(str(name)):
             found[match[1] or match[3]][match[2] or match[4].lower()] = name
     for stem in list(found):
-        if _SCORED.search(stem) and as_numbers(row[name] for name in found[stem].values()):
+        values = [row[name] for name in found[stem].values()]
+        if as_numbers(values) and (_SCORED.search(stem) or not _ANSWERING.search(stem) and may_judge(stem, values)):
             scored[stem.lower()] = found.pop(stem)
         elif _ABOUT.fullmatch(stem) or len(found[stem]) < 2:
             del found[stem]

@@ -35,6 +35,7 @@ UNTHOUGHT = "inner thoughts left out"
 MEDIA = "image images video videos audio audios".split()
 _MEDIA = re.compile("image|audio|video|file|media")
 _THOUGHT = re.compile("thinking|reasoning")
+_CALL = re.compile(r"""(?i)<\W?(?:tool|function)[ _]?call|\A\s*\{\s*"name\"""")  # of a tool, as text
 
 
 def content_of(value, notes):
@@ -136,6 +137,13 @@ def exchange(message, notes, whole=False):
     In a `whole` one a side that is missing is an empty turn, lest its question get the answer of the next.
     """
     fields, turns, found = {str(name).lower(): value for name, value in message.items()}, [], sides(message)
+    if given(fields, "tool_calls", "function_call"):
+        return [turn("tool", "")]
+    if given(fields, *MEDIA):
+        return [turn("image", "")]
+    notes += [UNTHOUGHT] if given(fields, *THOUGHTS) else []
+    if "user" in found and isinstance(fields.get("context"), str):  # what the question is about, above it
+        found["user"] = dict(context=fields["context"]) | found["user"]
     if whole and found.keys() & {"user", "assistant"}:
         found = {role: found.get(role, {"": ""}) for role in _SIDES if role in found or role != "system"}
     for role, values in found.items():
@@ -149,6 +157,28 @@ def exchange(message, notes, whole=False):
         return [turn("tool", "")]
     if thoughts not in ("", "None"):
         notes.append(UNTHOUGHT)
+    return turns
+
+
+def holds(part, text):
+    """Whether a part holds a text as a line of its own or after a colon, as templates do; a long one, anywhere."""
+    text = text.strip()
+    alone = re.search(rf"(?m)(?:^|[:：])[ \t]*{re.escape(text)}[ \t]*$", part)
+    return bool(alone) or len(text) >= 16 and text in part
+
+
+def opened(turns, row, names, notes):
+    """Turns with what stands in these fields beside them above the first question, unless a turn holds it."""
+    first = next((i for i, each in enumerate(turns) if each["role"] == "user"), None)
+    for name in [] if first is None else reversed(names):
+        text, said = row.get(name), [each["content"] for each in turns]
+        if not isinstance(text, str) or is_blank(text) or any(holds(part, text) for part in said):
+            continue
+        if said[first].strip() and holds(text, said[first]):  # a prompt made of the turns
+            notes.append(f"{name} left out, the turns taken")
+            continue
+        notes.append(f"{name} put before the first question")
+        turns[first] = turns[first] | dict(content=f"{text}\n{said[first]}")
     return turns
 
 
@@ -188,6 +218,10 @@ def read_turns(value, name, notes):
             turns.append(turn(("user", "assistant")[i % 2], "" if missing(item) else item))
         else:
             raise Drop(f"turn is {kind(item)}")
+    roles = [each["role"] for each in turns]
+    if len(roles) > 2 and roles == [("user", "system")[i % 2] for i in range(len(roles))]:  # CrossWOZ, MultiWOZ
+        notes.append("system taken as who answers")
+        turns = [each | dict(role=("user", "assistant")[i % 2]) for i, each in enumerate(turns)]
     return turns
 
 
@@ -195,6 +229,23 @@ def is_row(item):
     """Whether an object is a question and its answer as rows have them, and not as turns of a conversation do."""
     names = {str(name).lower() for name in item}
     return bool(names & {"instruction", "prompt", "question", "query", "input", "output", "response", "answer"})
+
+
+def messages_in(value):
+    """The list of messages that a value is or holds as JSON, there with known roles alone; None if it is none."""
+    found = unpacked(value)
+    found = [found] if isinstance(found, dict) else found
+    if not isinstance(found, list) or not found or not isinstance(found[0], dict):
+        return None
+    if isinstance(value, str):  # which may be JSON that is talked of
+        known = all(
+            isinstance(item, dict)
+            and role_of(str(item.get("role", item.get("from"))))
+            and any(name in item for name in CONTENTS)
+            for item in found
+        )
+        return found if known else None
+    return found if "role" in found[0] or "from" in found[0] else None
 
 
 def is_spoken(value):
@@ -257,6 +308,8 @@ def settle(turns, row, notes):
     """
     cut = next((i for i, each in enumerate(turns) if each["role"] in CUTS), len(turns))
     why = CUTS[turns[cut]["role"]] if cut < len(turns) else None
+    if why and cut and turns[cut - 1]["role"] == "assistant" and _CALL.search(turns[cut - 1]["content"]):
+        cut -= 1
     joined, later = [], False  # whether the last turn joined is a later system turn
     for each in turns[:cut]:
         role, text = each["role"], each["content"]

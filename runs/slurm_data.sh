@@ -6,7 +6,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 n=${N:-4}
 cpus=${CPUS:-16}
-stage="python data_process.py $(printf '%q ' "$@") --workers=$cpus"
+words= # for any shell in any locale, which printf %q is not
+for word in "$@"; do words+=" '${word//\'/\'\\\'\'}'"; done
+stage="python data_process.py$words --workers=$cpus"
 shards=$(sbatch --parsable --job-name=data --array="0-$((n - 1))" --cpus-per-task="$cpus" --requeue \
     --wrap="$stage --shard=\$SLURM_ARRAY_TASK_ID/$n")
 sbatch --job-name=data-merge --dependency="afterok:$shards" --cpus-per-task="$cpus" --wrap="$stage --merge"

@@ -192,6 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     lock(out)
     print(f"training {config['vocab_size']:,} pieces on {', '.join(corpus.paths)}")
     tokenizer = Tokenizer(train_bpe(corpus, config))
+    (out / MODEL_FILE).unlink(missing_ok=True)  # of a run before: what follows is not its
     save_config(config, out)  # it tells whose the others are, so it is the first; the model is the last
     write_file(out / "tokenizer.vocab", vocab_text(tokenizer).encode())
     write_file(out / MODEL_FILE, tokenizer.model_bytes)

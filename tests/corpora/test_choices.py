@@ -76,6 +76,15 @@ def test_choices_that_cannot_be_read(value, reason):
     assert one("alpaca", ASKED | {"options": value}) == (None, reason)
 
 
+def test_an_answer_that_counts_the_choices():
+    row = ASKED | {"choices": ["上海", "北京"]}
+    for answer in (0, 1, "2"):  # from 0 or from 1 cannot be told
+        assert one("alpaca", row | {"output": answer}) == (None, "answer is the number of a choice")
+    record, _ = one("alpaca", row | {"choices": ["1", "2"], "output": "2"})
+    assert record["messages"][1]["content"] == "2"
+    assert one("alpaca", row | {"output": "3"})[0]["messages"][1]["content"] == "3"
+
+
 def test_choices_that_are_none():
     replies = [{"text": "答", "index": 0, "finish_reason": "stop"}]  # of OpenAI's API
     row = {"prompt": "问", "choices": replies}

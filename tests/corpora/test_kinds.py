@@ -64,6 +64,7 @@ def test_an_object_with_lists_of_its_own_is_a_row(tmp_path, layout, row):
     "table",
     [
         {"0": {"instruction": "问", "output": "答"}, "1": {"instruction": "再问", "output": "再答"}},
+        {"391": {"messages": [{"role": "user", "content": "问"}]}, "10001": {"messages": []}},
         {"instruction": {"0": "问", "1": "再问"}, "output": {"0": "答", "1": "再答"}},
         {"instruction": ["问", "再问"], "output": ["答", "再答"]},
         {"columns": ["instruction", "output"], "index": [0, 1], "data": [["问", "答"], ["再问", "再答"]]},

@@ -53,6 +53,10 @@ def test_answers_of_equal_score_are_no_pair():
         {"answers": [{"text": "甲", "score": 1}, {"text": "乙"}]},
         {"answer1": "甲", "answer2": "乙", "overall_preference": -2},
         {"answer1": "甲", "answer2": "乙", "vote1": 1, "vote2": 2},
+        {"answers": [{"text": "甲", "like_count": 1}, {"text": "乙", "like_count": 9}]},
+        {"answers": [{"text": "甲", "点赞数": 1}, {"text": "乙", "点赞数": 9}]},
+        {"answers": [{"text": "甲", "helpfulness": 1.5}, {"text": "乙", "helpfulness": 4}]},
+        {"answer1": "甲", "answer2": "乙", "likes1": 1, "likes2": 9},
     ],
 )
 def test_scores_that_cannot_be_told(row):
@@ -62,6 +66,8 @@ def test_scores_that_cannot_be_told(row):
 def test_numbers_that_are_no_scores():
     row = {"prompt": "问", "output": ["甲", "乙"], "token_counts": [3, 4], "score": 5, "label": "医疗"}
     assert adapt("ranked", row) == [({"messages": chat("问"), "chosen": "甲", "rejected": "乙"}, None)]
+    answers = [{"text": "甲", "answer_id": 1, "created": 3}, {"text": "乙", "answer_id": 2, "created": 4}]
+    assert [record["chosen"] for record, _ in adapt("ranked", {"prompt": "问", "answers": answers})] == ["甲"]
     row = {
         "prompt": "问",
         "answer2": "乙",

@@ -136,6 +136,57 @@ def test_a_row_that_is_a_list_of_messages(tmp_path):
     assert results == [({"messages": TWO}, None), ({"messages": TWO}, None), (None, "not an object")]
 
 
+def test_lists_of_messages_after_one_that_is_odd(tmp_path):
+    path, odd = tmp_path / "a.jsonl", [dict(role="user", content="一"), dict(role="assistant", tool_calls=[1])]
+    path.write_text("\n".join(map(json.dumps, (odd, TWO))) + "\n", encoding="utf-8")
+    [unit] = list_units("x", "messages", str(path))
+    assert [record for _, record, _ in read_records(unit)] == [None, {"messages": TWO}]
+
+
+# what stands beside questions and answers of a field each
+
+
+@pytest.mark.parametrize(
+    "more, wanted, note",
+    [
+        ({"image": "a.jpg"}, chat("一", "甲"), "cut at images"),
+        ({"tool_calls": [{"name": "f"}]}, chat("一", "甲"), "cut at tool calls"),
+        ({"image": None, "tool_calls": []}, TWO, None),
+        ({"thinking": "想"}, TWO, THOUGHTS),
+        ({"context": "文"}, chat("一", "甲", "文\n二", "乙"), "user turns joined"),
+    ],
+)
+def test_fields_beside_the_sides_of_an_exchange(more, wanted, note):
+    turns = [{"human": "一", "assistant": "甲"}, {"human": "二", "assistant": "乙"} | more]
+    assert one("sharegpt", {"conversation": turns}) == ({"messages": wanted}, note)
+
+
+@pytest.mark.parametrize("name", ["instruction", "input", "context"])
+def test_a_text_beside_a_conversation_is_not_lost(name):
+    above = {"messages": chat("关于张三的文章\n一", "甲", "二", "乙")}
+    row = {name: "关于张三的文章", "conversations": TWO}
+    assert one("sharegpt", row) == (above, f"{name} put before the first question")
+    assert one("sharegpt", row | {name: "一"}) == ({"messages": TWO}, None)
+    whole = "user: 一\nassistant: 甲"
+    assert one("sharegpt", row | {name: whole}) == ({"messages": TWO}, f"{name} left out, the turns taken")
+    asked = {name: "关于张三的文章", "prompt": chat("一"), "output": "甲"}
+    assert one("alpaca", asked)[0] == {"messages": chat("关于张三的文章\n一", "甲")}
+
+
+def test_who_answers_as_the_system():
+    said = [dict(role=role, content=text) for role, text in zip(("usr", "sys") * 2, "一甲二乙", strict=True)]
+    assert one("messages", {"messages": said}) == ({"messages": TWO}, "system taken as who answers")
+    assert one("messages", {"messages": said[:2]})[0] is None  # one question, and a system text after it
+
+
+def test_calls_of_tools_that_are_written_as_text():
+    call = '<functioncall> {"name": "f"}'
+    text = f"USER: 一\nASSISTANT: 甲\nUSER: 二\nASSISTANT: {call} <|endoftext|>\nFUNCTION RESPONSE: 3\nASSISTANT: 乙"
+    assert one("messages", {"chat": text}) == ({"messages": chat("一", "甲")}, "cut at tool calls")
+    turns = [*chat("一", "甲", "二", f"<tool_call>{call}"), dict(role="tool", content="3"), *chat("三", "乙")]
+    assert one("messages", {"messages": turns}) == ({"messages": chat("一", "甲")}, "cut at tool calls")
+
+
 # turns that are empty
 
 EMPTY = "pair with an empty turn left out"

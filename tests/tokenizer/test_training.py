@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import shutil
 from collections import Counter
 from functools import partial
 from itertools import count
@@ -51,6 +52,21 @@ def test_a_killed_run_is_started_again_by_the_same_command(corpus, tmp_path):
             break
         again()
         assert sorted(p.name for p in out.iterdir()) == ["config.json", "tokenizer.model", "tokenizer.vocab"]
+    assert event > 5
+
+
+def test_killed_while_it_replaces_another_it_leaves_one_or_none(corpus, tmp_path):
+    old = tmp_path / "old"
+    train(("input", corpus), ("vocab_size", 400), ("out", old))
+    for event in count():
+        out = shutil.copytree(old, tmp_path / str(event))
+        again = partial(train, ("input", corpus), ("vocab_size", 420), ("out", out), ("overwrite", "true"))
+        assert killed_before(event, again, named=str(out))
+        if (out / "tokenizer.model").exists():  # with the config that it was trained by
+            size = Tokenizer.load(out).vocab_size
+            assert json.loads((out / "config.json").read_text())["vocab_size"] == size
+            if size == 420:
+                break
     assert event > 5
 
 
