@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from alignment.objective import wins
 from alignment.pairs import pair_batch
+from alignment.rewards import asked
 from alignment.rollout import rollout, sequence_kl
 from common import checkpoint, distributed, resume
 from common.config import parse_config, run, said
@@ -158,7 +159,7 @@ def evaluate(model, reference, pairs, ref_logps, prompts, tokenizer, objective, 
         "val/kl": sequence_kl(model, reference, batch).mean().item(),
         "val/eos_rate": batch.ended.float().mean().item(),
     }
-    samples = [(tokenizer.decode(p), tokenizer.decode(r)) for p, r in zip(prompts, batch.replies, strict=True)]
+    samples = [(asked(tokenizer, p), tokenizer.decode(r)) for p, r in zip(prompts, batch.replies, strict=True)]
     return metrics, samples[:6]
 
 

@@ -221,9 +221,10 @@ def main(argv=None):
         models = {path: load(path, env, data) for path in config["compare"]}
         reward_model = load(config["reward_model"], env, data, scores=True) if config["reward_model"] else None
         markdown, figures = compare(models, data, config, reward_model)
+        publish(markdown, figures, config["report"])
         if config["picture"]:
             write_file(config["picture"], draw_replies(figures, len(models)))
-        return publish(markdown, figures, config["report"])
+        return
     loaded = load(config["ckpt"], env, data if config["ppl"] else None, scores=config["reply"] is not None)
     if config["system"] is not None and loaded.continues:
         raise ConfigError(f"--system: {loaded.ckpt.path} only continues text, it was pretrained and no more")

@@ -118,7 +118,7 @@ def draw_calibration(chosen_scores, rejected_scores):
     curve.errorbar(size, right / n, errors, fmt="o", markersize=4, capsize=2, label=f"bins of {pairs} pairs, 95 %")
     curve.set_xlabel("size of the score difference")
     curve.set_ylabel("accuracy")
-    edges = np.histogram_bin_edges(np.concatenate([chosen_scores, rejected_scores]), 30)
+    edges = np.histogram_bin_edges(np.concatenate([chosen_scores, rejected_scores]).astype(np.float64), 30)
     for name, scores in (("chosen", chosen_scores), ("rejected", rejected_scores)):
         histogram.hist(scores, edges, alpha=0.55, label=name)
     histogram.set_xlabel("score")

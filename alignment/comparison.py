@@ -82,7 +82,7 @@ def own_judge(name, prompts, tokenizer, taken=TAKEN):
     function, _ = find_function(label, name)
     passed = fields_taken(label, function, prompts[0].fields)
     questions = [asked(tokenizer, prompt) for prompt in prompts]
-    fields = {key: [prompt.fields[key] for prompt in prompts] for key in passed}
+    fields, names = {key: [prompt.fields[key] for prompt in prompts] for key in passed}, []
 
     def judge(texts):
         found = call(label, function, questions, texts, fields)
@@ -90,9 +90,13 @@ def own_judge(name, prompts, tokenizer, taken=TAKEN):
             raise ConfigError(f"{label} must return a list of dicts of numbers, one a reply")
         if any(row.keys() != found[0].keys() for row in found):
             raise ConfigError(f"{label} must return the same names for every reply")
+        if names and names != list(found[0]):
+            raise ConfigError(f"{label} must return the same names every time: {names}, now {list(found[0])}")
+        names[:] = found[0]
         columns = {}
         for key in found[0]:
-            if not (isinstance(key, str) and NAME.fullmatch(key)) or key in taken or key.endswith(("_low", "_high")):
+            named = isinstance(key, str) and NAME.fullmatch(key) and not key.isdecimal()  # which is a place to format
+            if not named or key in taken or key.endswith(("_low", "_high")):
                 raise ConfigError(f"{label}: {key!r:.40} cannot name a figure: a word is needed that the table has not")
             column = [row[key] for row in found]
             numbers = checked(f"{label}, {key}:", column, len(texts))
@@ -100,6 +104,13 @@ def own_judge(name, prompts, tokenizer, taken=TAKEN):
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     return judge
+
+
+def try_judge(loaded, prompts, config, taken):
+    """ConfigError if one's own judge of a few short replies gives what the table cannot show."""
+    config = config | dict(max_new_tokens=min(config["max_new_tokens"], 8))
+    texts = answer(loaded, prompts, config, config["compare_temperature"], config["compare_top_p"])[1]
+    own_columns(averages(own_judge(config["judge"], prompts, loaded.tokenizer, taken)(texts)), config, taken)
 
 
 def averages(rows):
@@ -212,8 +223,7 @@ def follows(reviews, examples, polarity):
 
 def samples_table(models, prompts, config):
     """Markdown of each checkpoint's replies to some prompts, sampled as in use."""
-    decode = next(iter(models.values())).tokenizer.decode
-    columns = [list(map(decode, prompts))]
+    columns = [[asked(next(iter(models.values())).tokenizer, prompt) for prompt in prompts]]
     columns += [answer(m, prompts, config, config["temperature"], config["top_p"])[1] for m in models.values()]
     return markdown_table(["prompt", *models], list(zip(*columns, strict=True)))
 
@@ -271,7 +281,12 @@ def compare(models, data, config, reward_model=None):
         raise ConfigError(f"picture: {data} has no reviews to be judged by polarity; give a reward_model or a judge")
     polarity = snownlp_judge() if reviews else None
     # a reply must fit the first checkpoint too, which says how likely it finds it
-    config = config | dict(max_new_tokens=min(config["max_new_tokens"], context - max(map(len, prompts))))
+    room, asked_for = context - max(map(len, prompts)), config["max_new_tokens"]
+    if room < asked_for:
+        print(f"replies end after {room} tokens: the longest prompt leaves no more of {context}", file=sys.stderr)
+    config = config | dict(max_new_tokens=min(asked_for, room))
+    if own:  # what it returns, and picture_column, before much is sampled
+        try_judge(models[first], prompts[:2], config, taken)
     rows, n_chars = compare_replies(models, prompts, config, polarity, reward_model, own)
     said = {"positive": "positive by SnowNLP's classifier; ", "score": f"score by {config['reward_model']}; "}
     columns = JUDGED_COLUMNS[judge]

@@ -122,7 +122,10 @@ def fields_taken(label, function, fields):
     taken = list(fields) if any(p.kind is p.VAR_KEYWORD for p in parameters) else [n for n in fields if n in rest]
     clashes = [p.name for p in parameters[:2] if p.name in taken]
     if clashes and os.environ.get("RANK", "0") == "0":
-        print(f"{label}: not passed, as its own parameters have these names: {', '.join(clashes)} of the prompts")
+        print(
+            f"{label}: not passed, as its own parameters have these names: {', '.join(clashes)} of the prompts",
+            file=sys.stderr,
+        )
     return [field for field in taken if field not in clashes]
 
 

@@ -20,7 +20,7 @@ from alignment.rollout import rollout
 from common import checkpoint, resume
 from common.config import ConfigError, UserError, parse_config, run
 from common.distributed import setup
-from common.files import write_rows
+from common.files import check_folder, write_rows
 from common.progress import Progress
 from dataset.batches import load_prompts
 from dataset.formats import load_meta
@@ -74,6 +74,7 @@ def main(argv=None):
         raise ConfigError(f"pairs={config['pairs']}: at most samples / 2 = {config['samples'] // 2} is needed")
     if Path(config["out"]).is_dir() or (Path(config["out"]).exists() and not config["overwrite"]):
         raise ConfigError(f"out={config['out']} exists: choose another, or replace a file with --overwrite")
+    check_folder(config["out"])
     env, data = setup(config["device"], "float32", config["seed"]), Path(config["data"])
     ckpt = checkpoint.load(config["ckpt"], training=False)
     if ckpt.model_config["scalar_head"]:

@@ -205,4 +205,4 @@ def evaluate_policy(policy, reference, reward, prompts, config):
         "val/eos_rate": batch.ended.float().mean().item(),
         "val/distinct_2": distinct_2(texts, sum(map(len, texts))),
     }
-    return metrics, [(tokenizer.decode(p), text) for p, text in zip(prompts, texts, strict=True)][:8]
+    return metrics, [(asked(tokenizer, p), text) for p, text in zip(prompts, texts, strict=True)][:8]

@@ -2,11 +2,11 @@
 
 The same documents and vocabulary, parameters within 5 %, the same threads and minutes, one after the other in an order
 that rotates over the seeds. The clock of each starts after its first step, stands while weights are written, and ends
-its schedule. Ours trains as configs/ says, with three of pretrain.py's own defaults (OURS), and pretrains once more in half
-the time, as a schedule is low only at its end; the others with the best of the settings that a sweep of shorter runs has tried, minimind's as it ships and its
-rows packed as full as ours among them. One scorer gives the bits per character of held-out documents, each by itself,
-and of held-out answers, each after the racer's own prompt, all on the same tokens. What is finished is kept in --out
-and not repeated.
+its schedule. Ours trains as configs/ says, but for OURS, and pretrains once more in half the time, as a schedule is low
+only at its end; the others with the best of the settings that a sweep of shorter runs has tried, minimind's as it ships
+and its rows packed as full as ours among them. One scorer gives the bits per character of held-out documents, each by
+itself, and of held-out answers, each after the racer's own prompt, all on the same tokens. What is finished is kept in
+--out and not repeated.
 
     bash runs/poems.sh                    # or its first three commands: the data
     git clone https://github.com/jingyaogong/minimind ../minimind     # needs its `datasets`; without it two race
@@ -39,7 +39,7 @@ from tokenizer import Tokenizer
 
 RACERS = ("ours", "minimind", "transformers")
 HALF = "ours, half the time"
-# Of configs/poems/pretrain.py, which is for the rules that follow, all but what learns most of a text (docs/pretrain.md)
+# pretrain.py's defaults, down to 0: what learns most of a text (docs/pretrain.md); the poems' own suit their rules
 OURS = dict(momentum=0.9, embedding_rate=4.0, min_learning_rate=0.0)
 STAGES = ("pretrain", "sft")
 TRIED = ((1, 5e-4), (1, 1e-3), (1, 2e-3), (1, 4e-3), (1, 8e-3), (4, 4e-3))  # batches of our size, peak learning rate

@@ -224,8 +224,18 @@ def refuse_foreign(path: str | Path, suffix: str) -> None:
     path = Path(path)
     if path.suffix != suffix:
         raise ConfigError(f"{path}: the name of a {suffix} file is needed")
+    check_folder(path)
     if path.exists() and (why := changed(path)):
         raise ConfigError(f"{path} {why}: choose another name, or remove it yourself")
+
+
+def check_folder(path: str | Path) -> None:
+    """ConfigError, before the work that a file is to hold, unless one may be made there."""
+    folder = next(each for each in Path(path).absolute().parents if os.path.lexists(each))
+    if not folder.is_dir():
+        raise ConfigError(f"{path}: {folder} is no folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"{path}: {folder} may not be written")
 
 
 def changed(path: Path) -> str | None:

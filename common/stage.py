@@ -171,9 +171,14 @@ class Stage:
     @functools.cached_property
     def best(self):
         """The lowest validation loss so far, of those whose weights are kept."""
-        if not (self.out / checkpoint.BEST_NAME).exists():
+        if not (path := self.out / checkpoint.BEST_NAME).exists():
             return math.inf
-        return min(points(self.metric_log.read(), "val/loss")[1], default=math.inf)
+        kept = checkpoint.load(path)
+        measured = [key for key in self.config if key.startswith("eval_") and key != "eval_interval"]
+        if any(kept.config.get(key) != self.config[key] for key in measured):
+            return math.inf  # of other text, or less of it
+        losses = dict(zip(*points(self.metric_log.read(), "val/loss"), strict=True))
+        return losses.get(kept.step, min(losses.values(), default=math.inf))
 
     def _begin_anew(self):
         """At the first save: only now does this run take the place of what was there."""

@@ -5,7 +5,7 @@ config = dict(
     system=None,  # system text before the first question
     ppl=False,  # perplexity and bits per character on the validation text of data
     benchmark=[],  # ceval, cmmlu (or NAME=FOLDER, NAME=hf:OWNER/NAME); of held-out documents: continuations, order ...
-    subjects=[],  # of ceval and cmmlu, such as law,logic; none: all
+    subjects=[],  # of each benchmark named, such as law,logic of ceval; none: all
     shots=0,  # of ceval and cmmlu: examples from dev before each question, up to 5
     scoring=["letter", "text"],  # of ceval and cmmlu: by the letter of an option, by its text
     documents=[],  # held-out text or .jsonl files that benchmark makes questions of; none: validation text of data

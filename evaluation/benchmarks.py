@@ -91,10 +91,36 @@ def cut_words(cut, n, limit):
     return f" {cut} of {n} were longer than the context of {limit} tokens and lost their left." if cut else ""
 
 
-def multiple_choice_part(loaded, name, path, config):
+def fit(loaded, choices):
+    """Whether each of some choices is of at least one token and less than the context."""
+    return all(0 < len(loaded.tokenizer.encode(choice)) < loaded.model.config.max_seq_len for choice in choices)
+
+
+def prepare(loaded, name, path, documents, config):
+    """(what is asked, the split or none, how many do not fit): all that may fail, before anything is scored."""
+    if name in BENCHMARKS:
+        items, split = multiple_choice.load(name, path, config["subjects"], config["shots"])
+        letters = "text" not in config["scoring"]
+        fitting = [item for item in items if letters or fit(loaded, multiple_choice.texts(item[2]))]
+        if not fitting:
+            raise DataError(f"{path}: no question's options fit the context; --scoring=letter needs none of them")
+        return fitting, split, len(items) - len(fitting)
+    if name == "bits":
+        if not any(text.strip() for texts in documents.values() for text in texts):
+            raise DataError(f"bits: no text in the documents of {', '.join(documents)}")
+        return documents, None, 0
+    questions = heldout.ask(name, documents, config["questions"], config["seed"])
+    fitting = [question for question in questions if fit(loaded, question.choices)]
+    if not fitting:
+        why = "none of whose choices fits the context" if questions else "from which no question can be made"
+        raise DataError(f"{name}: documents {why}: {', '.join(documents)}")
+    return fitting, None, len(questions) - len(fitting)
+
+
+def multiple_choice_part(loaded, name, path, asked, config):
     """([Markdown], [tally]) of C-Eval or CMMLU."""
     benchmark, shots = BENCHMARKS[name], config["shots"]
-    items, split = multiple_choice.load(name, path, config["subjects"], shots)
+    items, split, others = asked
     model, tok, limit = loaded.model, loaded.tokenizer, loaded.model.config.max_seq_len
     # as the exported tokenizer does, which the harness uses: a chat model's puts nothing before a text
     opening = [tok.opening_id] if loaded.continues else []
@@ -115,25 +141,22 @@ def multiple_choice_part(loaded, name, path, config):
         parts.append(f"Asked without the options.{cut_words(found.cut, len(questions), limit)}")
     found = tallies(name, questions, scores)
     head = f"## {benchmark.title}\n\n{len(questions)} questions ({split}) of {path}, {shots} shots."
+    head += f" {others} with an option that does not fit the context were left out." * bool(others)
     return [head, *described(found, "subject"), *parts], [row for rows in found.values() for row in rows]
 
 
-def heldout_part(loaded, name, documents, config):
+def heldout_part(loaded, name, asked):
     """([Markdown], [tally]) of a task made from held-out documents."""
     model, tok = loaded.model, loaded.tokenizer
     title, _ = heldout.TASKS[name]
-    questions = heldout.ask(name, documents, config["questions"], config["seed"])
-    fitting = [q for q in questions if all(0 < len(tok.encode(c)) < model.config.max_seq_len for c in q.choices)]
-    if not fitting:
-        why = "none of whose choices fits the context" if questions else "from which no question can be made"
-        raise DataError(f"{name}: documents {why}: {', '.join(documents)}")
+    fitting, _, others = asked
     found = score(model, tok, fitting, [tok.opening_id])
     scores = {CHARACTER: chosen(by_character(found.logps, fitting))}
     if any(question.context for question in fitting):
         alone = score(model, tok, [question._replace(context="") for question in fitting], [tok.opening_id])
         scores[OWN] = chosen(by_own_likelihood(found.logps, alone.logps))
     head = f"## {name}\n\n{title[0].upper()}{title[1:]}: {len(fitting)} questions."
-    head += f" {len(questions) - len(fitting)} did not fit." * (len(questions) > len(fitting))
+    head += f" {others} did not fit." * bool(others)
     head += cut_words(found.cut, len(fitting), model.config.max_seq_len)
     found = tallies(name, fitting, scores)
     return [head, *described(found, "source")], [row for rows in found.values() for row in rows]
@@ -157,8 +180,6 @@ def bits_part(loaded, documents, config):
         nats, tokens = -sum(row[0] for row in found), sum(len(ids) - 1 for ids in windows)
         loss = TextLoss(nats, tokens, sum(map(len, excerpts)))
         rows.append(dict(benchmark="bits", group=source, characters=loss.characters, bits_per_char=loss.bits_per_char))
-    if not rows:
-        raise DataError(f"bits: no text in the documents of {', '.join(documents)}")
     columns = {"source": "{group}", "characters": "{characters:,}", "bits per character": "{bits_per_char:.3f}"}
     return ["## bits\n\nBits per character of excerpts of each source.", format_table(columns, rows)], rows
 
@@ -212,15 +233,16 @@ def measure(loaded, config):
             documents = heldout.of_files(config["documents"], most, config["seed"])
         else:
             documents = heldout.of_data(config["data"], loaded.tokenizer, loaded.ckpt.path, most, config["seed"])
-    for name, path in asked:
+    prepared = [prepare(loaded, name, path, documents, config) for name, path in asked]
+    for (name, path), questions in zip(asked, prepared, strict=True):
         began = time.monotonic()
         with checkpoint.naming(loaded.ckpt):
             if name in BENCHMARKS:
-                markdown, found = multiple_choice_part(loaded, name, path, config)
+                markdown, found = multiple_choice_part(loaded, name, path, questions, config)
             elif name == "bits":
                 markdown, found = bits_part(loaded, documents, config)
             else:
-                markdown, found = heldout_part(loaded, name, documents, config)
+                markdown, found = heldout_part(loaded, name, questions)
         print(f"{name}: {time.monotonic() - began:.1f} s", file=sys.stderr)
         parts += markdown
         rows += found

@@ -173,7 +173,7 @@ def of_file(path):
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise DataError(f"{escaped(path)}: not UTF-8; convert it: iconv -f GB18030 -t UTF-8") from None
-    if Path(path).suffix != ".jsonl":
+    if Path(path).suffix.lower() != ".jsonl":
         blank = re.compile(r"\n\s*\n")  # lines of spaces too, wide ones among them
         parts = (blank if blank.search(text.strip()) else re.compile("\n")).split(text)
         return [part.strip("\n") for part in parts if part.strip()]

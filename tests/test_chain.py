@@ -169,6 +169,16 @@ def test_best_weights_are_of_those_that_were_kept(chain, tmp_path):
     assert losses[0] == min(losses) and checkpoint.load(tmp_path / "run" / "best.pt").step == 2
 
 
+def test_best_weights_by_another_measure_are_replaced(chain, tmp_path):
+    """A loss of less text, or one whose weights were not kept, is no bound for what is measured now."""
+    worse = dict(learning_rate=1.0, min_learning_rate=1.0, eval_interval=1)
+    best = tmp_path / "run" / "best.pt"
+    train(chain, "pretrain", tmp_path / "run", **worse, max_steps=1, keep_best=True)
+    assert checkpoint.load(best).step == 0
+    train(chain, "pretrain", tmp_path / "run", **worse, max_steps=2, resume=True, keep_best=True, eval_tokens=64)
+    assert checkpoint.load(best).step == 2
+
+
 def test_documents_that_were_masked_stay_so_in_what_follows(chain, tmp_path, capsys):
     train(chain, "pretrain", tmp_path / "base", mask_documents=True, max_steps=2)
     train(chain, "sft", tmp_path / "sft", init_from=tmp_path / "base", max_steps=1)

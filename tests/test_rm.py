@@ -192,6 +192,11 @@ def test_the_picture_is_a_png_of_two_panels(n):
     assert Image.open(io.BytesIO(png)).format == "PNG" and Image.open(io.BytesIO(png)).size == (1260, 540)
 
 
+def test_a_picture_of_scores_that_are_almost_the_same():
+    scores = np.array([5.0, 5.0000005, 5.000001], np.float32)  # of a reward model that tells nothing apart
+    assert rm_train.draw_calibration(scores, scores[::-1]).startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("option", [dict(margin=-0.5), dict(centring=-0.1)])
 def test_bad_options_are_refused_before_anything_is_read(tmp_path, option):
     ((key, value),) = option.items()

@@ -214,6 +214,9 @@ def test_a_function_of_ones_own_judges(tmp_path, tok, capsys, monkeypatch):
         "def digits(prompts, replies):\n    return [dict(size='1') for _ in replies]\n"
         "def nans(prompts, replies):\n    return [dict(size=float('nan')) for _ in replies]\n"
         "def braces(prompts, replies):\n    return [{'a.b': 1} for _ in replies]\n"
+        "def place(prompts, replies):\n    return [{'５': 1} for _ in replies]\n"
+        "seen = []\n"
+        "def moody(prompts, replies):\n    seen.append(0)\n    return [{f'a{len(seen)}': 1} for _ in replies]\n"
         "def ours(prompts, replies):\n    return [dict(kl=1) for _ in replies]\n"
         "def score(prompts, replies):\n    return [dict(score=len(r)) for r in replies]\n"
         "def uneven(prompts, replies):\n    return [{str(i): i} for i, _ in enumerate(replies)]\n"
@@ -240,20 +243,22 @@ def test_a_function_of_ones_own_judges(tmp_path, tok, capsys, monkeypatch):
     assert one["size"] <= two["size"] <= four["size"] and one["size"] < four["size"]
     assert all(math.isfinite(row["score"]) for row in (one, two, four))
     for name, words in dict(
-        few="few, size: returned 1 rewards for 5 replies", words="words, size: must return a list of numbers",
+        few="few, size: returned 1 rewards for 2 replies", words="words, size: must return a list of numbers",
         numbers="numbers must return a list of dicts", uneven="uneven must return the same names", none="no function",
         digits="digits, size: must return a list of numbers: TypeError: '1' is text",
         nans="nans, size: returned nan for reply 0",
-        braces="braces: 'a.b' cannot name a figure", ours="ours: 'kl' cannot",
+        braces="braces: 'a.b' cannot name a figure", ours="ours: 'kl' cannot", place="place: '５' cannot name",
+        moody="moody must return the same names every time: ",
     ).items():  # fmt: skip
         with pytest.raises(ConfigError, match=words):
-            compare(capsys, [loose], data, *options, f"--judge=own_judge:{name}")
+            compare(capsys, [loose, three], data, *options, f"--judge=own_judge:{name}")
     _, figures = compare(capsys, [three], data, *options, "--judge=own_judge:score")
     assert figures["judge"] == "score" and figures["replies"][0]["score"] == 3
     with pytest.raises(ConfigError, match="score: 'score' cannot name a figure"):  # the reward model's has that name
         compare(capsys, [three], data, *options, "--judge=own_judge:score", f"--reward_model={rm}")
     with pytest.raises(ConfigError, match="picture_column=even: the judge gives size, odd"):
         compare(capsys, [loose], data, *options, judge, "--picture_column=even")
+    assert "held-out prompts" not in capsys.readouterr().err  # told before they are sampled
 
 
 def test_best_of_n_needs_a_reward_model_that_reads_the_same_tokens(tmp_path, tok, capsys):

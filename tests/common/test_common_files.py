@@ -100,6 +100,17 @@ def test_only_a_mark_in_its_place_makes_a_report_or_picture_ours(tmp_path):
             refuse_foreign(tmp_path / name, "." + name[2:])
 
 
+def test_a_place_where_no_file_can_be_made_is_told_at_once(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ConfigError, match="r.md: .*notes.txt is no folder"):
+        refuse_foreign(tmp_path / "notes.txt" / "r.md", ".md")
+    (tmp_path / "broken").symlink_to("nowhere")
+    with pytest.raises(ConfigError, match="r.png: .*broken is no folder"):
+        refuse_foreign(tmp_path / "broken" / "deeper" / "r.png", ".png")
+    refuse_foreign(tmp_path / "new" / "deeper" / "r.md", ".md")
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_report_with_a_users_words_is_not_replaced(tmp_path):
     path, report = tmp_path / "a.md", signed("# report\n\n| a | b |\n").decode()
     for text in (f"mine\n{report}", report.replace("report", "Report", 1), report.replace("\n\n", "\nmine\n", 1)):

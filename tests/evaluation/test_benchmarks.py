@@ -174,6 +174,31 @@ def test_what_cannot_be_measured_is_one_line(tmp_path, ckpt, monkeypatch, option
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("later", ["cmmlu=none", "cmmlu=cmmlu,--subjects=law", "couplets"])
+def test_what_cannot_be_measured_is_told_before_any_is(tmp_path, ckpt, capsys, monkeypatch, later):
+    monkeypatch.chdir(tmp_path)
+    write_ceval(tmp_path / "ceval")
+    write_cmmlu(tmp_path / "cmmlu")
+    write_jsonl(tmp_path / "prose.jsonl", [dict(text=text) for text in texts_of(9, 1)])
+    named, *more = f"--benchmark=ceval=ceval,{later}".split(",--")
+    with pytest.raises(DataError):
+        eval_generate.main([f"--ckpt={ckpt}", named, *(f"--{each}" for each in more), "--documents=prose.jsonl"])
+    assert "ceval: " not in capsys.readouterr().err  # its seconds
+
+
+def test_an_option_longer_than_the_context_costs_no_other(tmp_path, tokenizer_path, capsys):
+    short = make_checkpoint(tmp_path / "short", Tokenizer.load(tokenizer_path), "sft", max_seq_len=64)
+    path = tmp_path / "ceval" / "val" / "law_val.csv"
+    write_ceval(tmp_path / "ceval")
+    header, first, *others = path.read_text(encoding="utf-8").splitlines()
+    columns, fields = header.split(","), first.split(",")
+    fields[columns.index("B")] = "长" * 200
+    path.write_text("\n".join([header, ",".join(fields), *others]) + "\n", encoding="utf-8")
+    out, _ = run(capsys, f"--ckpt={short}", f"--benchmark=ceval={tmp_path / 'ceval'}", "--subjects=law")
+    assert "2 questions (val)" in out and " 1 with an option that does not fit the context were left out." in out
+    assert json.loads(out.splitlines()[-1])["benchmarks"][-1]["n"] == 2
+
+
 @pytest.mark.parametrize("option", ["subjects=law", "shots=1", "documents=a.txt"])
 def test_what_belongs_to_a_benchmark_needs_one(option):
     with pytest.raises(ConfigError, match=f"--{option.partition('=')[0]} needs --benchmark"):
