@@ -6,6 +6,8 @@ in:  run directories with a metrics.jsonl
 out: a PNG, and a Markdown table on standard output
 """
 
+import common.early  # noqa: F401 - before what takes seconds to import
+
 import argparse
 import math
 from dataclasses import dataclass

@@ -22,7 +22,7 @@ def is_ours() -> bool:
         return "tokenizer.train" in sys.orig_argv
     root = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
     folder = os.path.dirname(os.path.realpath(getattr(__main__, "__file__", os.sep)))
-    return folder in (root, os.path.join(root, "tokenizer"))
+    return folder in (root, *(os.path.join(root, name) for name in ("alignment", "common", "corpora", "tokenizer")))
 
 
 if is_ours() and importlib.util.find_spec("torch") is None:

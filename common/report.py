@@ -6,6 +6,8 @@ in:  a folder of runs (ckpt.pt, config.json, metrics.jsonl, samples.txt, *.png),
 out: report.html, its pictures within; it runs no script and asks for nothing from elsewhere
 """
 
+import common.early  # noqa: F401 - before what takes seconds to import
+
 import argparse
 import platform
 import re

@@ -39,7 +39,7 @@ from corpora.turns import (
     settle,
 )
 
-TEXTS = ("text", "content", "completion", "body")
+TEXTS = ("text", "content", "completion", "body", "正文", "内容", "文本")
 TURNS = ("messages", "conversations", "conversation", "dialog", "dialogue", "dialogues", "chat", "turns", "data")
 LOOSE = ("turns", "data")  # may be anything: a number of turns, a table that is asked about
 INSTRUCTIONS = "instruction prompt Instruction Prompt 指令".split()
@@ -92,7 +92,7 @@ def document(text, title=""):
 
 @adapter
 def text_rows(row, notes):
-    return document(required(row, notes, *TEXTS), optional(row, notes, "title"))
+    return document(required(row, notes, *TEXTS), optional(row, notes, "title", "标题"))
 
 
 @adapter

@@ -117,6 +117,7 @@ def export_hf(ckpt, tok, folder, dtype, packable=None):
     except SafetensorError as error:  # of a full disk
         raise OSError(str(error)) from None
     write_json(folder / "config.json", config)
+    (folder / WEIGHTS[0]).chmod((folder / "config.json").stat().st_mode)  # the library's file is for its owner alone
     if not ckpt.model_config["scalar_head"]:
         # sampling as eval_generate.py does it; transformers would keep the 50 likeliest tokens by itself
         ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}

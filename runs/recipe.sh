@@ -23,6 +23,7 @@ began=$SECONDS
 train=(python)
 [ "$gpus" = 1 ] || train=(torchrun --standalone --nproc_per_node="$gpus")
 echo "Recipe $RECIPE, tiny-llama2-$SIZE: data in $data, runs in $out, vocabulary $tokenizer"
+[ "${SMOKE:-0}" != 1 ] || echo 'SMOKE=1: the recipe in miniature, two layers and a few steps; what its models say means nothing.'
 
 if [ "${SMOKE:-0}" = 1 ] && [ -z "${SOURCES:-}" ]; then
     once "$data/samples/rlhf_zh.jsonl" samples python -m corpora.samples "$data/samples"

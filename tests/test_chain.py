@@ -3,8 +3,11 @@
 import hashlib
 import json
 import math
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +18,7 @@ from chains import (
     HALF,
     MAINS,
     PARENTS,
+    ROOT,
     STEPS,
     TRAINED,
     act_after,
@@ -306,6 +310,29 @@ def test_two_micro_batches_equal_one_of_twice_the_size(chain, tmp_path):
     # the log has 6 significant digits: 1e-5 is its last one
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1.5e-5)
     assert checkpoint.load(tmp_path / "two").tokens_seen == checkpoint.load(tmp_path / "one").tokens_seen
+
+
+@pytest.mark.parametrize("module", ["common.compare", "common.report", "alignment.ranked", "tokenizer.train"])
+def test_ctrl_c_while_modules_are_imported_is_one_line(tmp_path, module):
+    """By a torch that takes long; the signal comes when it says that it has begun."""
+    (tmp_path / "torch.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(300)\n")
+    (tmp_path / "numpy.py").write_text("import torch\n")
+    environment = os.environ | dict(PYTHONPATH=str(tmp_path))
+    process = subprocess.Popen(
+        [sys.executable, "-m", module],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, err) == (130, "interrupted\n")
 
 
 @pytest.mark.slow

@@ -210,10 +210,16 @@ def test_markdown_shows_texts_as_they_are():
     ]
 
 
+def test_a_figure_that_is_none_is_a_dash():
+    rows = [dict(name="nan-run", bits=float("nan"), low=float("nan"), high=float("nan"))]
+    table = format_table({"run": "{name}", "bits": "{bits:.2f}", "interval": "{low:.3f} to {high:.3f}"}, rows)
+    assert table.splitlines()[-1] == "| nan-run | - | - |"
+
+
 def test_format_table_and_share():
     rows = [dict(name="a", share=share([True, False])), dict(name="b", share=share([]))]
     table = format_table({"who": "{name}", "what": "{share:.1%}"}, rows)
-    assert table.split("\n")[2:] == ["| a | 50.0% |", "| b | nan% |"]
+    assert table.split("\n")[2:] == ["| a | 50.0% |", "| b | - |"]
 
 
 def val_text(directory, counts, ids):
@@ -411,7 +417,7 @@ def test_compare_draws_runs_and_tells_what_they_reached(tmp_path, capsys):
     assert table[0] == "| run | steps | tokens | last val/loss (step) | best val/loss (step) | tokens/s |"
     assert [line.replace("\\_", "_") for line in table[2:4]] == [
         f"| {a} | 50 | 1,000 | 3.25 (45) | 3 (20) | 100 |",
-        f"| {b} | 7 | nan | 4 (7) | 4 (7) | nan |",
+        f"| {b} | 7 | - | 4 (7) | 4 (7) | - |",
     ]
     assert png_size(out) == (1260, 960)  # training and validation, against steps and tokens
 

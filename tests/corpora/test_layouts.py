@@ -15,6 +15,7 @@ from rows import adapt, chat, human_gpt, one
         ("pretrain_zh", {"title": " 书名 ", "content": "正文"}, "书名\n正文"),
         ("text_rows", {"title": "数学", "text": "数学是一门学科。"}, "数学是一门学科。"),
         ("text_rows", {"title": float("nan"), "body": "正文"}, "正文"),
+        ("text_rows", {"id": 1, "标题": "数学", "内容": "是一门学科。"}, "数学\n是一门学科。"),
         ("webnovel", {"title": "书", "chapter": "第一章", "text": "话说天下大势"}, "书\n第一章\n话说天下大势"),
         ("webnovel", {"title": "书", "chapter": "第一章", "text": "第一章 桃园"}, "书\n第一章 桃园"),
         ("zhihu", {"INSTRUCTION": "怎么办？", "RESPONSE": "等等看。", "METADATA": "{}"}, "怎么办？\n等等看。"),

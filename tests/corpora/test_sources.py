@@ -132,6 +132,13 @@ def test_auto_leaves_bad_lines_to_the_reading(tmp_path, capsys):
     assert capsys.readouterr().err == "x: layout text_rows\n"
 
 
+def test_auto_knows_chinese_columns(tmp_path):
+    for header, layout in (("id,标题,正文", "text_rows"), ("id,问题,回答", "alpaca")):
+        path = tmp_path / f"{layout}.csv"
+        path.write_bytes(f"\ufeff{header}\n1,题,文\n".encode())
+        assert parse_sources([f"x:auto={path}"])[0][1] == layout
+
+
 def test_auto_says_what_is_wrong_with_the_files(tmp_path, capsys):
     wrong = {
         "lists.json": (json.dumps({"train": [{"text": "一"}], "test": [{"text": "二"}]}), "holds several lists, train"),
