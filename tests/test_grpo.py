@@ -306,7 +306,7 @@ def test_fields_that_are_missing_or_not_taken(small, tmp_path, capsys, own_rewar
     data = dict(data=tmp_path / "data", reward_model="none", max_steps=1)
     grpo_train.main(options_of(small, tmp_path / "two", reward="own_rewards:odd", **data))  # takes two arguments
     grpo_train.main(options_of(small, tmp_path / "all", reward="own_rewards:takes_all", **data))
-    assert "not passed, as its own parameters have these names: replies of the prompts" in capsys.readouterr().out
+    assert "not passed, as its own parameters have these names: replies of the prompts" in capsys.readouterr().err
     options = options_of(small, tmp_path / "out", reward="own_rewards:takes_label", **data)
     line = failure(capsys, grpo_train.main, options)
     assert "reward=own_rewards:takes_label needs the field label of the prompts, which have replies, answer" in line
