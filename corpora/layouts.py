@@ -195,8 +195,8 @@ def question_turns(row, notes, *names, replies=False):
     """(the history and the question, the fields they stand in); `names` are more fields that it may stand in."""
     prompt = row.get("prompt")
     if (found := messages_in(prompt)) and not (isinstance(prompt, str) and asks(row, "prompt")):
-        turns = opened(read_turns(found, "prompt", notes), row, BESIDE, notes)
-        return turns, {"prompt", *BESIDE, *SYSTEMS}
+        turns, used = opened(read_turns(found, "prompt", notes), row, BESIDE, notes)
+        return turns, used | {"prompt", *SYSTEMS}
     question, used = question_text(row, notes, *names, replies=replies)
     question = strip_template(question, notes)
     turns = marked_turns(question)
@@ -318,7 +318,8 @@ def conversation_in(row, notes):
     if name := turns_name(row):
         turns = read_turns(row[name], name, notes)
         note_unread(row, name, turns, notes)
-        return opened(turns, row, BESIDE, notes), {name, *BESIDE, *SYSTEMS}
+        turns, used = opened(turns, row, BESIDE, notes)
+        return turns, used | {name, *SYSTEMS}
     note_unread(row, None, None, notes)
     for name in MARKED:
         if isinstance(row.get(name), str) and (turns := marked_turns(row[name])):

@@ -168,8 +168,8 @@ def holds(part, text):
 
 
 def opened(turns, row, names, notes):
-    """Turns with what stands in these fields beside them above the first question, unless a turn holds it."""
-    first = next((i for i, each in enumerate(turns) if each["role"] == "user"), None)
+    """(turns, the fields that went into them): above the first question what stands beside it and no turn holds."""
+    first, used = next((i for i, each in enumerate(turns) if each["role"] == "user"), None), set()
     for name in [] if first is None else reversed(names):
         text, said = row.get(name), [each["content"] for each in turns]
         if not isinstance(text, str) or is_blank(text) or any(holds(part, text) for part in said):
@@ -179,7 +179,8 @@ def opened(turns, row, names, notes):
             continue
         notes.append(f"{name} put before the first question")
         turns[first] = turns[first] | dict(content=f"{text}\n{said[first]}")
-    return turns
+        used.add(name)
+    return turns, used
 
 
 # a field -> turns

@@ -106,7 +106,7 @@ def prepare(loaded, name, path, documents, config):
             raise DataError(f"{path}: no question's options fit the context; --scoring=letter needs none of them")
         return fitting, split, len(items) - len(fitting)
     if name == "bits":
-        if not any(text.strip() for texts in documents.values() for text in texts):
+        if not any(any(excerpt.pieces for excerpt in heldout.excerpts_of(texts)) for texts in documents.values()):
             raise DataError(f"bits: no text in the documents of {', '.join(documents)}")
         return documents, None, 0
     questions = heldout.ask(name, documents, config["questions"], config["seed"])

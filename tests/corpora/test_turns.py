@@ -169,6 +169,8 @@ def test_a_text_beside_a_conversation_is_not_lost(name):
     assert one("sharegpt", row | {name: "一"}) == ({"messages": TWO}, None)
     whole = "user: 一\nassistant: 甲"
     assert one("sharegpt", row | {name: whole}) == ({"messages": TWO}, f"{name} left out, the turns taken")
+    kept = {name: ["张三", "李四"], "messages": chat("一"), "answer": "甲"}  # for reward functions
+    assert one("prompts", kept)[0]["fields"] == {name: ["张三", "李四"], "answer": "甲"}
     asked = {name: "关于张三的文章", "prompt": chat("一"), "output": "甲"}
     assert one("alpaca", asked)[0] == {"messages": chat("关于张三的文章\n一", "甲")}
 
