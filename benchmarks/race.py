@@ -16,6 +16,7 @@ itself, and of held-out answers, each after the racer's own prompt, all on the s
 in:  data/<corpus> and out/<corpus>/tokenizer; accelerate, transformers (requirements-dev.txt)
 out: out/race.png, a folder for each run with curve.json and a log; lines of text and, last, one of JSON: bits per
      character that ours is ahead, and the share of their time after which ours, in either run, was where they ended
+     (and the same without the run of half the time)
 """
 
 import importlib
@@ -209,22 +210,29 @@ def reached(curve, bits):
     return None
 
 
+def share_of_time(own, theirs):
+    """The mean share of their minutes after which the soonest of our runs of a seed was where theirs ended, or None."""
+    soonest = [
+        min(filter(None, (reached(curve, other["bits"][-1]) for curve in ours)), default=np.nan)
+        for ours, other in zip(own, theirs, strict=True)
+    ]
+    share = np.mean(np.divide(soonest, [other["minutes"][-1] for other in theirs]))
+    return None if np.isnan(share) else round(float(share), 3)
+
+
 def compare(curves, stage, racers):
     """The figures of a stage; curves {(racer, stage, seed): curve}."""
     runs = {name: [curve for key, curve in curves.items() if key[:2] == (name, stage)] for name in [*racers, HALF]}
     own = list(zip(*filter(None, (runs["ours"], runs.pop(HALF))), strict=True))  # of each seed one run or two
     ends = {racer: [curve["bits"][-1] for curve in found] for racer, found in runs.items()}
-    ahead, fraction = {}, {}
+    ahead, fraction, whole = {}, {}, {}
     for racer in racers[1:]:
         ahead[racer] = round(float(np.mean(ends[racer]) - np.mean(ends["ours"])), 4)
-        soonest = [
-            min(filter(None, (reached(curve, theirs["bits"][-1]) for curve in ours)), default=np.nan)
-            for ours, theirs in zip(own, runs[racer], strict=True)
-        ]
-        share = np.mean(np.divide(soonest, [theirs["minutes"][-1] for theirs in runs[racer]]))
-        fraction[racer] = None if np.isnan(share) else round(float(share), 3)
+        fraction[racer] = share_of_time(own, runs[racer])
+        whole[racer] = share_of_time([ours[:1] for ours in own], runs[racer])
     finals = {racer: [round(bits, 4) for bits in found] for racer, found in ends.items()}
-    return dict(bits_per_char=finals, bits_per_char_ahead=ahead, time_fraction=fraction)
+    figures = dict(bits_per_char=finals, bits_per_char_ahead=ahead, time_fraction=fraction)
+    return figures | dict(time_fraction_without_half=whole)
 
 
 def draw(curves, options):

@@ -96,5 +96,6 @@ def test_figures_of_two_seeds(race):
     found = race.compare(curves, "sft", ["ours", "transformers"])
     assert found["bits_per_char_ahead"] == dict(transformers=1.25)
     assert found["time_fraction"] == dict(transformers=pytest.approx((0.5 + 0.625) / 2, abs=1e-3))
+    assert found["time_fraction_without_half"] == dict(transformers=pytest.approx((0.75 + 0.625) / 2, abs=1e-3))
     curves["transformers", "sft", 1] = curve(5, 3)
     assert race.compare(curves, "sft", ["ours", "transformers"])["time_fraction"] == dict(transformers=None)

@@ -46,9 +46,7 @@ def test_hf_logits_and_greedy_text_are_ours(tmp_path, tok, shape):
 def test_hf_base_model_starts_its_documents_as_it_learnt(tmp_path, tok):
     ckpt = make(tmp_path / "base", tok, "pretrain")
     folder = run(format="hf", ckpt=ckpt, out=tmp_path / "hf")
-    assert (
-        len({path.stat().st_mode for path in folder.iterdir()}) == 1
-    )  # as the umask says: a server may be another user
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # as the umask says
     reader, hf = transformers.AutoTokenizer.from_pretrained(folder), theirs(folder)
     assert reader("这本书").input_ids == encode_opening(tok, "这本书")
     assert reader.chat_template is None
